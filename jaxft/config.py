@@ -1,0 +1,105 @@
+"""The typed configuration: one frozen dataclass a concern, every field with its meaning and default.
+
+An experiment returns an `Experiment`; `--config.PATH=VALUE` overrides any field of it. Values are checked once, in `check`, before
+anything expensive starts.
+"""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Which pre-trained model, and in which type it computes."""
+
+    source: str = ""  # hub id, local folder, `.gguf` file, or `bundled:NAME`
+    revision: str = "main"  # branch, tag or commit of a hub id
+    dtype: str = "auto"  # compute type: float32, bfloat16, float16; auto is float32 on CPU and bfloat16 on accelerators
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which rows, and how they become tokens."""
+
+    train: str = ""  # `owner/name[@config][:split]` on the hub, a .jsonl, .json, .csv, .tsv or .parquet file, or `bundled:NAME[:split]`
+    validation: str = ""  # the same; where empty, cut from train by `split`
+    test: str = ""  # the same; where empty, cut from train by `split`
+    split: tuple[float, float, float] = (0.9, 0.1, 0.0)  # shares of train, validation, test, for those that aren't given
+    limit: int = 0  # use the first so many rows of each set; 0 is all
+    system: str = ""  # system message put before each row that has none; may name columns in braces
+    prompt: str = ""  # format of the user turn from the columns, "Drug: {drug}"; empty: the row's own format is recognised
+    completion: str = ""  # format of the assistant turn, "Condition: {condition}"
+    template: str = ""  # chat template (Jinja) in place of the tokenizer's: text, or the path of a file
+    loss: str = "auto"  # scored tokens: assistant (every assistant turn), completion (the last turn), all; auto: by the row's format
+    max_length: int = 512  # tokens a row
+    packing: bool = True  # several examples a row; attention never crosses them
+    share_prefix: bool = True  # with packing: tokens that all examples begin with stand once a row
+    cache: bool = True  # keep tokenized rows on disk, by content
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 0  # optimizer steps; 0: by epochs
+    epochs: float = 1.0  # passes over the training rows, where steps is 0
+    batch_size: int = 8  # rows a micro-batch, over all devices (with packing, a row holds several examples)
+    accumulation: int = 1  # micro-batches an optimizer step
+    seed: int = 0  # of everything random: (seed, purpose, step)
+    log_every: int = 1  # steps between lines of metrics.jsonl
+    eval_every: int = 0  # steps between evaluations on validation; 0: at the end only
+    checkpoint_every: int = 50  # steps between checkpoints
+    keep: int = 2  # newest checkpoints kept, beside the best one
+    best_metric: str = "loss"  # the validation metric that names the best checkpoint
+    best_mode: str = "min"  # min or max
+    patience: int = 0  # evaluations without improvement before stopping early; 0: never
+    remat: str = "none"  # what the backward pass computes again: none, dots (all but products), full
+    neftune_alpha: float = 0.0  # noise on embeddings (Jain et al. 2023, arXiv:2310.05914)
+    data_parallel: int = -1  # devices along the mesh's axes; -1: what the others leave
+    fsdp_parallel: int = 1
+    tensor_parallel: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The update."""
+
+    name: str = "adamw"  # adamw, adafactor, lion, sgd
+    learning_rate: float = 2e-4  # peak
+    schedule: str = "cosine"  # constant, linear, cosine, wsd (warmup, stable, decay)
+    warmup: float = 0.03  # share of the steps, or a number of steps where 1 or more
+    decay: float = 0.2  # wsd: share of the steps that decay
+    final_scale: float = 0.0  # rate at the end, as a share of the peak
+    weight_decay: float = 0.0  # not on biases, norms and scales
+    clip_norm: float = 1.0  # global norm of the trainable gradient; 0: no clipping
+    b1: float = 0.9  # first-moment decay; momentum of sgd
+    b2: float = 0.999  # second-moment decay
+    eps: float = 1e-8
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """What is measured before and after training, and how text is generated for it."""
+
+    split: str = "test"  # validation or test
+    limit: int = 0  # examples; 0 is all
+    batch_size: int = 16  # rows a batch
+    generate: bool = True  # also generate answers and compare them with the true ones
+    max_new_tokens: int = 32
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0  # 1 is off
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One run: model, data, method, task, and how it is trained and measured."""
+
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    method: Any  # a value of jaxft.methods, as jaxft.methods.LoRA(rank=8)
+    task: Any  # a value of jaxft.tasks, as jaxft.tasks.SFT()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    eval: EvalConfig = EvalConfig()

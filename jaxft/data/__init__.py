@@ -1,0 +1,1 @@
+"""From rows to batches: sources, conversations, tokens and masks, packing, batches."""

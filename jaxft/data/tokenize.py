@@ -1,0 +1,234 @@
+"""Rows as tokens: what the model reads, which tokens are scored, and a cache of both by content."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import tokenizers
+import transformers
+
+from jaxft.config import DataConfig
+from jaxft.data.conversations import Conversation, conversation
+from jaxft.data.sources import Rows
+from jaxft.data.template import ChatTemplate, Span, chat_template
+from jaxft.errors import UserError
+
+VERSION = 1  # of what this code makes of the same rows: raise it when that changes, so that older cache files are not read
+_CHUNK = 1000  # rows the tokenizer gets at once: it works on them in parallel
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Tokenized rows, one after the other in flat arrays."""
+
+    tokens: np.ndarray  # (total,) int32
+    scored: np.ndarray  # (total,) bool: the token is a target counted in the loss
+    offsets: np.ndarray  # (n + 1,) int64: example i is [offsets[i], offsets[i + 1])
+    prompts: np.ndarray  # (n,) int32: tokens before the last scored turn
+    cut: np.ndarray  # (n,) int32: tokens cut to fit max_length
+    answers: tuple[str, ...]  # n texts: the last scored turn, as the row has it
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (length,) int32 tokens and (length,) bool scored of example `i`."""
+        part = slice(self.offsets[i], self.offsets[i + 1])
+        return self.tokens[part], self.scored[part]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n,) int64: the tokens of each example."""
+        return np.diff(self.offsets)
+
+    def first(self, count: int) -> "Examples":
+        """Returns the first `count` examples, or all where there are fewer."""
+        count = min(count, len(self))
+        end = self.offsets[count]
+        return Examples(
+            self.tokens[:end], self.scored[:end], self.offsets[: count + 1], self.prompts[:count], self.cut[:count], self.answers[:count]
+        )
+
+    def prompt(self, i: int) -> np.ndarray:
+        """Returns (length,) int32: what the model is given before the last scored turn, the generation prompt included."""
+        return self[i][0][: self.prompts[i]]
+
+    def answer(self, i: int) -> str:
+        """Returns the true text of the last scored turn."""
+        return self.answers[i]
+
+
+def tokenize(rows: Rows, tokenizer: Any, config: DataConfig) -> Examples:
+    """Returns the rows as tokens, from the cache where the same were tokenized before.
+
+    The cache is the folder `$JAXFT_CACHE`, or ~/.cache/jaxft.
+
+    Args:
+        rows: in any of the formats of `conversation`.
+        tokenizer: a fast tokenizer of transformers.
+        config: all but the sources and packing.
+
+    Raises:
+        UserError: a row that is no conversation; one whose scored tokens would all be cut; a tokenizer that lacks what is needed.
+    """
+    if config.max_length < 2:
+        raise UserError(f"config.data.max_length is {config.max_length}: a row needs at least 2 tokens, one to predict the other.")
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"{type(tokenizer).__name__} is no fast tokenizer. Save it with its tokenizer.json (`tokenizers` library).")
+    found = [conversation(row, config, rows.place(i)) for i, row in enumerate(rows.dataset)]
+    template = chat_template(tokenizer, config.template)
+    path = _cache_folder() / f"{_key(found, tokenizer, template, config.max_length)}.safetensors"
+    examples = _read_cache(path, len(rows)) if config.cache else None
+    if examples is None:
+        examples = _collect(_rows(found, rows, tokenizer, template), found, rows, config.max_length)
+        if config.cache:
+            _write_cache(path, examples)
+    return examples
+
+
+COLUMNS = ("set", "rows", "tokens", "min", "median", "mean", "95%", "max", "scored", "cut")
+
+
+def describe(examples: Examples, name: str) -> tuple[str, ...]:
+    """Returns the length statistics of one set, a cell for each of `COLUMNS`, for `jaxft.console.table`.
+
+    Args:
+        examples: the set, tokenized.
+        name: the set's name, as "train".
+    """
+    lengths, rows_cut = examples.lengths, int((examples.cut > 0).sum())
+    numbers = (lengths.min(), np.median(lengths), lengths.mean(), np.percentile(lengths, 95), lengths.max())
+    cut = f"{rows_cut:,} rows, {examples.cut.sum():,} tokens" if rows_cut else "0"
+    cells = (f"{number:,.0f}" for number in (len(examples), lengths.sum(), *numbers))
+    return (name, *cells, f"{examples.scored.mean():.1%}", cut)
+
+
+# ---------------------------------------------------------------- tokens and masks
+
+
+def _rows(
+    found: Sequence[Conversation], rows: Rows, tokenizer: Any, template: ChatTemplate | None
+) -> Iterator[tuple[np.ndarray, list[Span]]]:
+    """Yields each row's tokens and the spans of its scored turns."""
+    for start in range(0, len(found), _CHUNK):
+        part = found[start : start + _CHUNK]
+        places = [rows.place(start + i) for i in range(len(part))]
+        tokens = {}
+        if template is not None:
+            chats = [i for i, one in enumerate(part) if one.messages]
+            tokens = dict(zip(chats, template.tokens([part[i] for i in chats], [places[i] for i in chats]), strict=True))
+        for i, one in enumerate(part):
+            yield tokens[i] if i in tokens else _plain_tokens(one, tokenizer, places[i])
+
+
+def _plain_tokens(found: Conversation, tokenizer: Any, place: str) -> tuple[np.ndarray, list[Span]]:
+    """Returns a row without a chat template: text, or a prompt joined with its completion; then the end-of-text token."""
+    if found.messages and not found.plain:
+        raise UserError(
+            f"{place}: the tokenizer has no chat template, which the row's format needs. Give --config.data.template, or text "
+            "formats in --config.data.prompt and --config.data.completion."
+        )
+    if len(found.messages) > 2:
+        raise UserError(f"{place}: the tokenizer has no chat template to put config.data.system into. Write it into config.data.prompt.")
+    if tokenizer.eos_token_id is None:
+        raise UserError("The tokenizer has no end-of-text token (eos_token), so a model could not learn to stop. Set it in its files.")
+    prompt, completion = [message["content"] for message in found.messages] or ["", found.text]
+    encoded = tokenizer(prompt + completion, return_offsets_mapping=True)
+    tokens = encoded["input_ids"]
+    if tokens[-1] != tokenizer.eos_token_id:
+        tokens = [*tokens, tokenizer.eos_token_id]
+    ends = np.array(encoded["offset_mapping"]).reshape(-1, 2)[:, 1]
+    start = int(np.argmax(ends > len(prompt)))
+    return np.asarray(tokens, dtype=np.int32), [(start, len(tokens))]
+
+
+def _collect(tokenized: Iterator[tuple[np.ndarray, list[Span]]], found: Sequence[Conversation], rows: Rows, max_length: int) -> Examples:
+    """Returns the examples, each cut to `max_length`."""
+    all_tokens, all_scored, prompts, answers = [], [], [], []
+    lengths = np.zeros(len(found), dtype=np.int32)
+    for i, (tokens, turns) in enumerate(tokenized):
+        scored = np.full(len(tokens), found[i].everything)
+        for begin, end in turns:
+            scored[begin:end] = True
+        scored[:1] = False  # nothing stands before the first token that could predict it
+        if not scored.any():
+            raise UserError(f"{rows.place(i)}: none of its {len(tokens)} tokens is scored. Check its assistant turns and the template.")
+        if not scored[:max_length].any():
+            raise UserError(
+                f"{rows.place(i)}: {len(tokens)} tokens, the first scored one at {scored.argmax() + 1}, but config.data.max_length is "
+                f"{max_length}, so no scored token would be left. Raise it, or shorten or remove the row."
+            )
+        kept = [turn for turn in turns if turn[0] < max_length]
+        all_tokens.append(tokens[:max_length])
+        all_scored.append(scored[:max_length])
+        prompts.append(max(kept[-1][0], 1) if kept else min(len(tokens), max_length))
+        answers.append(_answer(found[i], len(turns) - len(kept)))
+        lengths[i] = len(tokens)
+    offsets = np.cumsum([0, *(len(tokens) for tokens in all_tokens)], dtype=np.int64)
+    cut = np.maximum(lengths - max_length, 0)
+    return Examples(np.concatenate(all_tokens), np.concatenate(all_scored), offsets, np.asarray(prompts, np.int32), cut, tuple(answers))
+
+
+def _answer(found: Conversation, dropped: int) -> str:
+    """Returns the text of the last scored turn but for the `dropped` ones that max_length cut."""
+    if not found.messages:
+        return found.text
+    return found.messages[found.scored[max(len(found.scored) - 1 - dropped, 0)]]["content"]
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def _cache_folder() -> pathlib.Path:
+    return pathlib.Path(os.environ.get("JAXFT_CACHE") or "~/.cache/jaxft").expanduser() / "tokens"
+
+
+def _key(found: Sequence[Conversation], tokenizer: Any, template: ChatTemplate | None, max_length: int) -> str:
+    """Returns a digest of all that decides the tokens."""
+    digest = hashlib.sha256()
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    versions = (VERSION, tokenizers.__version__, transformers.__version__)
+    for part in (versions, tokenizer.backend_tokenizer.to_str(), special, template and template.text, max_length):
+        digest.update(json.dumps(part).encode() + b"\n")
+    for one in found:
+        digest.update(json.dumps(dataclasses.astuple(one)).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _read_cache(path: pathlib.Path, count: int) -> Examples | None:
+    """Returns the examples of a cache file, or None where there is none or it is damaged."""
+    try:
+        arrays = safetensors.numpy.load(path.read_bytes())
+        answers = tuple(json.loads(arrays.pop("answers").tobytes()))
+        examples = Examples(answers=answers, **arrays)
+    except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError):
+        return None
+    whole = len(examples) == len(answers) == len(examples.prompts) == len(examples.cut) == count
+    return examples if whole and examples.offsets[-1] == len(examples.tokens) == len(examples.scored) else None
+
+
+def _write_cache(path: pathlib.Path, examples: Examples) -> None:
+    """Writes the file beside its place and renames it into it, so that no reader ever sees half of it."""
+    arrays = {field.name: getattr(examples, field.name) for field in dataclasses.fields(examples)}
+    arrays["answers"] = np.frombuffer(json.dumps(examples.answers).encode(), dtype=np.uint8)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            temporary = pathlib.Path(file.name)
+            file.write(safetensors.numpy.save(arrays))
+        temporary.replace(path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"The cache folder {path.parent} can't be written ({error.strerror}). Set JAXFT_CACHE to another, or --config.data.cache=False."
+        ) from error

@@ -1,0 +1,31 @@
+"""Mistakes in what the user gave: one clear message, no traceback, exit code 2."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in what the user gave.
+
+    The message names the thing, the place (file and line for data) and the remedy. `launch.py` prints it and exits with code 2.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns " Did you mean 'x'?" for the nearest of `known`, or an empty string.
+
+    >>> nearest("lora_lama2", ["lora_llama2", "full_llama2"])
+    " Did you mean 'lora_llama2'?"
+    """
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean '{found[0]}'?" if found else ""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """Returns the error for a name that is none of `known`.
+
+    >>> str(unknown("schedule", "cosin", ["constant", "cosine"]))
+    "There is no schedule 'cosin'. Did you mean 'cosine'? Known: constant, cosine."
+    """
+    known = sorted(known)
+    return UserError(f"There is no {kind} '{name}'.{nearest(name, known)} Known: {', '.join(known)}.")

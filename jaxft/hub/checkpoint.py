@@ -1,0 +1,151 @@
+"""A Hugging Face folder of safetensors, one file or sharded, read a tensor at a time."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import safetensors
+import transformers
+
+from jaxft.errors import UserError
+from jaxft.hub.sources import GGUF_SUFFIX, PICKLE_SUFFIXES, Source, pickle_refusal
+from jaxft.models.registry import family_of
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types that weights have where they aren't quantized
+
+
+class Checkpoint(Protocol):
+    """A pre-trained model as it lies on disk, under Hugging Face's names and in its layout."""
+
+    config: Mapping[str, Any]  # config.json, complete; generation_config.json under "generation_config"
+    shapes: Mapping[str, tuple[int, ...]]  # of every tensor
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns one tensor, in the file's floating type."""
+
+
+class SafetensorsFolder:
+    """A folder of config.json and safetensors."""
+
+    def __init__(self, source: Source) -> None:
+        """Reads the configuration and every file's header; raises `UserError` for what is missing or broken."""
+        self.config = _config(source)
+        self._files: dict[str, pathlib.Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for path, names in _weight_files(source).items():
+            shapes = header(path)
+            for name in names or shapes:
+                if name not in shapes:
+                    raise UserError(f"{path.parent / INDEX} says that {path.name} holds '{name}'; it doesn't. Download the model again.")
+            self._files |= dict.fromkeys(shapes, path)
+            self.shapes |= shapes
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns one tensor. The file is opened for it alone, so that no pages of it stay mapped."""
+        with safetensors.safe_open(self._files[name], framework="numpy") as file:
+            return file.get_tensor(name)
+
+
+def header(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every tensor in a safetensors file; raises `UserError` for a broken file or weights that aren't floating."""
+    shapes = {}
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                part = file.get_slice(name)
+                if part.get_dtype() not in FLOATS:
+                    raise UserError(f"{path}: '{name}' is stored as {part.get_dtype()}; jaxft reads {', '.join(FLOATS)}.")
+                shapes[name] = tuple(part.get_shape())
+    except FileNotFoundError as error:
+        raise UserError(f"There is no {path}, which the model's index names. Download the model again.") from error
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} is no whole safetensors file ({error}). Download or export it again.") from error
+    return shapes
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the object in a JSON file; raises `UserError` where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} can't be read as JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object.")
+    return value
+
+
+def architecture_of(config: Mapping[str, Any], where: str) -> str:
+    """Returns the one architecture that a config.json names; raises `UserError` where it names none or one that jaxft hasn't."""
+    names = config.get("architectures")
+    if not isinstance(names, list) or len(names) != 1:
+        raise UserError(f"{where} names {names or 'no architecture'} under 'architectures'; one is expected.")
+    family_of(names[0])
+    return names[0]
+
+
+def complete_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Returns a config.json with the defaults that transformers' class for it adds; raises `UserError` where it doesn't take it."""
+    fields = {name: value for name, value in config.items() if name != "model_type"}
+    try:
+        return transformers.AutoConfig.for_model(config["model_type"], **fields).to_dict()
+    except Exception as error:  # whatever transformers' checks raise, the file is at fault
+        raise UserError(f"{where} isn't a configuration that transformers reads: {type(error).__name__}: {error}") from error
+
+
+def _config(source: Source) -> dict[str, Any]:
+    path = source.folder / CONFIG
+    if not path.exists():
+        raise _no_config(source)
+    raw = read_json(path)
+    architecture_of(raw, str(path))
+    if raw.get("quantization_config"):
+        kind = raw["quantization_config"].get("quant_method", "of an unnamed kind")
+        raise UserError(
+            f"'{source.name}' is quantized ({kind}), which jaxft doesn't read. Pass the model in full precision, or a GGUF file."
+        )
+    config = complete_config(raw, str(path))
+    if (generation := source.folder / GENERATION_CONFIG).exists():
+        config["generation_config"] = read_json(generation)
+    return config
+
+
+def _no_config(source: Source) -> UserError:
+    if (source.folder / ADAPTER_CONFIG).exists():
+        base = read_json(source.folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "not named in it"
+        return UserError(
+            f"'{source.name}' is an adapter, not a model. Load its base model ({base}), "
+            "then the adapter: jaxft.load_adapter(folder, model, params)."
+        )
+    ggufs = sorted(path.name for path in source.folder.glob(f"*{GGUF_SUFFIX}"))
+    hint = f" Pass one of its GGUF files: {', '.join(ggufs)}." if ggufs else ""
+    return UserError(f"'{source.name}' has no {CONFIG}: it is no Hugging Face model folder.{hint}")
+
+
+def _weight_files(source: Source) -> dict[pathlib.Path, list[str]]:
+    """Returns each file, with the tensors that the index says it holds."""
+    folder = source.folder
+    if (folder / INDEX).exists():
+        places = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise UserError(f"{folder / INDEX} has no 'weight_map'. Download the model again.")
+        files: dict[pathlib.Path, list[str]] = {}
+        for name, file in places.items():
+            if pathlib.PurePath(file).name != file:
+                raise UserError(f"{folder / INDEX} names a file outside of its folder: '{file}'.")
+            files.setdefault(folder / file, []).append(name)
+        return files
+    if (folder / WEIGHTS).exists():
+        return {folder / WEIGHTS: []}
+    if any(path.suffix in PICKLE_SUFFIXES for path in folder.iterdir()):
+        raise pickle_refusal(f"'{source.name}'")
+    raise UserError(
+        f"'{source.name}' has no {WEIGHTS}. jaxft reads safetensors and GGUF; a hub model that offers neither but pickle files can be "
+        "converted with transformers, from_pretrained(...).save_pretrained(FOLDER)."
+    )

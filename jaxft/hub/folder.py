@@ -1,0 +1,116 @@
+"""Folders that jaxft writes: beside their place, read back, then renamed into it; never over somebody else's files."""
+
+import contextlib
+import errno
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from jaxft.errors import UserError
+
+MARKER = "jaxft.json"  # says that a folder is ours, and so may be replaced
+_FORMAT = 1
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_WORDS = ("os error 28", "os error 122", "os error 27", "No space left", "File too large")  # the same, from safetensors
+
+
+def check_replaceable(folder: pathlib.Path) -> None:
+    """Raises `UserError` where `folder` exists and is neither empty nor ours."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"{folder} is there and is no folder. Choose another one.")
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).is_file():
+        raise UserError(f"{folder} isn't empty, and jaxft didn't write it ({MARKER} is missing). Choose another folder, or empty it.")
+
+
+@contextlib.contextmanager
+def written(folder: pathlib.Path, kind: str) -> Iterator[pathlib.Path]:
+    """Gives a temporary folder, and renames it to `folder` when the block ends well; when it doesn't, nothing is left of it.
+
+    Args:
+      folder: where the files shall be; what is there is replaced if jaxft wrote it.
+      kind: what the folder is, for its marker.
+
+    Raises:
+      UserError: the folder isn't ours, or can't be written, as on a full disk.
+    """
+    check_replaceable(folder)
+    temporary = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp's folders are their owner's alone
+        yield temporary
+        write_json(temporary / MARKER, {"format": _FORMAT, "kind": kind})
+        _put(temporary, folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise _unwritten(folder, error) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+    """Writes an object as JSON."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_tensors(path: pathlib.Path, tensors: Mapping[str, Callable[[], np.ndarray]]) -> None:
+    """Writes a safetensors file as torch's users expect it, and reads it back: each tensor must be there bit for bit.
+
+    Args:
+      path: the file.
+      tensors: what gives each tensor. It is called once to write and once to compare, so that no copy is kept between.
+    """
+    safetensors.numpy.save_file({name: np.ascontiguousarray(get()) for name, get in tensors.items()}, path, metadata={"format": "pt"})
+    with safetensors.safe_open(path, framework="numpy") as file:
+        if sorted(file.keys()) != sorted(tensors):
+            raise OSError(f"{path.name} read back has other tensors than were written")
+        for name, get in tensors.items():
+            if not same_bits(file.get_tensor(name), get()):
+                raise OSError(f"{path.name} read back has other numbers than were written, in {name}")
+
+
+def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
+    """Returns whether two arrays are the same to the bit, NaNs included."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    one, other = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (one, other))
+    return bool(np.array_equal(one, other))
+
+
+def _put(temporary: pathlib.Path, folder: pathlib.Path) -> None:
+    """Renames a folder into place. What was there is moved aside first and put back if that fails."""
+    if not folder.exists():
+        temporary.rename(folder)
+        return
+    check_replaceable(folder)
+    aside = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
+    folder.rename(aside)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _unwritten(folder: pathlib.Path, error: Exception) -> UserError:
+    if getattr(error, "errno", None) in _FULL or any(words in str(error) for words in _FULL_WORDS):
+        return UserError(
+            f"{folder} couldn't be written: the disk is full, or a quota is. Make room and export again; nothing was left there."
+        )
+    return UserError(f"{folder} couldn't be written: {error}. Nothing was left there.")

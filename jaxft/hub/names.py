@@ -1,0 +1,74 @@
+"""A family's table of names as functions: which tensor of a Hugging Face file is which part of which leaf."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from jaxft.models import segments
+from jaxft.models.node import is_node
+from jaxft.models.segments import Leaf
+
+_SHOWN = 6  # names in a message
+WEIGHT = ".weight"  # what a module's name lacks of its weight's name
+
+TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"": lambda array: array, "transpose": np.transpose}  # their own inverses
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor of a Hugging Face file, and its place."""
+
+    name: str  # theirs: model.layers.3.self_attn.q_proj.weight
+    path: str  # ours: layers/3/attention/q_proj/kernel
+    leaf: Leaf
+    index: int | None  # along the leaf's layer axis; None outside of the layers
+    transform: str  # theirs to ours and back
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape in their file."""
+        return self.leaf.shape[::-1] if self.transform == "transpose" else self.leaf.shape
+
+    @property
+    def module(self) -> str:
+        """The name of their module that holds the tensor: model.layers.3.self_attn.q_proj."""
+        return self.name.removesuffix(WEIGHT)
+
+    def swap(self, array: np.ndarray) -> np.ndarray:
+        """Returns the tensor as ours where it is theirs, and as theirs where it is ours; a view."""
+        return TRANSFORMS[self.transform](array)
+
+
+def entries(family: ModuleType, params: Any) -> list[Entry]:
+    """Returns an entry for each tensor that `params` are in Hugging Face's files, in storage order; a node is one tensor.
+
+    Args:
+      family: the module with the table HF_NAMES.
+      params: arrays, or anything with shapes in their place (`jax.eval_shape`).
+    """
+    table = {ours: (theirs, transform) for theirs, ours, transform in family.HF_NAMES}
+    found = []
+    for leaf in segments.leaves(params, is_leaf=is_node):
+        for index, path in enumerate(leaf.names):
+            layer = None if leaf.layers is None else leaf.layers[index]
+            theirs, transform = table[_general(path, layer)]
+            found.append(Entry(theirs.format(layer=layer), path, leaf, None if layer is None else index, transform))
+    return found
+
+
+def _general(path: str, layer: int | None) -> str:
+    """layers/17/mlp/... -> layers/{layer}/mlp/..."""
+    return path if layer is None else path.replace(f"{segments.LAYERS}/{layer}/", f"{segments.LAYERS}/{{layer}}/", 1)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Returns names for a message, the first few.
+
+    >>> listed(["a", "b"])
+    'a, b'
+    """
+    names = list(names)
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -1,0 +1,172 @@
+"""PEFT's adapter_config.json for LoRA: which of its keys jaxft honours, and which modules, ranks and alphas it means."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jaxft.errors import UserError, nearest
+
+VERSION = "0.21.2"  # of peft, whose keys and defaults these are
+DEFAULTS: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "alpha_pattern": {},
+    "arrow_config": None,
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "bias": "none",
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "kasa_config": None,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_alpha": 8,
+    "lora_bias": False,
+    "lora_dropout": 0.0,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "monteclora_config": None,
+    "peft_type": "LORA",
+    "peft_version": VERSION,
+    "qalora_group_size": 16,
+    "r": 8,
+    "rank_pattern": {},
+    "revision": None,
+    "target_modules": None,
+    "target_parameters": None,
+    "task_type": "CAUSAL_LM",
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "use_rslora": False,
+    "velora_config": None,
+}
+HONOURED = frozenset({"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout"}) | frozenset(
+    {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+)
+# What changes nothing in what an adapter that is written already computes.
+_WITHOUT_EFFECT = frozenset({"auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version", "revision"}) | (
+    frozenset({"eva_config", "ensure_weight_tying", "qalora_group_size"})
+)
+_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # of init_lora_weights; the others change the base model too
+ALL_LINEAR = "all-linear"
+
+
+def check(config: Mapping[str, Any], where: str) -> None:
+    """Raises `UserError` for a configuration that isn't plain LoRA, naming the key.
+
+    A key that jaxft doesn't know passes where its value is off (null, false, empty): newer versions of peft write such.
+    """
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{where}: peft_type is {config.get('peft_type')!r}; jaxft reads LORA.")
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        raise UserError(f"{where}: task_type is {config['task_type']!r}; jaxft reads adapters of CAUSAL_LM.")
+    if config.get("init_lora_weights", True) not in _STARTS:
+        raise UserError(
+            f"{where}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base model too. Save the adapter as plain LoRA "
+            "(peft: save_pretrained(..., path_initial_model_for_weight_conversion=...))."
+        )
+    for key, value in config.items():
+        if key in HONOURED | _WITHOUT_EFFECT | {"peft_type", "task_type", "init_lora_weights"} or value == DEFAULTS.get(key) or not value:
+            continue
+        if key in DEFAULTS:
+            raise UserError(f"{where}: {key} is {value!r}, which jaxft doesn't have. It reads plain LoRA: {key} {DEFAULTS[key]!r}.")
+        raise UserError(f"{where} has a key that jaxft doesn't know, '{key}'.{nearest(key, DEFAULTS)}")
+    if not config.get("target_modules"):
+        raise UserError(f"{where} has no target_modules.")
+    kinds = {"r": int, "lora_alpha": (int, float), "rank_pattern": dict, "alpha_pattern": dict, "target_modules": (str, list)}
+    for key, kind in kinds.items():
+        if config.get(key) and not isinstance(config[key], kind):
+            raise UserError(f"{where}: {key} is {config[key]!r}, which PEFT wouldn't take.")
+    for pattern in (*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {}), *_expressions(config)):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"{where}: '{pattern}' is no regular expression: {error}.") from error
+
+
+def targets(config: Mapping[str, Any], modules: Iterable[str], where: str) -> list[str]:
+    """Returns which of `modules`, a model's linear layers, a configuration chooses, as peft chooses them.
+
+    Raises `UserError` where it chooses none.
+    """
+    modules = list(modules)
+    chosen = [module for module in modules if not _matches(config.get("exclude_modules"), module) and _is_target(config, module)]
+    if not chosen:
+        raise UserError(
+            f"{where}: target_modules {config['target_modules']!r} choose none of the model's linear layers: {_kinds(modules)}."
+        )
+    return chosen
+
+
+def _kinds(modules: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".N.", module) for module in modules))
+
+
+def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """Returns the value of the first pattern for a module, as peft looks up rank_pattern and alpha_pattern.
+
+    >>> pattern_value({"q_proj": 4}, "model.layers.0.self_attn.q_proj", 8)
+    4
+    """
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def summarize(values: Mapping[str, Any], every: Iterable[str], separator: str) -> dict[str, Any]:
+    """Returns patterns that give `values`: the last part of a name where all of `every` that end so have one value, else whole names.
+
+    >>> summarize({"a.q": 4, "b.q": 4, "a.k": 2}, ["a.q", "b.q", "a.k", "b.k"], ".")
+    {'q': 4, 'a.k': 2}
+    """
+    groups: dict[str, list[str]] = {}
+    for name in every:
+        groups.setdefault(name.rsplit(separator, 1)[-1], []).append(name)
+    patterns = {}
+    for tail, names in groups.items():
+        found = [values.get(name) for name in names]
+        if found[0] is not None and all(value == found[0] for value in found):
+            patterns[tail] = found[0]
+        else:
+            patterns |= {name: values[name] for name in names if name in values}
+    return patterns
+
+
+def _expressions(config: Mapping[str, Any]) -> list[str]:
+    return [config[key] for key in ("target_modules", "exclude_modules", "layers_pattern") if isinstance(config.get(key), str)]
+
+
+def _is_target(config: Mapping[str, Any], module: str) -> bool:
+    wanted = config["target_modules"]
+    if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
+        return module != "lm_head"
+    if not _matches(wanted, module):
+        return False
+    return isinstance(wanted, str) or module in wanted or _in_layers(config, module)
+
+
+def _matches(wanted: Any, module: str) -> bool:
+    if not wanted:
+        return False
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in wanted)
+
+
+def _in_layers(config: Mapping[str, Any], module: str) -> bool:
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == []:
+        return True
+    patterns = config.get("layers_pattern") or [r"[^.]*"]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
+            return int(match[1]) in ([layers] if isinstance(layers, int) else layers)
+    return False

@@ -1,0 +1,106 @@
+"""Masks, patterns, partition and combine: the only thing that the trainer knows of a method.
+
+A pattern is a regular expression that matches whole components of a leaf's name, `layers/17/attention/q_proj/kernel`: `q_proj`,
+`attention/(q|v)_proj`, `layers/[0-3]/mlp`, `lm_head/kernel`. Names never mention how layers are stacked.
+"""
+
+import difflib
+import functools
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft.errors import UserError
+from jaxft.models.segments import Leaf, leaves
+
+Params = Any
+
+
+@functools.cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(f"(?:^|/)(?:{pattern})(?:/|$)")
+    except re.error as error:
+        raise UserError(f"'{pattern}' is not a pattern: {error}. A pattern is a regular expression over names like layers/0/mlp.") from error
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Returns whether `pattern` matches whole components of `name`.
+
+    >>> matches("q_proj", "layers/0/attention/q_proj/kernel"), matches("q", "layers/0/attention/q_proj/kernel")
+    (True, False)
+    """
+    return _compiled(pattern).search(name) is not None
+
+
+def first_match(patterns: Iterable[str], name: str) -> int | None:
+    """Returns the number of the first pattern that matches `name`, or None."""
+    return next((number for number, pattern in enumerate(patterns) if matches(pattern, name)), None)
+
+
+def check_patterns(patterns: Sequence[str], names: Sequence[str], field: str) -> None:
+    """Raises `UserError` for a pattern that matches none of `names`, with those that exist."""
+    for pattern in patterns:
+        if not any(matches(pattern, name) for name in names):
+            short = sorted({re.sub(r"layers/\d+/", "layers/N/", name) for name in names})
+            near = difflib.get_close_matches(pattern, [part for name in short for part in name.split("/")], n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise UserError(f"{field}: the pattern '{pattern}' matches nothing.{hint} It is matched against: {', '.join(short)}.")
+
+
+def partition(params: Params, mask: Any) -> tuple[Params, Params]:
+    """Splits `params` by an optax mask into what trains and what is frozen.
+
+    Both keep the structure of `params`, with None, which has no leaves, in the other's places.
+
+    >>> partition({"a": 1, "b": 2}, {"a": True, "b": False})
+    ({'a': 1, 'b': None}, {'a': None, 'b': 2})
+    """
+    trainable = jax.tree.map(lambda leaf, trains: leaf if trains else None, params, mask)
+    frozen = jax.tree.map(lambda leaf, trains: None if trains else leaf, params, mask)
+    return trainable, frozen
+
+
+def combine(trainable: Params, frozen: Params) -> Params:
+    """Joins what `partition` split.
+
+    >>> combine({'a': 1, 'b': None}, {'a': None, 'b': 2})
+    {'a': 1, 'b': 2}
+    """
+    return jax.tree.map(lambda one, other: other if one is None else one, trainable, frozen, is_leaf=lambda leaf: leaf is None)
+
+
+def trainable_leaves(params: Params, mask: Any) -> list[Leaf]:
+    """Returns the leaves of `params` that train; raises `UserError` where there are none."""
+    found = list(leaves(partition(params, mask)[0]))
+    if not found:
+        raise UserError("Nothing trains: the method's mask is False everywhere. Choose targets that exist, or another method.")
+    return found
+
+
+def size(params: Params) -> int:
+    """Returns the number of parameters.
+
+    >>> size({"a": np.zeros((2, 3)), "b": None})
+    6
+    """
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+
+
+def size_in_bytes(params: Params) -> int:
+    """Returns the bytes of the parameters as they are stored."""
+    return sum(int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(params))
+
+
+def listing(params: Params, mask: Any) -> list[tuple[str, str, str, int, int]]:
+    """Returns what trains: a row a leaf of (name, shape, dtype, parameters, bytes); stacked layers stand in one row."""
+    rows = []
+    for leaf in trainable_leaves(params, mask):
+        shape = "x".join(map(str, leaf.shape)) or "scalar"
+        if leaf.layers is not None:
+            shape = f"{len(leaf.layers)} x ({shape})"
+        rows.append((leaf.title, shape, str(leaf.value.dtype), size(leaf.value), size_in_bytes(leaf.value)))
+    return rows

@@ -1,0 +1,215 @@
+"""What the families share: parameters, linear layers, norms, the stack of layers, the key-value cache."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxft.errors import unknown
+from jaxft.models import segments
+from jaxft.models.attention import PADDING, Tokens
+from jaxft.models.node import dot
+
+Initializer = Callable[..., jax.Array]
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": nn.silu,
+    "swish": nn.silu,
+    "relu": nn.relu,
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_new": nn.gelu,
+    "gelu_pytorch_tanh": nn.gelu,
+}
+
+PRODUCT = "product"  # what a linear layer or attention gives: dear to compute, kept by the policy "dots"
+
+REMAT: dict[str, Any] = {  # what the backward pass keeps of a layer
+    "none": None,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of the tokens so far.
+
+    `layers` maps each segment of layers to its keys and values, two (layers, batch, size, key_value_heads, head_dim) arrays.
+    """
+
+    layers: dict[str, tuple[jax.Array, jax.Array]]
+    segments: jax.Array  # (batch, size) int32, PADDING where nothing stands yet
+    positions: jax.Array  # (batch, size) int32
+    index: jax.Array  # () int32, where the next token goes
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What a model returns.
+
+    `logits` is (batch, length, vocabulary); `hidden_states` holds the embeddings and each layer's output, the last one after the final
+    norm, layers + 1 arrays of (batch, length, hidden_size), as transformers orders them. Under `jax.jit` what isn't read isn't computed.
+    """
+
+    logits: jax.Array
+    hidden_states: tuple[jax.Array, ...]
+    cache: Cache | None = None
+
+
+def parameter(module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Returns the module's parameter, as it is stored: an array, or whatever node a method or a number format put there."""
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, init, shape, dtype)
+
+
+def dropout_rng(module: nn.Module) -> jax.Array | None:
+    """Returns a key where `apply` was given rngs={"dropout": key}; without one the model doesn't drop."""
+    return module.make_rng("dropout") if module.has_rng("dropout") else None
+
+
+class Linear(nn.Module):
+    """x (tokens, in) -> (tokens, features), parameters `kernel` (in, features) and `bias` (features,)."""
+
+    features: int
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+    init: Initializer = nn.initializers.normal(0.02)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = parameter(self, "kernel", self.init, (x.shape[-1], self.features), self.dtype)
+        y = dot(x, kernel, dropout_rng(self))
+        if self.use_bias:
+            y += parameter(self, "bias", nn.initializers.zeros, (self.features,), self.dtype).astype(y.dtype)
+        return checkpoint_name(y, PRODUCT)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm over the last axis, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467); parameter `scale`."""
+
+    epsilon: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class Embedding(nn.Module):
+    """ids (batch, length) int32 -> (batch, length, features); parameter `embedding` (vocabulary, features)."""
+
+    vocabulary: int
+    features: int
+    dtype: Any = jnp.float32
+    init: Initializer = nn.initializers.normal(0.02)
+
+    def setup(self) -> None:
+        self.embedding = parameter(self, "embedding", self.init, (self.vocabulary, self.features), self.dtype)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return self.embedding[ids]
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """x (tokens, features) -> (tokens, vocabulary), for heads tied to the embedding."""
+        return dot(x, self.embedding.T)
+
+
+class Layers(nn.Module):
+    """The stack of layers, one scan a segment. How layers are grouped is read off the parameters; a new model has one group.
+
+    `block(*settings)` is one layer, a module called as block(x, (per_layer, cache), shared) -> (x, (new cache, x)).
+    """
+
+    block: type[nn.Module]
+    settings: tuple[Any, ...]
+    depth: int
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, per_layer: Any, cache: Cache | None, shared: Any) -> tuple[jax.Array, dict[str, Any], list[jax.Array]]:
+        """Runs all layers.
+
+        Args:
+          x: (tokens, features).
+          per_layer: a pytree whose leaves have a leading axis over all layers.
+          cache: keys and values, or None.
+          shared: what every layer gets.
+
+        Returns:
+          the last layer's output, the new cache's layers, and every layer's output, (layers, tokens, features) a segment.
+        """
+        if self.remat not in REMAT:
+            raise unknown("remat policy", self.remat, REMAT)
+        stored = self.variables.get("params", {})
+        groups = segments.spans({segments.LAYERS: stored}) if stored else [range(self.depth)]
+        chex.assert_equal([layer for group in groups for layer in group], list(range(self.depth)))
+        target = self.block
+        if self.remat != "none":
+            target = nn.remat(target, prevent_cse=False, policy=REMAT[self.remat])
+        new_cache, outputs = {}, []
+        for group in groups:
+            name = segments.key(group)
+            scan = nn.scan(
+                target,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(0, nn.broadcast),
+                length=len(group),
+            )
+            chosen = jax.tree.map(lambda leaf, g=group: leaf[g[0] : g[-1] + 1], per_layer)
+            x, (new_cache[name], hidden) = scan(*self.settings, name=name)(x, (chosen, cache.layers[name] if cache else None), shared)
+            outputs.append(hidden)
+        return x, new_cache, outputs
+
+
+def token_places(
+    shape: tuple[int, int], attention_mask: jax.Array | None, segment_ids: jax.Array | None, positions: jax.Array | None, cache: Cache | None
+) -> Tokens:
+    """Returns where each of (batch, length) tokens stands, from whichever of the three a caller gave.
+
+    A row without segment ids is one segment, its padding (attention_mask 0) on either side; positions count the row's real tokens.
+    """
+    if segment_ids is None:
+        segment_ids = jnp.ones(shape, jnp.int32) if attention_mask is None else (attention_mask != 0).astype(jnp.int32)
+    chex.assert_shape(segment_ids, shape)
+    if positions is None:
+        counted = jnp.cumsum(segment_ids != PADDING, axis=1, dtype=jnp.int32) - 1
+        if cache is not None:
+            counted += jnp.sum(cache.segments != PADDING, axis=1, keepdims=True, dtype=jnp.int32)
+        positions = jnp.maximum(counted, 0)
+    chex.assert_shape(positions, shape)
+    start = jnp.int32(0) if cache is None else cache.index
+    return Tokens(segment_ids, positions, start + jnp.arange(shape[1], dtype=jnp.int32))
+
+
+def extend(cache: Cache, tokens: Tokens) -> tuple[Cache, Tokens]:
+    """Returns the cache with the new tokens' places entered (their keys and values come later), and the places of all its keys."""
+    placed = dataclasses.replace(
+        cache,
+        segments=jax.lax.dynamic_update_slice_in_dim(cache.segments, tokens.segments, cache.index, axis=1),
+        positions=jax.lax.dynamic_update_slice_in_dim(cache.positions, tokens.positions, cache.index, axis=1),
+        index=cache.index + tokens.order.shape[0],
+    )
+    return placed, Tokens(placed.segments, placed.positions, jnp.arange(cache.segments.shape[1], dtype=jnp.int32))
+
+
+def embedding_noise(rng: jax.Array, alpha: jax.Array | float, tokens: Tokens, features: int) -> jax.Array:
+    """Returns NEFTune's noise, (batch, length, features): uniform in +-alpha / sqrt(length of the example * features).
+
+    Jain et al. 2023, arXiv:2310.05914; the length is that of the example, so that packing and padding change nothing.
+    """
+    same = tokens.segments[:, :, None] == tokens.segments[:, None, :]
+    length = jnp.sum(same, axis=-1, dtype=jnp.float32)
+    noise = jax.random.uniform(rng, (*tokens.segments.shape, features), minval=-1.0, maxval=1.0)
+    return noise * (alpha / jnp.sqrt(length * features))[:, :, None]

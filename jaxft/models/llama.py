@@ -1,0 +1,326 @@
+"""The Llama family: Llama 1, 2 and 3.x, SmolLM2, Mistral (sliding window), Qwen2 (q/k/v bias), Qwen3 (q/k norm).
+
+Touvron et al. 2023 (arXiv:2302.13971, arXiv:2307.09288); Jiang et al. 2023 (arXiv:2310.06825); Qwen team 2024 and 2025
+(arXiv:2407.10671, arXiv:2505.09388). The reference in the tests is transformers.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from jaxft.errors import UserError
+from jaxft.models import attention, layers
+from jaxft.models.layers import Cache, Output
+from jaxft.models.rotary import TYPES, Rotary, angles, rotate
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+
+# (name in Hugging Face's files, path in ours, transform); {layer} is the layer's number. Linear weights are (out, in) there.
+HF_NAMES = (
+    ("model.embed_tokens.weight", "embed/embedding", ""),
+    ("model.layers.{layer}.input_layernorm.weight", "layers/{layer}/input_norm/scale", ""),
+    ("model.layers.{layer}.self_attn.q_proj.weight", "layers/{layer}/attention/q_proj/kernel", "transpose"),
+    ("model.layers.{layer}.self_attn.q_proj.bias", "layers/{layer}/attention/q_proj/bias", ""),
+    ("model.layers.{layer}.self_attn.k_proj.weight", "layers/{layer}/attention/k_proj/kernel", "transpose"),
+    ("model.layers.{layer}.self_attn.k_proj.bias", "layers/{layer}/attention/k_proj/bias", ""),
+    ("model.layers.{layer}.self_attn.v_proj.weight", "layers/{layer}/attention/v_proj/kernel", "transpose"),
+    ("model.layers.{layer}.self_attn.v_proj.bias", "layers/{layer}/attention/v_proj/bias", ""),
+    ("model.layers.{layer}.self_attn.o_proj.weight", "layers/{layer}/attention/o_proj/kernel", "transpose"),
+    ("model.layers.{layer}.self_attn.o_proj.bias", "layers/{layer}/attention/o_proj/bias", ""),
+    ("model.layers.{layer}.self_attn.q_norm.weight", "layers/{layer}/attention/q_norm/scale", ""),
+    ("model.layers.{layer}.self_attn.k_norm.weight", "layers/{layer}/attention/k_norm/scale", ""),
+    ("model.layers.{layer}.post_attention_layernorm.weight", "layers/{layer}/post_attention_norm/scale", ""),
+    ("model.layers.{layer}.mlp.gate_proj.weight", "layers/{layer}/mlp/gate_proj/kernel", "transpose"),
+    ("model.layers.{layer}.mlp.gate_proj.bias", "layers/{layer}/mlp/gate_proj/bias", ""),
+    ("model.layers.{layer}.mlp.up_proj.weight", "layers/{layer}/mlp/up_proj/kernel", "transpose"),
+    ("model.layers.{layer}.mlp.up_proj.bias", "layers/{layer}/mlp/up_proj/bias", ""),
+    ("model.layers.{layer}.mlp.down_proj.weight", "layers/{layer}/mlp/down_proj/kernel", "transpose"),
+    ("model.layers.{layer}.mlp.down_proj.bias", "layers/{layer}/mlp/down_proj/bias", ""),
+    ("model.norm.weight", "norm/scale", ""),
+    ("lm_head.weight", "lm_head/kernel", "transpose"),
+)
+HF_IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # in old files; computed, not a parameter
+
+# (path pattern, placement of one layer's leaf on the mesh), first match wins; the mesh is (data, fsdp, tensor).
+PLACEMENT = (
+    ("embed/embedding", P("tensor", "fsdp")),
+    ("(q_proj|k_proj|v_proj|gate_proj|up_proj)/kernel", P("fsdp", "tensor")),
+    ("(o_proj|down_proj)/kernel", P("tensor", "fsdp")),
+    ("lm_head/kernel", P("fsdp", "tensor")),
+    ("(q_proj|k_proj|v_proj|gate_proj|up_proj)/bias", P("tensor")),
+    ("(bias|scale)", P()),
+)
+
+_EVERYTHING = 2**30  # a window that no position reaches
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a Llama-family model, under the names of config.json."""
+
+    architecture: str = "LlamaForCausalLM"
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    head_dim: int = 128
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 4096
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    windows: tuple[int | None, ...] = ()  # sliding window of each layer; empty: none has one
+    rotary: Rotary = Rotary()
+    hf: str = "{}"  # the config.json it came from, as JSON
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> "LlamaConfig":
+        """Reads a config.json, completed by transformers' config class (`PreTrainedConfig.to_dict()`)."""
+        architecture = hf["architectures"][0]
+        family = ARCHITECTURES[architecture]
+        bias = bool(hf.get("attention_bias", False))
+        return cls(
+            architecture=architecture,
+            vocab_size=hf["vocab_size"],
+            hidden_size=hf["hidden_size"],
+            intermediate_size=hf["intermediate_size"],
+            num_hidden_layers=hf["num_hidden_layers"],
+            num_attention_heads=hf["num_attention_heads"],
+            num_key_value_heads=hf["num_key_value_heads"] or hf["num_attention_heads"],
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+            hidden_act=hf["hidden_act"],
+            rms_norm_eps=hf["rms_norm_eps"],
+            max_position_embeddings=hf["max_position_embeddings"],
+            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            qkv_bias=bias or family == "qwen2",
+            o_bias=bias,
+            mlp_bias=bool(hf.get("mlp_bias", False)),
+            qk_norm=family == "qwen3",
+            windows=_windows(hf, family),
+            rotary=_rotary(hf),
+            hf=json.dumps(dict(hf), sort_keys=True, default=str),
+        )
+
+    @property
+    def family(self) -> str:
+        """transformers' model_type."""
+        return ARCHITECTURES[self.architecture]
+
+
+def _windows(hf: Mapping[str, Any], family: str) -> tuple[int | None, ...]:
+    window = hf.get("sliding_window")
+    if family == "llama" or not window:
+        return ()
+    if family == "mistral":
+        return (window,) * hf["num_hidden_layers"]
+    kinds = hf.get("layer_types") or ()
+    windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    return windows if any(windows) else ()
+
+
+def _rotary(hf: Mapping[str, Any]) -> Rotary:
+    settings = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    settings.setdefault("rope_theta", hf.get("rope_theta", 10000.0))
+    settings["rope_type"] = settings.pop("type", None) or settings.get("rope_type") or "default"
+    if settings.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError("Rotary embeddings over a part of the head (partial_rotary_factor) aren't part of the Llama family.")
+    known = {field.name for field in dataclasses.fields(Rotary)}
+    if settings["rope_type"] in TYPES and (left := sorted(set(settings) - known)):
+        raise UserError(f"config.json's rope_parameters has keys that jaxft doesn't know: {', '.join(left)}.")
+    return Rotary(**{name: value for name, value in settings.items() if name in known and value is not None})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What every layer gets: angles (batch, length, 1, head_dim / 2), the places of queries and keys, and the cache's next index."""
+
+    cosine: jax.Array
+    sine: jax.Array
+    queries: attention.Tokens
+    keys: attention.Tokens
+    index: jax.Array | None
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    config: LlamaConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, window: jax.Array | None, cache: Any, context: Context) -> tuple[jax.Array, Any]:
+        config = self.config
+        batch, length = context.queries.segments.shape
+        linear = functools.partial(layers.Linear, dtype=self.dtype)
+
+        def heads(name: str, count: int) -> jax.Array:
+            return linear(count * config.head_dim, config.qkv_bias, name=name)(x).reshape(batch, length, count, config.head_dim)
+
+        query, key = heads("q_proj", config.num_attention_heads), heads("k_proj", config.num_key_value_heads)
+        value = heads("v_proj", config.num_key_value_heads)
+        if config.qk_norm:
+            query = layers.RMSNorm(config.rms_norm_eps, self.dtype, name="q_norm")(query)
+            key = layers.RMSNorm(config.rms_norm_eps, self.dtype, name="k_norm")(key)
+        query = rotate(query, context.cosine, context.sine)
+        key = rotate(key, context.cosine, context.sine)
+        if cache is not None:
+            key, value = (
+                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), context.index, axis=1)
+                for old, new in zip(cache, (key, value), strict=True)
+            )
+            cache = (key, value)
+        out = attention.attention(query, key, value, context.queries, context.keys, window)
+        out = checkpoint_name(out, layers.PRODUCT)
+        return linear(config.hidden_size, config.o_bias, name="o_proj")(out.reshape(x.shape[0], -1)), cache
+
+
+class MLP(nn.Module):
+    """down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+
+    config: LlamaConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        linear = functools.partial(layers.Linear, use_bias=self.config.mlp_bias, dtype=self.dtype)
+        gate = linear(self.config.intermediate_size, name="gate_proj")(x)
+        up = linear(self.config.intermediate_size, name="up_proj")(x)
+        return linear(self.config.hidden_size, name="down_proj")(layers.ACTIVATIONS[self.config.hidden_act](gate) * up)
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)), on (tokens, hidden_size)."""
+
+    config: LlamaConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, per_layer: Any, context: Context) -> tuple[jax.Array, tuple[Any, jax.Array]]:
+        window, cache = per_layer
+        norm = functools.partial(layers.RMSNorm, self.config.rms_norm_eps, self.dtype)
+        attended, cache = Attention(self.config, self.dtype, name="attention")(norm(name="input_norm")(x), window, cache, context)
+        x = x + attended
+        x = x + MLP(self.config, self.dtype, name="mlp")(norm(name="post_attention_norm")(x))
+        return x, (cache, x)
+
+
+class Llama(nn.Module):
+    """A causal language model of the Llama family.
+
+    Attributes:
+      config: its shape.
+      dtype: the compute type.
+      remat: what the backward pass computes again: none, dots, full.
+    """
+
+    config: LlamaConfig
+    dtype: Any = jnp.float32
+    remat: str = "none"
+
+    def setup(self) -> None:
+        config = self.config
+        self.embed = layers.Embedding(config.vocab_size, config.hidden_size, self.dtype)
+        self.layers = layers.Layers(Block, (config, self.dtype), config.num_hidden_layers, self.remat)
+        self.norm = layers.RMSNorm(config.rms_norm_eps, self.dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = layers.Linear(config.vocab_size, dtype=self.dtype)
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> Output:
+        """Returns logits and hidden states of every token.
+
+        Args:
+          input_ids: (batch, length) int32.
+          attention_mask: (batch, length), 0 at padding, which may be on either side.
+          segment_ids: (batch, length) int32, for packed rows: 0 is padding, tokens attend within their number, -1 is seen by all.
+          positions: (batch, length) int32, for packed rows.
+          cache: keys and values so far, from `new_cache`; the new one is returned.
+        """
+        hidden, cache, states = self._run(input_ids, attention_mask, segment_ids, positions, cache, 0.0)
+        return Output(self.logits(hidden), (*states, hidden), cache)
+
+    def features(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        neftune_alpha: jax.Array | float = 0.0,
+    ) -> jax.Array:
+        """Returns what the output head reads, (batch, length, hidden_size); arguments as those of a call.
+
+        With rngs={"noise": key}, embeddings get NEFTune's noise of strength `neftune_alpha`.
+        """
+        return self._run(input_ids, attention_mask, segment_ids, positions, None, neftune_alpha)[0]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Returns the output head's logits, (..., vocabulary), of hidden (..., hidden_size)."""
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        flat = self.embed.attend(flat) if self.config.tie_word_embeddings else self.lm_head(flat)
+        return flat.reshape(*hidden.shape[:-1], -1)
+
+    def new_cache(self, batch: int, size: int) -> Cache:
+        """Returns an empty cache for `batch` rows of `size` tokens, grouped as the parameters' segments are."""
+        config = self.config
+        stored = self.variables["params"]
+        shape = (batch, size, config.num_key_value_heads, config.head_dim)
+        empty = {
+            layers.segments.key(group): (jnp.zeros((len(group), *shape), self.dtype), jnp.zeros((len(group), *shape), self.dtype))
+            for group in layers.segments.spans(stored)
+        }
+        return Cache(empty, jnp.zeros((batch, size), jnp.int32), jnp.zeros((batch, size), jnp.int32), jnp.int32(0))
+
+    def _run(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None,
+        segment_ids: jax.Array | None,
+        positions: jax.Array | None,
+        cache: Cache | None,
+        neftune_alpha: jax.Array | float,
+    ) -> tuple[jax.Array, Cache | None, list[jax.Array]]:
+        config = self.config
+        tokens = layers.token_places(input_ids.shape, attention_mask, segment_ids, positions, cache)
+        x = self.embed(input_ids).astype(self.dtype)
+        if self.has_rng("noise"):
+            x += layers.embedding_noise(self.make_rng("noise"), neftune_alpha, tokens, config.hidden_size).astype(x.dtype)
+        keys, index = tokens, None
+        if cache is not None:
+            index = cache.index
+            cache, keys = layers.extend(cache, tokens)
+        cosine, sine = angles(config.rotary, config.head_dim, config.max_position_embeddings, tokens.positions)
+        windows = None
+        if config.windows:
+            windows = jnp.asarray([_EVERYTHING if window is None else window for window in config.windows], jnp.int32)
+        context = Context(cosine, sine, tokens, keys, index)
+        embedded = x
+        flat, new_layers, outputs = self.layers(x.reshape(-1, config.hidden_size), windows, cache, context)
+        states = [embedded] + [out.reshape(embedded.shape) for group in outputs for out in group][:-1]
+        if cache is not None:
+            cache = dataclasses.replace(cache, layers=new_layers)
+        return self.norm(flat).reshape(embedded.shape), cache, states

@@ -1,0 +1,72 @@
+"""Generated answers against true ones: exact match, whole and by the fields of the completion's format."""
+
+import collections
+import re
+import string
+from collections.abc import Sequence
+
+Fields = dict[str, str]
+
+
+class AnswerFormat:
+    """Reads the fields of a completion format back from text.
+
+    Attributes:
+      names: the fields, in order; empty where the format has none.
+
+    >>> answers = AnswerFormat("Condition: {condition}. Rating: {rating}")
+    >>> answers.read("Condition: Acne. Rating: positive")
+    {'condition': 'Acne', 'rating': 'positive'}
+    """
+
+    def __init__(self, completion: str):
+        pieces = list(string.Formatter().parse(completion)) if completion else []
+        self.names = tuple(dict.fromkeys(name for _, name, _, _ in pieces if name))
+        pattern, seen = "", set()
+        for text, name, _, _ in pieces:
+            pattern += r"\s+".join(re.escape(part) for part in re.split(r"\s+", text))
+            if name:
+                pattern += f"(?P={name})" if name in seen else f"(?P<{name}>.*?)"
+                seen.add(name)
+        self._pattern = re.compile(rf"\s*{pattern}\s*", re.DOTALL)
+
+    def read(self, text: str) -> Fields:
+        """Returns the fields of an answer; none where it isn't in the format."""
+        found = self._pattern.fullmatch(text) if self.names else None
+        return {name: value.strip() for name, value in found.groupdict().items()} if found else {}
+
+
+def exact_match(made: Sequence[str], true: Sequence[str], answer_format: AnswerFormat) -> dict[str, float]:
+    """Returns the share of answers that equal the true one, surrounding space aside; also by field, where the format has several.
+
+    >>> exact_match(["a"], ["b"], AnswerFormat(""))
+    {'exact_match': 0.0}
+    """
+    scores = {"exact_match": sum(one.strip() == other.strip() for one, other in zip(made, true, strict=True)) / len(true)}
+    if len(answer_format.names) > 1:
+        pairs = [(answer_format.read(one), answer_format.read(other)) for one, other in zip(made, true, strict=True)]
+        for name in answer_format.names:
+            scores[f"exact_match_{name}"] = sum(name in one and one[name] == other.get(name) for one, other in pairs) / len(true)
+    return scores
+
+
+def majority(training: Sequence[str], answer_format: AnswerFormat) -> Sequence[str] | Fields:
+    """Returns what is answered most often in training: by field where the format has several, else as a whole."""
+    if len(answer_format.names) > 1:
+        fields = [answer_format.read(text) for text in training]
+        return {name: _commonest([found[name] for found in fields if name in found]) for name in answer_format.names}
+    return [_commonest([text.strip() for text in training])]
+
+
+def majority_match(training: Sequence[str], true: Sequence[str], answer_format: AnswerFormat) -> dict[str, float]:
+    """Returns the exact match of always giving the majority answer."""
+    most = majority(training, answer_format)
+    if not isinstance(most, dict):
+        return exact_match(list(most) * len(true), true, answer_format)
+    read = [answer_format.read(text) for text in true]
+    scores = {"exact_match": sum(found == most for found in read) / len(true)}
+    return scores | {f"exact_match_{name}": sum(found.get(name) == value for found in read) / len(true) for name, value in most.items()}
+
+
+def _commonest(values: Sequence[str]) -> str:
+    return collections.Counter(values).most_common(1)[0][0] if values else ""

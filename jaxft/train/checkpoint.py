@@ -1,0 +1,150 @@
+"""Checkpoints by orbax: trainable leaves, optimizer, step, configuration, and the identity of the frozen base."""
+
+import dataclasses
+import errno
+import hashlib
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from jaxft.errors import UserError
+from jaxft.models import segments
+from jaxft.train.state import State
+
+# Fields that may change between a run and its continuation: they don't change what the run computes.
+FREE = ("eval.", "train.log_every", "train.checkpoint_every", "train.keep", "data.cache", "data.test", "train.patience")
+_METRIC = "metric"
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a run knows beside its state; plain JSON."""
+
+    config: dict[str, Any]  # the resolved configuration
+    base: str  # fingerprint of the frozen leaves
+    before: dict[str, float]  # the evaluation before training
+    best: float | None = None  # best validation metric so far
+    best_step: int | None = None
+    stale: int = 0  # evaluations since then
+    seconds: float = 0.0  # of training steps, the first one of each start left out
+    tokens: int = 0  # that those seconds trained on
+
+
+def fingerprint(frozen: Any) -> str:
+    """Returns a digest of the frozen leaves: names, shapes, types and every bit of their values, computed where they lie."""
+    digest = hashlib.sha256()
+    sums = jax.jit(lambda tree: jax.tree.map(_mix, tree))(frozen)
+    for leaf, total in zip(segments.leaves(frozen), jax.device_get(jax.tree.leaves(sums)), strict=True):
+        digest.update(f"{leaf.title} {leaf.value.shape} {leaf.value.dtype} {int(total)}\n".encode())
+    return digest.hexdigest()
+
+
+def _mix(leaf: jax.Array) -> jax.Array:
+    """A sum of the leaf's bits, each weighted by its place, modulo 2**32."""
+    bits = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]).astype(jnp.uint32)
+    place = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    return jnp.sum(bits * (place * jnp.uint32(2654435761) | 1), dtype=jnp.uint32)  # Knuth's multiplicative hash
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a run: the newest `keep`, and the best one by the validation metric."""
+
+    def __init__(self, folder: pathlib.Path, keep: int = 2, best_mode: str = "min"):
+        self.folder = folder.absolute()
+        policy = preservation_policy
+        keep_best = policy.BestN(get_metric_fn=lambda metrics: metrics[_METRIC], n=1, reverse=best_mode == "min", keep_checkpoints_without_metrics=False)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy.AnyPreservationPolicy([policy.LatestN(max(keep, 1)), keep_best]),
+            enable_async_checkpointing=True,
+        )
+        self._manager = ocp.CheckpointManager(self.folder, item_names=("state", "progress"), options=options)
+
+    def latest(self) -> int | None:
+        """Returns the newest whole checkpoint's step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: State, progress: Progress, metric: float | None = None) -> None:
+        """Writes a checkpoint in the background; raises `UserError` where an earlier one could not be written."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            if metric is None:
+                return
+            self.wait()
+            self._manager.delete(step)
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_named(state)), progress=ocp.args.JsonSave(dataclasses.asdict(progress))
+                ),
+                metrics=None if metric is None else {_METRIC: metric},
+            )
+        except Exception as error:
+            raise self._explained(error) from error
+
+    def wait(self) -> None:
+        """Returns once all checkpoints are whole on disk."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._explained(error) from error
+
+    def progress(self, step: int) -> Progress:
+        """Returns what the run knew at a step."""
+        found = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
+        return Progress(**found["progress"])
+
+    def restore(self, step: int, like: State, sharding: State) -> State:
+        """Returns the state of a step, of the structure of `like`, placed by `sharding`."""
+        abstract = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like, sharding)
+        found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_named(abstract))))["state"]
+        return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in _named(like)])
+
+    def close(self) -> None:
+        """Waits and lets go of the folder."""
+        self.wait()
+        self._manager.close()
+
+    def _explained(self, error: Exception) -> Exception:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
+        if not full:
+            return error
+        steps = [step for step in self._manager.all_steps(read=True)]
+        left = f"The checkpoint of step {max(steps)} is whole; the same command goes on from there." if steps else "No checkpoint was written."
+        return UserError(f"The disk of {self.folder} is full. {left} Free some space, or take another --workdir.")
+
+
+def _named(state: State) -> dict[str, Any]:
+    """The state's leaves by name, in the order of its leaves."""
+    flat = jax.tree_util.tree_flatten_with_path(state)[0]
+    return {".".join(segments.path_of(keys)): leaf for keys, leaf in flat}
+
+
+def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], folder: pathlib.Path) -> None:
+    """Raises `UserError` where a checkpoint was written under another configuration, naming the fields."""
+    before, after = dict(_flat(saved)), dict(_flat(now))
+    changed = [
+        f"{name} was {before.get(name)!r} and is {after.get(name)!r}"
+        for name in sorted(before | after)
+        if before.get(name) != after.get(name) and not name.startswith(FREE)
+    ]
+    if changed:
+        raise UserError(
+            f"{folder} holds a run of another configuration: {'; '.join(changed)}. Go on with the configuration of its config.json, "
+            "or choose another --workdir."
+        )
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Any:
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,65 @@
+"""What a run writes as it goes: the progress bar, `metrics.jsonl`, TensorBoard."""
+
+import json
+import pathlib
+import resource
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+METRICS = "metrics.jsonl"
+
+
+class Logs:
+    """The files and the bar of one run. A run that goes on keeps its lines up to `start` and drops later ones."""
+
+    def __init__(self, workdir: pathlib.Path, start: int, steps: int):
+        self._path = workdir / METRICS
+        self._keep(start)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self._bar = tqdm(total=steps, initial=start, unit="step", desc="Training", dynamic_ncols=True, smoothing=0.1)
+
+    def _keep(self, start: int) -> None:
+        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+        kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= start]
+        self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes one line, and the same numbers to TensorBoard."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def advance(self, loss: float, tokens_per_second: float) -> None:
+        """Moves the bar one step on."""
+        self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s, {peak_memory_bytes() / 2**30:.1f} GiB", refresh=False)
+        self._bar.update()
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        tqdm.write(text, file=sys.stdout)
+
+    def close(self) -> None:
+        """Closes the bar and the files."""
+        self._bar.close()
+        self._file.close()
+        self._board.close()
+
+
+def _step_of(line: str) -> Any:
+    try:
+        return json.loads(line).get("step")
+    except json.JSONDecodeError:  # the last line of a run that was killed while writing it
+        return None
+
+
+def peak_memory_bytes() -> int:
+    """Returns the device's peak memory where it counts it, else the process's peak resident memory."""
+    counted = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return int(counted or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -1,0 +1,146 @@
+"""The loop: steps, evaluation, checkpoints, early stopping; stopped anywhere, it goes on as if it had never been."""
+
+import dataclasses
+import pathlib
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+import jax
+
+from jaxft.errors import UserError
+from jaxft.train import placement
+from jaxft.train.checkpoint import Checkpoints, Progress
+from jaxft.train.evaluate import Evaluator
+from jaxft.train.logs import Logs
+from jaxft.train.optimizer import make_schedule
+from jaxft.train.setup import Setup
+from jaxft.train.state import State
+from jaxft.train.step import make_step
+
+
+class StopRequest:
+    """Remembers SIGTERM or Ctrl-C, so that the loop ends between two steps; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _remember(self, number: int, _: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How the loop ended."""
+
+    state: State
+    progress: Progress
+    metrics: dict[str, float]  # of the last step
+    compile_seconds: float
+    stopped: str = ""  # the signal that stopped it before its end
+
+
+class Loop:
+    """Trains one run to its end, or to a signal."""
+
+    def __init__(self, setup: Setup, workdir: pathlib.Path, checkpoints: Checkpoints, evaluator: Evaluator):
+        self._setup, self._checkpoints, self._evaluator = setup, checkpoints, evaluator
+        self._workdir = workdir
+        self._train = setup.experiment.train
+        self._schedule = make_schedule(setup.experiment.optimizer, setup.steps)
+
+    def run(self, state: State, progress: Progress) -> Outcome:
+        """Runs from `state` to the last step; raises `UserError` on a loss that isn't finite."""
+        start = int(state.step)
+        began = time.perf_counter()
+        step = self._compile(state)
+        compile_seconds = time.perf_counter() - began
+        logs = Logs(self._workdir, start, self._setup.steps)
+        metrics: dict[str, float] = {}
+        try:
+            with StopRequest() as request:
+                for index in range(start, self._setup.steps):
+                    began = time.perf_counter()
+                    state, on_device = step(state, self._setup.frozen, self._batch(index))
+                    metrics = {name: float(value) for name, value in jax.device_get(on_device).items()}
+                    seconds = time.perf_counter() - began
+                    self._check_finite(metrics, index)
+                    tokens = self._setup.batches.real_tokens(index)
+                    if index > start:  # the first one also pays for what starts only once
+                        progress = dataclasses.replace(progress, seconds=progress.seconds + seconds, tokens=progress.tokens + tokens)
+                    self._log(logs, index + 1, metrics, tokens, seconds)
+                    last = index + 1 == self._setup.steps
+                    progress, metric, early = self._evaluate(state, progress, index + 1, last, logs)
+                    if metric is not None or last or early or request.name or (index + 1) % self._train.checkpoint_every == 0:
+                        self._checkpoints.save(state, progress, metric)
+                    if request.name and not last:
+                        self._checkpoints.wait()
+                        return Outcome(state, progress, metrics, compile_seconds, request.name)
+                    if early:
+                        logs.say(f"Stopped early: {self._train.best_metric} hasn't improved for {progress.stale} evaluations.")
+                        break
+            self._checkpoints.wait()
+            return Outcome(state, progress, metrics, compile_seconds)
+        finally:
+            logs.close()
+
+    def _compile(self, state: State) -> Any:
+        """The step's one program: compiled ahead, so that it can't be compiled again."""
+        setup = self._setup
+        function = make_step(setup.model, setup.experiment.task, setup.optimizer, self._train.seed, self._train.neftune_alpha)
+        jitted = jax.jit(function, donate_argnums=0, out_shardings=(setup.state_sharding, None))
+        return jitted.lower(state, setup.frozen, self._batch(0)).compile()
+
+    def _batch(self, index: int) -> dict[str, jax.Array]:
+        return placement.place_batch(self._setup.batches.batch(index), self._setup.mesh, placement.BATCH)
+
+    def _log(self, logs: Logs, step: int, metrics: dict[str, float], tokens: int, seconds: float) -> None:
+        metrics.pop("finite")
+        metrics["learning_rate"] = float(self._schedule(step - 1))
+        metrics["tokens_per_second"] = tokens / seconds
+        logs.advance(metrics["loss"], metrics["tokens_per_second"])
+        if step % self._train.log_every == 0 or step == self._setup.steps:
+            logs.write(step, metrics)
+
+    def _check_finite(self, metrics: dict[str, float], index: int) -> None:
+        if metrics["finite"]:
+            return
+        examples = self._setup.batches.examples_of(index)
+        raise UserError(
+            f"Step {index + 1}: the loss is {metrics['loss']} and the gradient's norm {metrics['gradient_norm']}. Its batch holds the "
+            f"training rows {', '.join(str(number + 1) for number in examples)} (in the set's order). The state before it is "
+            f"kept in {self._workdir}. Lower optimizer.learning_rate, set optimizer.clip_norm, or look at these rows."
+        )
+
+    def _evaluate(self, state: State, progress: Progress, step: int, last: bool, logs: Logs) -> tuple[Progress, float | None, bool]:
+        """Measures on validation where it is time: (progress, the named metric, whether to stop early)."""
+        examples = self._setup.examples.get("validation")
+        every = self._train.eval_every
+        if examples is None or not (last or (every and step % every == 0)):
+            return progress, None, False
+        found = self._evaluator.loss(state, examples)
+        logs.write(step, {f"validation_{name}": value for name, value in found.items()})
+        logs.say(f"Step {step}: validation loss {found['loss']:.4f}, accuracy {found['accuracy']:.1%}")
+        metric = found[self._train.best_metric]
+        sign = 1 if self._train.best_mode == "min" else -1
+        if progress.best is None or sign * metric < sign * progress.best:
+            return dataclasses.replace(progress, best=metric, best_step=step, stale=0), metric, False
+        progress = dataclasses.replace(progress, stale=progress.stale + 1)
+        return progress, metric, bool(self._train.patience) and progress.stale >= self._train.patience
+
+

@@ -1,0 +1,75 @@
+"""The update: optax's optimizers and schedules, on the trainable leaves only."""
+
+from typing import Any
+
+import optax
+
+from jaxft.config import OptimizerConfig
+from jaxft.errors import UserError, unknown
+from jaxft.models import segments
+
+NO_DECAY = ("bias", "scale")  # leaves that weight decay leaves alone, by the last part of their name
+OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
+SCHEDULES = ("constant", "linear", "cosine", "wsd")
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Returns the learning rate of each step: a linear warmup to the peak, then what `config.schedule` names.
+
+    The first step already trains: warmup starts at peak / warmup steps, not at 0.
+
+    >>> schedule = make_schedule(OptimizerConfig(learning_rate=1.0, schedule="constant", warmup=4), steps=10)
+    >>> [round(float(schedule(step)), 2) for step in range(5)]
+    [0.25, 0.5, 0.75, 1.0, 1.0]
+    """
+    if config.schedule not in SCHEDULES:
+        raise unknown("schedule", config.schedule, SCHEDULES)
+    peak, end = config.learning_rate, config.learning_rate * config.final_scale
+    warmup = round(config.warmup if config.warmup >= 1 else config.warmup * steps)
+    rest = max(steps - warmup, 1)
+    if config.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(peak, end, rest)
+    elif config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest, config.final_scale)
+    else:
+        decay = min(max(round(config.decay * steps), 1), rest)
+        after = optax.linear_schedule(peak, end, decay, transition_begin=rest - decay)
+    if warmup <= 1:
+        return after
+    return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, warmup - 1), after], [warmup])
+
+
+def decay_mask(trainable: Any) -> Any:
+    """Returns which trainable leaves decay: all but biases, norms and scales."""
+    return segments.map_leaves(lambda leaf: leaf.path[-1] not in NO_DECAY, trainable)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Returns clipping by the trainable gradient's global norm, then the optimizer with its schedule and decay mask."""
+    schedule = make_schedule(config, steps)
+    decay = config.weight_decay
+    if config.name == "adamw":
+        update = optax.adamw(schedule, config.b1, config.b2, config.eps, weight_decay=decay, mask=decay_mask)
+    elif config.name == "lion":
+        update = optax.lion(schedule, config.b1, config.b2, weight_decay=decay, mask=decay_mask)
+    elif config.name == "adafactor":
+        update = optax.adafactor(schedule, weight_decay_rate=decay or None, weight_decay_mask=decay_mask)
+    elif config.name == "sgd":
+        update = optax.sgd(schedule, momentum=config.b1 or None)
+        update = optax.chain(optax.add_decayed_weights(decay, mask=decay_mask), update) if decay else update
+    else:
+        raise unknown("optimizer", config.name, OPTIMIZERS)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update) if config.clip_norm else update
+
+
+def check(config: OptimizerConfig) -> None:
+    """Raises `UserError` for values that make no sense."""
+    make_optimizer(config, steps=10)
+    for name in ("learning_rate", "weight_decay", "clip_norm", "warmup", "eps"):
+        if not getattr(config, name) >= 0:
+            raise UserError(f"optimizer.{name} is 0 or more, not {getattr(config, name)}.")
+    for name in ("b1", "b2", "decay", "final_scale"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserError(f"optimizer.{name} is from 0 to 1, not {getattr(config, name)}.")

@@ -1,0 +1,81 @@
+"""Placement is data: one mesh (data, fsdp, tensor), one table of path pattern -> PartitionSpec a family; one device is the mesh of size 1."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxft.config import TrainConfig
+from jaxft.errors import UserError
+from jaxft.methods.partition import first_match
+from jaxft.models import segments
+from jaxft.models.node import is_node
+from jaxft.train.state import State
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(None, ("data", "fsdp"))  # (accumulation, batch, ...)
+EVALUATION_BATCH = P(("data", "fsdp"))  # (batch, ...)
+Table = Sequence[tuple[str, P]]
+
+
+def make_mesh(config: TrainConfig) -> Mesh:
+    """Returns the mesh of all devices; raises `UserError` where its sides don't multiply to their number."""
+    sides = [config.data_parallel, config.fsdp_parallel, config.tensor_parallel]
+    devices = jax.devices()
+    known = int(np.prod([side for side in sides if side != -1]))
+    if sides.count(-1) > 1 or any(side < 1 and side != -1 for side in sides) or len(devices) % known:
+        raise UserError(f"{len(devices)} devices can't form a mesh of train.data_parallel x fsdp_parallel x tensor_parallel = {sides}.")
+    sides = [len(devices) // known if side == -1 else side for side in sides]
+    if int(np.prod(sides)) != len(devices):
+        raise UserError(
+            f"A mesh of train.data_parallel x fsdp_parallel x tensor_parallel = {sides} takes {int(np.prod(sides))} devices; "
+            f"there are {len(devices)}. Set one of them to -1 to use them all."
+        )
+    rows = sides[0] * sides[1]
+    if config.batch_size % rows:
+        raise UserError(f"train.batch_size is {config.batch_size} rows, which {rows} devices (data x fsdp) can't share evenly.")
+    return Mesh(np.asarray(devices).reshape(sides), AXES)
+
+
+def shardings(params: Any, table: Table, mesh: Mesh) -> Any:
+    """Returns a NamedSharding for each leaf; raises `ValueError` for a leaf that no pattern of the table covers."""
+
+    def place(leaf: segments.Leaf) -> Any:
+        found = first_match([pattern for pattern, _ in table], leaf.names[0])
+        if found is None:
+            raise ValueError(f"The placement table covers no '{leaf.names[0]}'.")
+        spec = table[found][1]
+        specs = leaf.value.placement(spec) if is_node(leaf.value) else spec
+        stacked = leaf.layers is not None
+
+        def fit(spec: P, value: Any) -> NamedSharding:
+            full = P(None, *spec) if stacked else spec
+            return NamedSharding(mesh, P(*(axis if _divides(mesh, axis, size) else None for axis, size in zip(full, value.shape))))
+
+        return jax.tree.map(fit, specs, leaf.value, is_leaf=lambda value: isinstance(value, P))
+
+    return segments.map_leaves(place, params, is_leaf=is_node)
+
+
+def _divides(mesh: Mesh, axis: Any, size: int) -> bool:
+    return axis is not None and size % mesh.shape[axis] == 0
+
+
+def state_shardings(state: State, trainable: Any, mesh: Mesh, optimizer: optax.GradientTransformation) -> State:
+    """Returns the state's shardings: moments lie where their parameters do, everything else is on every device."""
+    everywhere = NamedSharding(mesh, P())
+    moments = optax.tree_utils.tree_map_params(
+        optimizer, lambda _, sharding: sharding, state.optimizer, trainable, transform_non_params=lambda _: everywhere
+    )
+    moments = jax.tree.map(lambda sharding, leaf: sharding if len(sharding.spec) <= leaf.ndim else everywhere, moments, state.optimizer)
+    return State(everywhere, trainable, moments)
+
+
+def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, spec: P) -> dict[str, jax.Array]:
+    """Returns the batch on the devices; each process hands over its own part of the same global arrays."""
+    sharding = NamedSharding(mesh, spec)
+    return {name: jax.make_array_from_callback(value.shape, sharding, value.__getitem__) for name, value in batch.items()}

@@ -1,0 +1,74 @@
+"""What a run ends with: a table against the untuned model and the majority answer, examples, a model card."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxft import console
+from jaxft.config import Experiment
+from jaxft.data.tokenize import Examples
+from jaxft.train.evaluate import Evaluation
+
+_SHOWN = 3  # answers
+_PROMPT_CHARACTERS = 400
+
+
+def comparison(summary: Mapping[str, Any], fields: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Returns the columns and rows of the closing table: untuned model, majority answer, tuned model."""
+    metrics = [f"exact_match_{name}" for name in fields] if len(fields) > 1 else []
+    metrics += ["exact_match"]
+    columns = ["", *(list(fields) if len(fields) > 1 else []), "all" if len(fields) > 1 else "exact match", "loss"]
+    rows = []
+    for title, key in (("untuned model", "before"), ("majority answer", "majority"), ("tuned model", "after")):
+        found = summary["eval"].get(key) or {}
+        if found:
+            cells = [f"{found[name]:.1%}" if name in found else "-" for name in metrics]
+            rows.append([title, *cells, f"{found['loss']:.3f}" if "loss" in found else "-"])
+    return columns, rows
+
+
+def print_comparison(summary: Mapping[str, Any], fields: Sequence[str]) -> None:
+    """Prints the closing table."""
+    columns, rows = comparison(summary, fields)
+    console.table("On rows held out", columns, rows)
+
+
+def print_answers(examples: Examples, found: Evaluation, tokenizer: Any) -> None:
+    """Prints some prompts with the true and the generated answer."""
+    for i, answer in enumerate(found.answers[:_SHOWN]):
+        prompt = tokenizer.decode(examples.prompt(i), skip_special_tokens=True).strip()
+        prompt = prompt if len(prompt) <= _PROMPT_CHARACTERS else f"{prompt[:_PROMPT_CHARACTERS]}..."
+        console.say(f"{prompt}\n  true:  {_one_line(examples.answer(i))}\n  tuned: {_one_line(answer)}\n")
+
+
+def _one_line(text: str) -> str:
+    return " | ".join(text.strip().splitlines())
+
+
+def adapter_command(folder: pathlib.Path, source: str) -> str:
+    """Returns where the adapter is, and how peft uses it."""
+    return (
+        f"The adapter is in {folder}. With peft:\n\n"
+        f"    from peft import PeftModel\n"
+        f'    model = PeftModel.from_pretrained(base, "{folder}")  # base: {source}, loaded by transformers\n'
+    )
+
+
+def card(experiment: Experiment, summary: Mapping[str, Any], format: str) -> str:
+    """Returns a model card with the measured figures, as the hub reads it."""
+    source = experiment.model.source
+    head = ["---", f"library_name: {'peft' if format == 'peft' else 'transformers'}", "tags: [jaxft]"]
+    if "/" in source and not pathlib.Path(source).exists() and ":" not in source:
+        head.append(f"base_model: {source}")
+    lines = [*head, "---", f"# {experiment.name}", ""]
+    lines.append(f"{source}, fine-tuned by jaxft with {type(experiment.method).__name__} on {experiment.data.train}.")
+    if summary:
+        lines += ["", "| set | metric | value |", "|---|---|---|"]
+        for when, figures in summary["eval"].items():
+            lines += [f"| {when} | {name} | {value:.4f} |" for name, value in figures.items()]
+        lines += [
+            "",
+            f"{summary['steps']} steps, seed {summary['seed']}, {summary['trainable_parameters']:,} trained of "
+            f"{summary['total_parameters']:,} parameters, {summary['tokens_per_second']:,.0f} tokens/s.",
+        ]
+    return "\n".join(lines) + "\n"

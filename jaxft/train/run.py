@@ -1,0 +1,278 @@
+"""The modes of launch.py: train, evaluate, generate, export."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import datasets
+import jax
+import numpy as np
+
+import jaxft
+from jaxft import console, overrides
+from jaxft.config import Experiment
+from jaxft.data.conversations import fill
+from jaxft.data.sources import Rows
+from jaxft.data.tokenize import tokenize
+from jaxft.errors import UserError, unknown
+from jaxft.generation import generate as generate_tokens
+from jaxft.hub.peft import save_adapter
+from jaxft.hub.save import save_pretrained
+from jaxft.methods.partition import size
+from jaxft.train.checkpoint import Checkpoints, Progress, check_same, fingerprint
+from jaxft.train.evaluate import Evaluation, Evaluator, make_sampling
+from jaxft.train.logs import peak_memory_bytes
+from jaxft.train.loop import Loop, Outcome
+from jaxft.train.report import adapter_command, card, print_answers, print_comparison
+from jaxft.train.setup import Setup, set_up
+from jaxft.train.state import State
+
+FORMATS = ("peft", "hf")
+CONFIG, SUMMARY = "config.json", "summary.json"
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+
+
+def train(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
+    """Trains, or goes on from the newest checkpoint in `workdir`; evaluates before and after; exports; returns the summary.
+
+    A run that a signal stopped returns an empty summary; the same call goes on with it.
+    """
+    began = time.perf_counter()
+    resolved = overrides.to_dict(experiment)
+    checkpoints = _open_workdir(workdir, resolved, experiment)
+    setup = set_up(experiment)
+    _write_json(workdir / CONFIG, {"config": resolved, "versions": versions(), "device": device()})
+    evaluator = Evaluator(setup)
+    state, progress = _start(setup, checkpoints, evaluator, resolved)
+    outcome = Loop(setup, workdir, checkpoints, evaluator).run(state, progress)
+    if outcome.stopped:
+        checkpoints.close()
+        console.say(f"\nStopped by {outcome.stopped} after step {int(outcome.state.step)} of {setup.steps}. The same command goes on from there.")
+        return {}
+    summary = _finish(setup, workdir, checkpoints, evaluator, outcome, began)
+    checkpoints.close()
+    return summary
+
+
+def evaluate(experiment: Experiment, workdir: pathlib.Path) -> dict[str, float]:
+    """Evaluates the best checkpoint of `workdir` on `eval.split`, and prints the figures."""
+    setup, state, progress, evaluator = _load_best(experiment, workdir)
+    found = evaluator.full(state, experiment.eval.split, "Evaluating")
+    console.table(
+        f"{experiment.name}, step {int(state.step)}, on {experiment.eval.split}",
+        ("metric", "value"),
+        [(name, f"{value:.4f}") for name, value in found.metrics.items()],
+    )
+    return found.metrics
+
+
+def generate(experiment: Experiment, workdir: pathlib.Path, rows: Sequence[Mapping[str, Any]], output: pathlib.Path | None) -> None:
+    """Answers prompts with the best checkpoint of `workdir`; prints them, or writes them to `output` as JSON Lines.
+
+    Args:
+      experiment: the run's configuration.
+      workdir: the run's folder.
+      rows: each {"prompt": text}, or the columns that `data.prompt` names.
+      output: a file, or None.
+    """
+    prompts = [_prompt_of(row, experiment, number) for number, row in enumerate(rows, start=1)]
+    if output is not None and output.exists():
+        raise UserError(f"{output} exists. Choose another --output.")
+    setup, state, _, _ = _load_best(experiment, workdir)
+    plain = dataclasses.replace(experiment.data, prompt="", completion="", loss="auto", cache=False)
+    rows_asked = datasets.Dataset.from_list([{"prompt": text, "completion": "?"} for text in prompts])
+    asked = Rows(rows_asked, "prompts", "prompt", np.arange(1, len(prompts) + 1))
+    examples = tokenize(asked, setup.tokenizer, plain)
+    sampling = make_sampling(experiment.eval, setup.tokenizer, setup.examples["train"])
+    tokens = generate_tokens(
+        setup.model,
+        setup.params(state),
+        [examples.prompt(i) for i in range(len(examples))],
+        sampling,
+        experiment.train.seed,
+        min(experiment.eval.batch_size, len(prompts)),
+    )
+    answers = [text.strip() for text in setup.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    if output is None:
+        for prompt, answer in zip(prompts, answers, strict=True):
+            console.say(answer if len(prompts) == 1 else f"> {prompt}\n{answer}\n")
+        return
+    lines = [json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False) for prompt, answer in zip(prompts, answers, strict=True)]
+    output.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    console.say(f"{len(answers)} answers are in {output}.")
+
+
+def export(experiment: Experiment, workdir: pathlib.Path, format: str, output: pathlib.Path | None) -> None:
+    """Writes the best checkpoint of `workdir` as `peft` (the adapter) or `hf` (the merged model) to `output`."""
+    if format not in FORMATS:
+        raise unknown("export format", format, FORMATS)
+    setup, state, _, _ = _load_best(experiment, workdir)
+    folder = output or workdir / "export" / format
+    _export(setup, state, format, folder, _summary_of(workdir))
+    console.say(f"{folder} holds the {'adapter' if format == 'peft' else 'merged model'}.")
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of jaxft, Python and what decides a run's numbers."""
+    return {"jaxft": jaxft.__version__, "python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES}
+
+
+def device() -> dict[str, Any]:
+    """Returns the devices a run uses."""
+    devices = jax.devices()
+    return {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices), "cpus": os.cpu_count()}
+
+
+def _open_workdir(workdir: pathlib.Path, resolved: Mapping[str, Any], experiment: Experiment) -> Checkpoints:
+    """The run's checkpoints, once the folder is known to be this run's or free."""
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"{workdir} is a file. Choose another --workdir.")
+    if workdir.exists() and any(workdir.iterdir()) and not (workdir / CONFIG).is_file():
+        raise UserError(f"{workdir} isn't empty and holds no run of jaxft. Choose another --workdir.")
+    if (workdir / CONFIG).is_file():
+        check_same(_read_json(workdir / CONFIG)["config"], resolved, workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{workdir} can't be made ({error.strerror}). Choose another --workdir.") from error
+    _keep_compiled()
+    return Checkpoints(workdir / "checkpoints", experiment.train.keep, experiment.train.best_mode)
+
+
+def _keep_compiled() -> None:
+    """Keeps XLA's programs on disk, so that the same job started again compiles nothing."""
+    folder = pathlib.Path(os.environ.get("JAXFT_CACHE") or "~/.cache/jaxft").expanduser() / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _start(setup: Setup, checkpoints: Checkpoints, evaluator: Evaluator, resolved: dict[str, Any]) -> tuple[State, Progress]:
+    """The newest checkpoint's state, or the first state with the evaluation before training."""
+    base = fingerprint(setup.frozen)
+    newest = checkpoints.latest()
+    if newest is None:
+        before = evaluator.full(setup.state, setup.experiment.eval.split, "Before training").metrics
+        return setup.state, Progress(resolved, base, before)
+    progress = checkpoints.progress(newest)
+    _check_base(progress, base, setup)
+    console.say(f"Going on from step {newest} of {setup.steps}.")
+    return checkpoints.restore(newest, setup.state, setup.state_sharding), progress
+
+
+def _check_base(progress: Progress, base: str, setup: Setup) -> None:
+    if progress.base != base:
+        raise UserError(
+            f"The checkpoint was trained on another base model than {setup.experiment.model.source} is now: their frozen parameters "
+            "differ. Give the same config.model.source and revision, or another --workdir."
+        )
+
+
+def _best(checkpoints: Checkpoints, progress: Progress) -> int:
+    newest = checkpoints.latest()
+    assert newest is not None
+    return newest if progress.best_step is None else progress.best_step
+
+
+def _load_best(experiment: Experiment, workdir: pathlib.Path) -> tuple[Setup, State, Progress, Evaluator]:
+    """The run of a working folder, at its best checkpoint."""
+    if not (workdir / CONFIG).is_file():
+        raise UserError(f"{workdir} holds no run of jaxft. Train one first (--mode=train), or name its folder by --workdir.")
+    checkpoints = _open_workdir(workdir, overrides.to_dict(experiment), experiment)
+    newest = checkpoints.latest()
+    if newest is None:
+        raise UserError(f"{workdir} has no checkpoint yet. Train first (--mode=train).")
+    progress = checkpoints.progress(newest)
+    setup = set_up(experiment)
+    _check_base(progress, fingerprint(setup.frozen), setup)
+    state = checkpoints.restore(_best(checkpoints, progress), setup.state, setup.state_sharding)
+    checkpoints.close()
+    return setup, state, progress, Evaluator(setup)
+
+
+def _finish(
+    setup: Setup, workdir: pathlib.Path, checkpoints: Checkpoints, evaluator: Evaluator, outcome: Outcome, began: float
+) -> dict[str, Any]:
+    """Evaluates the best state, exports it, writes and prints what came out."""
+    best = _best(checkpoints, outcome.progress)
+    state = outcome.state
+    if best != int(state.step):
+        state = checkpoints.restore(best, setup.state, setup.state_sharding)
+        console.say(f"Step {best} was the best on validation.")
+    split = setup.experiment.eval.split
+    after = evaluator.full(state, split, "After training")
+    summary = _summarize(setup, outcome, after, time.perf_counter() - began)
+    summary["eval"]["majority"] = evaluator.majority(split) if after.answers else {}
+    folder = workdir / "export" / "peft"
+    _export(setup, state, "peft", folder, summary)
+    summary["seconds"] = time.perf_counter() - began
+    _write_json(workdir / SUMMARY, summary)
+    print_comparison(summary, evaluator.answer_format.names)
+    print_answers(evaluator.chosen(split), after, setup.tokenizer)
+    console.say(
+        f"{summary['seconds']:.0f} s in all, {summary['compile_seconds']:.1f} s of them compiling; "
+        f"{summary['tokens_per_second']:,.0f} tokens/s, peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB.\n"
+    )
+    console.say(adapter_command(folder, setup.experiment.model.source))
+    return summary
+
+
+def _summarize(setup: Setup, outcome: Outcome, after: Evaluation, seconds: float) -> dict[str, Any]:
+    progress, trainable = outcome.progress, size(outcome.state.trainable)
+    return {
+        "experiment": setup.experiment.name,
+        "model": setup.experiment.model.source,
+        "method": type(setup.experiment.method).__name__,
+        "task": type(setup.experiment.task).__name__,
+        "steps": int(outcome.state.step),
+        "seed": setup.experiment.train.seed,
+        "trainable_parameters": trainable,
+        "total_parameters": trainable + size(setup.frozen),
+        "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
+        "compile_seconds": outcome.compile_seconds,
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "train_loss": outcome.metrics.get("loss"),
+        "eval": {"before": progress.before, "after": after.metrics},
+    }
+
+
+def _export(setup: Setup, state: State, format: str, folder: pathlib.Path, summary: Mapping[str, Any]) -> None:
+    experiment, params = setup.experiment, setup.params(state)
+    text = card(experiment, summary, format)
+    if format == "peft":
+        save_adapter(folder, setup.model, params, experiment.method, base_model=experiment.model.source, card=text)
+    else:
+        save_pretrained(folder, setup.model, experiment.method.merge(setup.model, params), setup.tokenizer, card=text)
+
+
+def _prompt_of(row: Mapping[str, Any], experiment: Experiment, number: int) -> str:
+    if isinstance(row.get("prompt"), str):
+        return row["prompt"]
+    if experiment.data.prompt:
+        return fill(experiment.data.prompt, row, "prompt", f"prompt {number}")
+    raise UserError(f'Prompt {number} has the fields {", ".join(row)}; give {{"prompt": "..."}}.')
+
+
+def _summary_of(workdir: pathlib.Path) -> dict[str, Any]:
+    return _read_json(workdir / SUMMARY) if (workdir / SUMMARY).is_file() else {}
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} can't be read: {error}.") from error
+
+
+def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+    """Writes beside the place and renames, so that no reader sees half of it."""
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,157 @@
+"""From a configuration to everything a run holds, the cheap checks first."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from jaxft import console
+from jaxft.config import Experiment
+from jaxft.data.batches import Batches
+from jaxft.data.sources import load_splits
+from jaxft.data.tokenize import COLUMNS, Examples, describe, tokenize
+from jaxft.errors import UserError, unknown
+from jaxft.hub.load import compute_type, load_pretrained
+from jaxft.hub.tokenizer import load_tokenizer
+from jaxft.methods.partition import combine, listing, partition, size
+from jaxft.models.layers import REMAT
+from jaxft.models.registry import family_of
+from jaxft.train import optimizer as optimizers
+from jaxft.train import placement
+from jaxft.train.state import State, key_for, new_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A run, ready to step."""
+
+    experiment: Experiment
+    mesh: Mesh
+    model: nn.Module
+    tokenizer: Any
+    examples: dict[str, Examples]  # by set: train, validation, test
+    batches: Batches  # of the training set
+    steps: int  # of the whole run
+    optimizer: optax.GradientTransformation
+    state: State  # before the first step
+    state_sharding: State
+    frozen: Any
+
+    def params(self, state: State) -> Any:
+        """Returns the whole model."""
+        return combine(state.trainable, self.frozen)
+
+
+def check(experiment: Experiment) -> Mesh:
+    """Raises `UserError` for values that make no sense, before anything is loaded; returns the mesh."""
+    train, evaluation = experiment.train, experiment.eval
+    optimizers.check(experiment.optimizer)
+    compute_type(experiment.model.dtype)
+    if train.remat not in REMAT:
+        raise unknown("remat policy", train.remat, REMAT)
+    if train.best_mode not in ("min", "max"):
+        raise unknown("train.best_mode", train.best_mode, ("min", "max"))
+    if train.best_metric not in VALIDATION_METRICS:
+        raise unknown("train.best_metric", train.best_metric, VALIDATION_METRICS)
+    if evaluation.split not in ("validation", "test", "train"):
+        raise unknown("eval.split", evaluation.split, ("validation", "test", "train"))
+    positive = {"train.batch_size": train.batch_size, "train.accumulation": train.accumulation, "train.keep": train.keep}
+    positive |= {"train.log_every": train.log_every, "train.checkpoint_every": train.checkpoint_every}
+    positive |= {"eval.batch_size": evaluation.batch_size, "eval.max_new_tokens": evaluation.max_new_tokens}
+    for name, value in positive.items():
+        if value < 1:
+            raise UserError(f"{name} is 1 or more, not {value}.")
+    natural = {"train.steps": train.steps, "train.eval_every": train.eval_every, "train.patience": train.patience}
+    natural |= {"eval.limit": evaluation.limit, "train.neftune_alpha": train.neftune_alpha, "train.seed": train.seed}
+    for name, value in natural.items():
+        if value < 0:
+            raise UserError(f"{name} is 0 or more, not {value}.")
+    if not train.steps and train.epochs <= 0:
+        raise UserError(f"train.epochs is more than 0 where train.steps is 0, not {train.epochs}.")
+    if train.patience and not train.eval_every:
+        raise UserError("train.patience counts evaluations during training: set train.eval_every too.")
+    return placement.make_mesh(train)
+
+
+VALIDATION_METRICS = ("loss", "accuracy", "perplexity")
+
+
+def load_data(experiment: Experiment, tokenizer: Any) -> dict[str, Examples]:
+    """Returns the tokenized sets, and prints their lengths; all of it before the model is loaded."""
+    rows = load_splits(experiment.data, experiment.train.seed)
+    examples = {name: tokenize(found, tokenizer, experiment.data) for name, found in rows.items()}
+    console.table("Data", COLUMNS, [describe(found, name) for name, found in examples.items()])
+    return examples
+
+
+def set_up(experiment: Experiment) -> Setup:
+    """Loads data and model, adds the method, places everything, and prints what trains."""
+    mesh = check(experiment)
+    train, data = experiment.train, experiment.data
+    if not data.train:
+        raise UserError("There is nothing to train on: set config.data.train to a hub data set, a file, or bundled:NAME.")
+    if not experiment.model.source:
+        raise UserError("There is no model: set config.model.source to a hub id, a local folder, a .gguf file, or bundled:NAME.")
+    tokenizer = load_tokenizer(experiment.model.source, experiment.model.revision)
+    examples = load_data(experiment, tokenizer)
+    batches = Batches(
+        examples["train"], data, train.batch_size, train.accumulation, train.seed, share_prefix=True, pad_token_id=pad_token(tokenizer)
+    )
+    steps = train.steps or max(round(train.epochs * batches.steps_per_epoch), 1)
+    model, params = load_pretrained(experiment.model.source, "causal_lm", experiment.model.dtype, experiment.model.revision)
+    longest = max(int(found.lengths.max()) for found in examples.values())
+    if longest > model.config.max_position_embeddings:
+        raise UserError(
+            f"The longest row has {longest} tokens; {experiment.model.source} has {model.config.max_position_embeddings} positions. "
+            "Lower config.data.max_length."
+        )
+    model = model.clone(remat=train.remat)
+    params = experiment.method.init(key_for(train.seed, "method"), model, params)
+    mask = experiment.method.mask(params)
+    print_trainable(params, mask)
+    optimizer = optimizers.make_optimizer(experiment.optimizer, steps)
+    places = placement.shardings(params, family_of(model.config.architecture).module.PLACEMENT, mesh)
+    params = jax.device_put(params, places)
+    trainable, frozen = partition(params, mask)
+    state = new_state(trainable, optimizer)
+    sharding = placement.state_shardings(state, partition(places, mask)[0], mesh, optimizer)
+    state = jax.device_put(state, sharding)
+    return Setup(experiment, mesh, model, tokenizer, examples, batches, steps, optimizer, state, sharding, frozen)
+
+
+def pad_token(tokenizer: Any) -> int:
+    """Returns the id that fills rows; it is never attended to and never scored."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+
+
+def print_trainable(params: Any, mask: Any) -> None:
+    """Prints what trains: path, shape, dtype, count, bytes; and its share of the whole."""
+    rows = listing(params, mask)
+    total, trains = size(params), sum(row[3] for row in rows)
+    console.table("What trains", ("path", "shape", "dtype", "parameters", "bytes"), [(*row[:3], f"{row[3]:,}", f"{row[4]:,}") for row in rows])
+    console.say(f"{trains:,} of {total:,} parameters train ({trains / total:.2%}).\n")
+
+
+def is_ours(workdir: pathlib.Path) -> bool:
+    """Returns whether a working folder is new, empty, or one of jaxft's."""
+    return not workdir.exists() or not any(workdir.iterdir()) or (workdir / "config.json").is_file()
+
+
+def end_tokens(tokenizer: Any, examples: Examples) -> tuple[int, ...]:
+    """Returns the tokens that end a text: the tokenizer's own, and the one that ends the answers trained on."""
+    last = examples.tokens[examples.offsets[1:] - 1 - _unscored_tail(examples)]
+    common = np.bincount(last).argmax() if len(last) else None
+    ends = {tokenizer.eos_token_id, int(common) if common in tokenizer.all_special_ids else None}
+    return tuple(sorted(token for token in ends if token is not None))
+
+
+def _unscored_tail(examples: Examples) -> np.ndarray:
+    """Tokens behind each example's last scored one, as the line break of some templates."""
+    return np.asarray([np.argmax(examples[i][1][::-1]) for i in range(len(examples))])
+
+

@@ -1,0 +1,76 @@
+"""One optimizer step: partitioned gradient, accumulated, divided once, clipped, applied; compiled once a run."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from jaxft.methods.partition import combine
+from jaxft.tasks.head import Sums
+from jaxft.train.state import State, key_for
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def make_step(
+    model: nn.Module, task: Any, optimizer: optax.GradientTransformation, seed: int, neftune_alpha: float = 0.0
+) -> Callable[[State, Any, Batch], tuple[State, Metrics]]:
+    """Returns step(state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
+
+    A batch's leaves have leading axes (accumulation, batch). The loss is the sum over every scored token of the step divided by their
+    weight, so how a step is cut into micro-batches, rows and devices changes nothing but rounding. Where the loss or the gradient isn't
+    finite, the state comes back as it was, and metrics["finite"] is False.
+    """
+
+    def gradient(trainable: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[Any, Sums]:
+        rngs = {"dropout": jax.random.fold_in(key, 0)}
+        options = {}
+        if neftune_alpha:
+            rngs["noise"] = jax.random.fold_in(key, 1)
+            options["neftune_alpha"] = neftune_alpha
+
+        def loss(trainable: Any) -> tuple[jax.Array, Sums]:
+            sums = task.sums(model, combine(trainable, frozen), batch, rngs, **options)
+            return sums.loss, sums
+
+        return jax.grad(loss, has_aux=True)(trainable)
+
+    def step(state: State, frozen: Any, batch: Batch) -> tuple[State, Metrics]:
+        key = key_for(seed, "train", state.step)
+        count = jax.tree.leaves(batch)[0].shape[0]
+
+        def add(total: Any, indexed: Any) -> tuple[Any, None]:
+            index, micro = indexed
+            return jax.tree.map(jnp.add, total, gradient(state.trainable, frozen, micro, jax.random.fold_in(key, index))), None
+
+        if count == 1:
+            total = gradient(state.trainable, frozen, jax.tree.map(lambda leaf: leaf[0], batch), jax.random.fold_in(key, 0))
+        else:
+            zero = jnp.zeros((), jnp.float32)
+            start = (jax.tree.map(jnp.zeros_like, state.trainable), Sums(zero, zero, zero, zero))
+            total = jax.lax.scan(add, start, (jnp.arange(count), batch))[0]
+        gradients, sums = total
+        weight = jnp.maximum(sums.weight, 1e-9)  # a batch without a scored token has no gradient either
+        gradients = jax.tree.map(lambda leaf: leaf / weight, gradients)
+        norm = optax.global_norm(gradients)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
+        finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
+        new = State(state.step + 1, optax.apply_updates(state.trainable, updates), optimizer_state)
+        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+        metrics = {"loss": sums.loss / weight, "nll": sums.nll / weight, "accuracy": sums.correct / weight}
+        return new, metrics | {"gradient_norm": norm, "scored_tokens": sums.weight, "finite": finite}
+
+    return step
+
+
+def make_evaluation(model: nn.Module, task: Any) -> Callable[[Any, Any, Batch], Sums]:
+    """Returns evaluate(trainable, frozen, batch) -> sums over one (batch, length) batch, without dropout or noise."""
+
+    def evaluate(trainable: Any, frozen: Any, batch: Batch) -> Sums:
+        return task.sums(model, combine(trainable, frozen), batch, {})
+
+    return evaluate
