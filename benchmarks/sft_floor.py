@@ -1,4 +1,7 @@
-"""The floor under a LoRA step: every product that it can't do without, timed alone at the step's shapes; and where the step's time goes."""
+"""The floor under a LoRA step: every product that it can't do without, timed alone at the step's shapes; and where the step's time goes.
+
+What a remat policy computes again is no part of the floor, nor is anything but products.
+"""
 
 import collections
 import dataclasses
@@ -91,9 +94,9 @@ def attention_products(config: Any, rows: int, length: int) -> list[Product]:
         end = min(start + QUERY_BLOCK, length)
         queries, keys = (rows, groups, heads * (end - start), head_dim), (rows, groups, end, head_dim)
         scores = (*queries[:3], end)
-        to_scores = dict(left=queries, right=keys, contract=((3,), (3,)), batched=2, count=depth)
-        to_queries = dict(left=scores, right=keys, contract=((3,), (2,)), batched=2, count=depth)
-        to_keys = dict(left=scores, right=queries, contract=((2,), (2,)), batched=2, count=2 * depth)
+        to_scores = {"left": queries, "right": keys, "contract": ((3,), (3,)), "batched": 2, "count": depth}
+        to_queries = {"left": scores, "right": keys, "contract": ((3,), (2,)), "batched": 2, "count": depth}
+        to_keys = {"left": scores, "right": queries, "contract": ((2,), (2,)), "batched": 2, "count": 2 * depth}
         found += [Product("attention forward", **to_scores), Product("attention forward", **to_queries)]
         found += [Product("attention backward", **part) for part in (to_scores, to_queries, to_keys)]
     return found
@@ -124,8 +127,11 @@ def measure(product: Product) -> float:
 
 # ---------------------------------------------------------------- where the step's time goes
 
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = .*?\b(?P<code>[a-z][\w-]*)\(.*?(?:op_name=\"(?P<op>[^\"]*)\")?\}?$")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = .*?[})\]] (?P<code>[a-z][\w-]*)\(")
+_OPERATION = re.compile(r'op_name="([^"]*)"')
 _OUTER = ("while", "call", "conditional")  # hold other instructions: their time is counted there
+_SITES = ("attention", "mlp", "norm", "logits")
+_WHAT = {"dot_general": "products", "dynamic_slice": "slices", "dynamic_update_slice": "slices", "slice": "slices"}
 
 
 def profile(compiled: Any, state: Any, frozen: Any, batch: Any) -> dict[str, float]:
@@ -149,11 +155,14 @@ def profile(compiled: Any, state: Any, frozen: Any, batch: Any) -> dict[str, flo
 
 
 def _kinds(text: str) -> dict[str, str]:
-    """Returns each instruction's kind: its opcode, within the forward or the backward pass."""
+    """Returns what each instruction belongs to: pass, site and kind of operation, as far as its metadata tell."""
     kinds = {}
     for line in text.splitlines():
         if (match := _INSTRUCTION.match(line)) and match["code"] not in _OUTER:
-            operation = match["op"] or ""
-            part = "backward" if "transpose(" in operation else "forward" if "jvp" in operation else "other"
-            kinds[match["name"]] = f"{part}: {match['code']}"
+            named = _OPERATION.search(line)
+            operation = named[1] if named else ""
+            part = "backward" if "transpose(" in operation else "forward" if "jvp(" in operation else "update"
+            site = next((site for site in _SITES if site in operation), "other")
+            what = _WHAT.get(operation.rpartition("/")[2], "elementwise")
+            kinds[match["name"]] = f"{part}, {site}: {what if operation else match['code']}"
     return kinds

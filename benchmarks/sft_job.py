@@ -11,15 +11,19 @@ from typing import Any
 
 import numpy as np
 
+BUNDLED = "bundled:smollm2-135m-instruct"
+TINY = "tiny"  # a random model of two small layers, with the bundled model's tokenizer
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
     """One fine-tuning job. Paths lie in the folder of the job's file."""
 
-    source: str  # of the model, as jaxft.load_pretrained takes it
+    source: str  # of the model, as jaxft.load_pretrained takes it, or TINY
     folder: str  # where prepare puts model/, adapter/, examples.npz and plan.json
     steps: int
     examples_per_step: int = 8  # on average: rows are packed, and each step takes the same number of rows
+    max_length: int = 576  # tokens a row: holds the longest of the 600 reviews, 552, whole
     rank: int = 8
     alpha: float = 16.0
     seed: int = 0
@@ -67,6 +71,7 @@ def experiment(job: Job) -> Any:
     recipe = lora_llama2.get_config("")
     return dataclasses.replace(
         recipe,
+        data=dataclasses.replace(recipe.data, max_length=job.max_length, cache=False),
         method=LoRA(rank=job.rank, alpha=job.alpha),
         train=dataclasses.replace(recipe.train, steps=job.steps, seed=job.seed, accumulation=1, neftune_alpha=0.0),
         optimizer=dataclasses.replace(recipe.optimizer, name="adamw", schedule="constant", warmup=0, weight_decay=0.0),
@@ -87,7 +92,7 @@ def training_batches(job: Job, source: str) -> Any:
 
     config = experiment(job)
     tokenizer = load_tokenizer(source)
-    examples = tokenize(load_rows("bundled:drug-reviews:train", "train"), tokenizer, dataclasses.replace(config.data, cache=False))
+    examples = tokenize(load_rows("bundled:drug-reviews:train", "train"), tokenizer, config.data)
     pad = tokenizer.pad_token_id or 0
 
     def batches(rows: int) -> Batches:
@@ -113,8 +118,9 @@ def prepare(job: Job) -> None:
     import jaxft
     from jaxft.hub.tokenizer import load_tokenizer
 
-    model, params = jaxft.load_pretrained(job.source, dtype="float32")
-    jaxft.save_pretrained(job.path("model"), model, params, load_tokenizer(job.source))
+    source = _write_tiny(job) if job.source == TINY else job.source
+    model, params = jaxft.load_pretrained(source, dtype="float32")
+    jaxft.save_pretrained(job.path("model"), model, params, load_tokenizer(BUNDLED if job.source == TINY else source))
     model, params, method = initial_parameters(job, str(job.path("model")))
     jaxft.save_adapter(job.path("adapter"), model, params, method)
     batches = training_batches(job, str(job.path("model")))
@@ -122,6 +128,18 @@ def prepare(job: Job) -> None:
     np.savez(job.path("examples.npz"), tokens=examples.tokens, scored=examples.scored, offsets=examples.offsets)
     rows = [_rows(batches, step) for step in range(job.steps)]
     job.path("plan.json").write_text(json.dumps({"rows": rows, "optimizer": dataclasses.asdict(experiment(job).optimizer)}))
+
+
+def _write_tiny(job: Job) -> str:
+    """Writes a random model and returns its folder."""
+    import torch
+    import transformers
+
+    torch.manual_seed(job.seed)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=49152, tie_word_embeddings=True, **shape)
+    transformers.LlamaForCausalLM(config).save_pretrained(job.path("tiny"))
+    return str(job.path("tiny"))
 
 
 def _rows(batches: Any, step: int) -> list[list[int]]:

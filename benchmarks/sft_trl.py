@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import machine
+import numpy as np
 import peft
 import sft_job
 import torch
@@ -32,7 +33,7 @@ class Variant:
     order: str = "ours"  # random, group_by_length: TRL's own sampling of batches of exactly 8
     compile: bool = False  # torch.compile, with lengths padded to a multiple of 64
     gradient_checkpointing: bool = False
-    threads: int = 0  # of torch; 0: its own default
+    warmup: int = 1  # steps that aren't timed
 
 
 class RecordedTrainer(trl.SFTTrainer):
@@ -81,8 +82,6 @@ class Recorder(transformers.TrainerCallback):
 
 def run(job: sft_job.Job, variant: Variant) -> dict[str, Any]:
     """Trains the job and returns what was measured."""
-    if variant.threads:
-        torch.set_num_threads(variant.threads)
     plan = sft_job.Plan.read(job)
     micro, accumulation = _micro_batches(plan, variant, job.steps)
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -115,7 +114,7 @@ def run(job: sft_job.Job, variant: Variant) -> dict[str, Any]:
 
 def _dataset(plan: sft_job.Plan) -> datasets.Dataset:
     """The examples as TRL holds them once it has tokenized: -100 stands for a token that isn't scored."""
-    labels = [[int(t) if s else -100 for t, s in zip(tokens, scored, strict=True)] for tokens, scored in zip(plan.tokens, plan.scored, strict=True)]
+    labels = [np.where(scored, tokens, -100).tolist() for tokens, scored in zip(plan.tokens, plan.scored, strict=True)]
     return datasets.Dataset.from_dict({"input_ids": [tokens.tolist() for tokens in plan.tokens], "labels": labels})
 
 

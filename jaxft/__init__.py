@@ -1,11 +1,15 @@
 """jaxft fine-tunes pre-trained language models in JAX."""
 
-from jaxft import methods
-from jaxft.hub.load import load_pretrained
-from jaxft.hub.peft import load_adapter, save_adapter
-from jaxft.hub.save import save_pretrained
-from jaxft.hub.tokenizer import load_tokenizer
-from jaxft.methods.partition import combine, partition
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxft import methods
+    from jaxft.hub.load import load_pretrained
+    from jaxft.hub.peft import load_adapter, save_adapter
+    from jaxft.hub.save import save_pretrained
+    from jaxft.hub.tokenizer import load_tokenizer
+    from jaxft.methods.partition import combine, partition
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,3 +22,26 @@ __all__ = [
     "save_adapter",
     "save_pretrained",
 ]
+
+# Imported when first asked for: the command line answers a mistyped flag without waiting for jax and transformers.
+_HOMES = {
+    "combine": "jaxft.methods.partition",
+    "load_adapter": "jaxft.hub.peft",
+    "load_pretrained": "jaxft.hub.load",
+    "load_tokenizer": "jaxft.hub.tokenizer",
+    "partition": "jaxft.methods.partition",
+    "save_adapter": "jaxft.hub.peft",
+    "save_pretrained": "jaxft.hub.save",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "methods":
+        return importlib.import_module("jaxft.methods")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jaxft' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

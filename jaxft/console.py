@@ -1,15 +1,19 @@
 """What a person reads while jaxft runs: plain lines and tables, on standard output."""
 
+import sys
 from collections.abc import Iterable, Sequence
 
 import rich.box
 import rich.console
 import rich.table
 
+_FILE_WIDTH = 120  # characters a line where output goes to a file or a pipe
+
 
 def console() -> rich.console.Console:
     """Returns the console that all of jaxft prints to."""
-    return rich.console.Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    width = None if sys.stdout.isatty() else _FILE_WIDTH
+    return rich.console.Console(highlight=False, markup=False, emoji=False, soft_wrap=True, width=width)
 
 
 def say(text: str = "") -> None:

@@ -105,7 +105,7 @@ def _generate(
         token = jnp.where(ended, sampling.pad_token_id, choose(logits, jax.random.fold_in(key, step), sampling))
         ended |= jnp.isin(token, ends)
         new = new.at[:, step].set(token)
-        lengths += ~ended
+        lengths += (~ended).astype(jnp.int32)
         logits, cache = forward(token[:, None], jnp.ones((batch, 1), jnp.int32), cache)
         return step + 1, logits, cache, ended, new, lengths
 

@@ -5,10 +5,12 @@ import dataclasses
 import chex
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 SHARED = -1  # segment id of tokens that every example of the row sees
 PADDING = 0  # segment id of padding
 QUERY_BLOCK = 256  # queries a block on the plain path: keys above a block's diagonal are never multiplied
+KEPT = "product"  # what remat policy "dots" keeps, here as in every linear layer
 _MASKED = -1e30  # a score that no softmax notices, finite so that rows without a visible key stay finite
 
 
@@ -75,11 +77,64 @@ def _plain(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) 
     """Softmax attention as one batched product over grouped heads; scores and softmax in float32."""
     batch, queries, heads, head_dim = query.shape
     groups = key.shape[2]
-    query = query.reshape(batch, queries, groups, heads // groups, head_dim).transpose(0, 2, 3, 1, 4)
-    query = query.reshape(batch, groups, -1, head_dim) * head_dim**-0.5
-    scores = jnp.einsum("bgqd,bkgd->bgqk", query, key, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, groups, heads // groups, queries, -1)
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, _MASKED), axis=-1).astype(value.dtype)
-    out = jnp.einsum("bgqk,bkgd->bgqd", weights.reshape(batch, groups, -1, weights.shape[-1]), value)
-    out = out.reshape(batch, groups, heads // groups, queries, head_dim)
+    query = query.reshape(batch, queries, groups, heads // groups, head_dim).transpose(0, 2, 3, 1, 4) * head_dim**-0.5
+    out = _softmax_product(query, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), mask)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, head_dim)
+
+
+@jax.custom_vjp
+def _softmax_product(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+    """softmax(query @ key.T where mask) @ value.
+
+    The backward pass makes the weights again from the scores and their log-sum (Dao et al. 2022, arXiv:2205.14135): nothing of the
+    size queries x keys is kept.
+
+    Args:
+      query: (batch, groups, heads of a group, queries, head_dim), scaled.
+      key: (batch, groups, keys, head_dim).
+      value: as key.
+      mask: (batch, queries, keys) bool.
+    """
+    return _forward(query, key, value, mask)[0]
+
+
+def _scores(query: jax.Array, key: jax.Array, mask: jax.Array) -> jax.Array:
+    batch, groups, heads, queries, head_dim = query.shape
+    flat = query.reshape(batch, groups, heads * queries, head_dim)
+    scores = jnp.einsum("bgqd,bgkd->bgqk", flat, key, preferred_element_type=jnp.float32)
+    return jnp.where(mask[:, None, None], scores.reshape(batch, groups, heads, queries, -1), _MASKED)
+
+
+def _forward(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    scores = _scores(query, key, mask)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = _times(weights.astype(value.dtype), value).astype(jnp.float32) / total
+    out = checkpoint_name(out.astype(query.dtype), KEPT)
+    log_sum = checkpoint_name(top + jnp.log(total), KEPT)
+    return out, (query, key, value, mask, out, log_sum)
+
+
+def _times(weights: jax.Array, value: jax.Array) -> jax.Array:
+    """weights (batch, groups, heads, queries, keys) times value (batch, groups, keys, head_dim)."""
+    flat = weights.reshape(*weights.shape[:2], -1, weights.shape[-1])
+    return jnp.einsum("bgqk,bgkd->bgqd", flat, value).reshape(*weights.shape[:-1], -1)
+
+
+def _backward(kept: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    query, key, value, mask, out, log_sum = kept
+
+    def flat(x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+    weights = jnp.exp(_scores(query, key, mask) - log_sum)
+    shared = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    d_weights = jnp.einsum("bgqd,bgkd->bgqk", flat(gradient), value, preferred_element_type=jnp.float32).reshape(weights.shape)
+    d_scores = (weights * (d_weights - shared)).astype(query.dtype)
+    d_value = jnp.einsum("bgqk,bgqd->bgkd", flat(weights.astype(value.dtype)), flat(gradient))
+    d_key = jnp.einsum("bgqk,bgqd->bgkd", flat(d_scores), flat(query))
+    return _times(d_scores, key), d_key, d_value, None
+
+
+_softmax_product.defvjp(_forward, _backward)

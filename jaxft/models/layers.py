@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.errors import unknown
 from jaxft.models import segments
-from jaxft.models.attention import PADDING, Tokens
+from jaxft.models.attention import KEPT, PADDING, Tokens
 from jaxft.models.node import dot
 
 Initializer = Callable[..., jax.Array]
@@ -26,11 +26,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_pytorch_tanh": nn.gelu,
 }
 
-PRODUCT = "product"  # what a linear layer or attention gives: dear to compute, kept by the policy "dots"
-
 REMAT: dict[str, Any] = {  # what the backward pass keeps of a layer
     "none": None,
-    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    "dots": jax.checkpoint_policies.save_only_these_names(KEPT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -89,7 +87,7 @@ class Linear(nn.Module):
         y = dot(x, kernel, dropout_rng(self))
         if self.use_bias:
             y += parameter(self, "bias", nn.initializers.zeros, (self.features,), self.dtype).astype(y.dtype)
-        return checkpoint_name(y, PRODUCT)
+        return checkpoint_name(y, KEPT)
 
 
 class RMSNorm(nn.Module):

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from jaxft.errors import UserError
@@ -189,7 +188,6 @@ class Attention(nn.Module):
             )
             cache = (key, value)
         out = attention.attention(query, key, value, context.queries, context.keys, window)
-        out = checkpoint_name(out, layers.PRODUCT)
         return linear(config.hidden_size, config.o_bias, name="o_proj")(out.reshape(x.shape[0], -1)), cache
 
 

@@ -38,7 +38,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array, lab
         loss = (1 - label_smoothing) * nll + label_smoothing * (log_z - jnp.mean(logits, axis=-1))
     if z_loss:
         loss = loss + z_loss * log_z**2
-    correct = jnp.argmax(logits, axis=-1) == targets
+    correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
     return Sums(jnp.sum(loss * weights), jnp.sum(nll * weights), jnp.sum(correct * weights), jnp.sum(weights))
 
 

@@ -33,6 +33,7 @@ class Progress:
     stale: int = 0  # evaluations since then
     seconds: float = 0.0  # of training steps, the first one of each start left out
     tokens: int = 0  # that those seconds trained on
+    train_loss: float | None = None  # of the last step
 
 
 def fingerprint(frozen: Any) -> str:
@@ -74,10 +75,7 @@ class Checkpoints:
         """Writes a checkpoint in the background; raises `UserError` where an earlier one could not be written."""
         step = int(state.step)
         if step in self._manager.all_steps():
-            if metric is None:
-                return
-            self.wait()
-            self._manager.delete(step)
+            return
         try:
             self._manager.save(
                 step,

@@ -50,7 +50,6 @@ class Outcome:
 
     state: State
     progress: Progress
-    metrics: dict[str, float]  # of the last step
     compile_seconds: float
     stopped: str = ""  # the signal that stopped it before its end
 
@@ -71,33 +70,42 @@ class Loop:
         step = self._compile(state)
         compile_seconds = time.perf_counter() - began
         logs = Logs(self._workdir, start, self._setup.steps)
-        metrics: dict[str, float] = {}
         try:
             with StopRequest() as request:
                 for index in range(start, self._setup.steps):
-                    began = time.perf_counter()
-                    state, on_device = step(state, self._setup.frozen, self._batch(index))
-                    metrics = {name: float(value) for name, value in jax.device_get(on_device).items()}
-                    seconds = time.perf_counter() - began
-                    self._check_finite(metrics, index)
-                    tokens = self._setup.batches.real_tokens(index)
-                    if index > start:  # the first one also pays for what starts only once
-                        progress = dataclasses.replace(progress, seconds=progress.seconds + seconds, tokens=progress.tokens + tokens)
-                    self._log(logs, index + 1, metrics, tokens, seconds)
-                    last = index + 1 == self._setup.steps
-                    progress, metric, early = self._evaluate(state, progress, index + 1, last, logs)
-                    if metric is not None or last or early or request.name or (index + 1) % self._train.checkpoint_every == 0:
-                        self._checkpoints.save(state, progress, metric)
-                    if request.name and not last:
-                        self._checkpoints.wait()
-                        return Outcome(state, progress, metrics, compile_seconds, request.name)
-                    if early:
+                    if self._given_up(progress):
                         logs.say(f"Stopped early: {self._train.best_metric} hasn't improved for {progress.stale} evaluations.")
                         break
+                    state, progress, metric = self._advance(step, state, progress, index, index > start, logs)
+                    last = index + 1 == self._setup.steps
+                    due = (index + 1) % self._train.checkpoint_every == 0
+                    if metric is not None or last or due or request.name:
+                        self._checkpoints.save(state, progress, metric)
+                    if request.name and not last:
+                        break
             self._checkpoints.wait()
-            return Outcome(state, progress, metrics, compile_seconds)
+            return Outcome(state, progress, compile_seconds, request.name if int(state.step) < self._setup.steps else "")
         finally:
             logs.close()
+
+    def _given_up(self, progress: Progress) -> bool:
+        return bool(self._train.patience) and progress.stale >= self._train.patience
+
+    def _advance(
+        self, step: Any, state: State, progress: Progress, index: int, timed: bool, logs: Logs
+    ) -> tuple[State, Progress, float | None]:
+        """One step, what is written of it, and the evaluation where it is time: its named metric, else None."""
+        began = time.perf_counter()
+        state, on_device = step(state, self._setup.frozen, self._batch(index))
+        metrics = {name: float(value) for name, value in jax.device_get(on_device).items()}
+        seconds = time.perf_counter() - began
+        self._check_finite(metrics, index)
+        tokens = self._setup.batches.real_tokens(index)
+        progress = dataclasses.replace(progress, train_loss=metrics["loss"])
+        if timed:  # the first one also pays for what starts only once
+            progress = dataclasses.replace(progress, seconds=progress.seconds + seconds, tokens=progress.tokens + tokens)
+        self._log(logs, index + 1, metrics, tokens, seconds)
+        return state, *self._evaluate(state, progress, index + 1, logs)
 
     def _compile(self, state: State) -> Any:
         """The step's one program: compiled ahead, so that it can't be compiled again."""
@@ -127,20 +135,17 @@ class Loop:
             f"kept in {self._workdir}. Lower optimizer.learning_rate, set optimizer.clip_norm, or look at these rows."
         )
 
-    def _evaluate(self, state: State, progress: Progress, step: int, last: bool, logs: Logs) -> tuple[Progress, float | None, bool]:
-        """Measures on validation where it is time: (progress, the named metric, whether to stop early)."""
+    def _evaluate(self, state: State, progress: Progress, step: int, logs: Logs) -> tuple[Progress, float | None]:
+        """Measures on validation where it is time."""
         examples = self._setup.examples.get("validation")
         every = self._train.eval_every
-        if examples is None or not (last or (every and step % every == 0)):
-            return progress, None, False
+        if examples is None or not (step == self._setup.steps or (every and step % every == 0)):
+            return progress, None
         found = self._evaluator.loss(state, examples)
         logs.write(step, {f"validation_{name}": value for name, value in found.items()})
         logs.say(f"Step {step}: validation loss {found['loss']:.4f}, accuracy {found['accuracy']:.1%}")
         metric = found[self._train.best_metric]
         sign = 1 if self._train.best_mode == "min" else -1
         if progress.best is None or sign * metric < sign * progress.best:
-            return dataclasses.replace(progress, best=metric, best_step=step, stale=0), metric, False
-        progress = dataclasses.replace(progress, stale=progress.stale + 1)
-        return progress, metric, bool(self._train.patience) and progress.stale >= self._train.patience
-
-
+            return dataclasses.replace(progress, best=metric, best_step=step, stale=0), metric
+        return dataclasses.replace(progress, stale=progress.stale + 1), metric

@@ -238,7 +238,7 @@ def _summarize(setup: Setup, outcome: Outcome, after: Evaluation, seconds: float
         "compile_seconds": outcome.compile_seconds,
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(),
-        "train_loss": outcome.metrics.get("loss"),
+        "train_loss": progress.train_loss,
         "eval": {"before": progress.before, "after": after.metrics},
     }
 

@@ -1,0 +1,79 @@
+"""Writes docs/configuration.md from the configuration's fields and the comments beside them.
+
+python docs/generate.py
+"""
+
+import ast
+import dataclasses
+import inspect
+import pathlib
+import re
+import typing
+from typing import Any
+
+import jaxft.methods
+import jaxft.tasks
+from jaxft import config, overrides
+
+PAGE = pathlib.Path(__file__).parent / "configuration.md"
+HEAD = """# Configuration
+
+An experiment is a file in `experiments/`; `--config.PATH=VALUE` overrides any field of it, and `config.json` in the run's folder holds
+all of them as they were. This page is written by `docs/generate.py`.
+
+A text stands as it is, with quotes of the shell around one that has spaces. A tuple is its parts with commas between them, pairs with
+colons: `--config.method.targets=q_proj,v_proj`, `--config.method.rank_pattern=q_proj:16,v_proj:4`. A switch is `true` or `false`, or
+stands alone: `--config.data.packing`, `--noconfig.data.packing`. Given twice, the last one holds.
+"""
+GROUPS = {
+    "model": config.ModelConfig,
+    "data": config.DataConfig,
+    "train": config.TrainConfig,
+    "optimizer": config.OptimizerConfig,
+    "eval": config.EvalConfig,
+}
+
+
+def page() -> str:
+    """Returns the page."""
+    parts = [HEAD]
+    for name, kind in GROUPS.items():
+        parts.append(_section(f"config.{name}", kind))
+    for name, module in (("method", jaxft.methods), ("task", jaxft.tasks)):
+        for title in module.__all__:
+            if dataclasses.is_dataclass(kind := getattr(module, title)):
+                parts.append(_section(f"config.{name}, {title}", kind))
+    return "\n".join(parts)
+
+
+def _section(title: str, kind: type[Any]) -> str:
+    annotations, comments = typing.get_type_hints(kind), _comments(kind)
+    prefix = title.partition(",")[0]
+    rows = []
+    for field in dataclasses.fields(kind):
+        meaning = comments.get(field.name, "").replace("|", "\\|")
+        rows.append(f"| `{prefix}.{field.name}` | {overrides.describe(annotations[field.name])} | {_shown(field.default)} | {meaning} |")
+    purpose = inspect.cleandoc(kind.__doc__ or "").splitlines()[0]
+    head = f"## {title}\n\n{purpose}\n\n| field | value | default | meaning |\n|---|---|---|---|\n"
+    return head + "\n".join(rows) + "\n"
+
+
+def _comments(kind: type[Any]) -> dict[str, str]:
+    """The comment at the end of each field's line."""
+    source = inspect.cleandoc(inspect.getsource(kind))
+    lines = source.splitlines()
+    fields = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
+    ends = {node.target.id: lines[node.end_lineno - 1][node.end_col_offset :] for node in fields}  # type: ignore[union-attr, operator]
+    return {name: re.sub(r"^\s*#\s*", "", end) for name, end in ends.items()}
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        value = ",".join(map(str, value))
+    if isinstance(value, bool):
+        value = str(value).lower()
+    return f"`{value}`" if value != "" else "(empty)"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

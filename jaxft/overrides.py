@@ -1,0 +1,319 @@
+"""An experiment as flags and as JSON: `--config.PATH=VALUE` for any field, and the dictionary that `config.json` holds.
+
+A field's type is its annotation. Flags are text, JSON has lists and no tuples: both become the annotated type here, or an error that
+names the field.
+"""
+
+import ast
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from absl import flags
+from ml_collections import config_dict, config_flags
+
+from jaxft.config import Experiment
+from jaxft.errors import UserError, unknown
+
+CLASS = "class"  # the key of a method's or task's class name: a word that no Python field can have
+_FLAG = re.compile(r"--?(?P<no>no)?config(\.(?P<path>[^=]*))?(=(?P<text>.*))?", re.DOTALL)
+_NOUNS = {str: ("text", "texts"), int: ("a whole number", "whole numbers"), float: ("a number", "numbers"), bool: ("true or false", "")}
+_T = TypeVar("_T")
+
+
+def parse_flags(experiment: Experiment, arguments: Sequence[str]) -> Experiment:
+    """Returns `experiment` with the fields that the flags `--config.PATH=VALUE` among `arguments` give.
+
+    A tuple is written as its parts with commas between them, pairs with colons: `--config.method.targets=q_proj,v_proj`,
+    `--config.method.rank_pattern=q_proj:16,v_proj:4`; Python's form, `("q_proj", "v_proj")`, is understood too. A switch may stand
+    alone (`--config.data.packing`, `--noconfig.data.packing`). Given twice, the last one holds.
+
+    Raises:
+        UserError: no such field, a value of another type, or something that is no flag of the configuration.
+
+    >>> from jaxft.config import DataConfig, ModelConfig
+    >>> from jaxft.methods import LoRA
+    >>> from jaxft.tasks import SFT
+    >>> experiment = Experiment("example", ModelConfig(), DataConfig(), LoRA(), SFT())
+    >>> parse_flags(experiment, ["--config.method.targets=q_proj,v_proj"]).method.targets
+    ('q_proj', 'v_proj')
+    """
+    known = fields_of(experiment)
+    for argument in arguments:
+        if match := _FLAG.fullmatch(argument):
+            _check_flag(match, known)
+    texts = _texts(known, arguments)
+    found = to_dict(experiment)
+    for path, text in texts.items():
+        *groups, name = path.split(".")
+        holder = found
+        for group in groups:
+            holder = holder[group]
+        holder[name] = text if isinstance(text, bool) else _from_text(known[path][0], text, f"config.{path}")  # a switch is read already
+    return from_dict(found)
+
+
+def fields_of(experiment: Experiment) -> dict[str, tuple[Any, Any]]:
+    """Returns the annotation and the value of every field, by its path ("data.limit"), those of the method and the task included."""
+    return {path: (annotation, value) for path, annotation, value in _walk(experiment, "")}
+
+
+def to_dict(value: Any) -> dict[str, Any]:
+    """Returns a dataclass, or an experiment, as JSON holds it: tuples as lists, a method or task with its class's name.
+
+    >>> from jaxft.tasks import SFT
+    >>> to_dict(SFT())
+    {'label_smoothing': 0.0, 'z_loss': 0.0, 'head_chunk': 1024}
+    """
+    found = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Experiment):
+        for name in ("method", "task"):
+            found[name] = {CLASS: type(getattr(value, name)).__name__, **found[name]}
+    return found
+
+
+def from_dict(found: Mapping[str, Any]) -> Experiment:
+    """Returns the experiment that `to_dict` wrote, with every type checked; a field that is missing takes its default.
+
+    Raises:
+        UserError: a field or class that doesn't exist, a value of another type, or one that its class refuses.
+    """
+    found = dict(found)
+    classes = _classes()
+    parts = {name: _instance(found.pop(name, None), known, f"config.{name}") for name, known in classes.items()}
+    return _build(Experiment, {**found, **parts}, "config")
+
+
+def checked(experiment: Experiment) -> Experiment:
+    """Returns `experiment` with each value in its field's type (1 becomes 1.0 where a float stands); raises `UserError` for others."""
+    return from_dict(to_dict(experiment))
+
+
+def describe(annotation: Any) -> str:
+    """Returns what a value of this type is, in words.
+
+    >>> describe(tuple[str, ...]), describe(tuple[float, float, float])
+    ('texts, separated by commas', '3 numbers, separated by commas')
+    """
+    if annotation in _NOUNS:
+        return _NOUNS[annotation][0]
+    inner = typing.get_args(annotation)
+    if inner[-1] is Ellipsis:
+        if inner[0] in _NOUNS:
+            return f"{_NOUNS[inner[0]][1]}, separated by commas"
+        first, second = (_NOUNS[part][0] for part in typing.get_args(inner[0]))
+        return f"pairs of {first} and {second}, as NAME:VALUE, separated by commas"
+    return f"{len(inner)} {_NOUNS[inner[0]][1]}, separated by commas"
+
+
+# ---------------------------------------------------------------- flags
+
+
+def _texts(known: Mapping[str, tuple[Any, Any]], arguments: Sequence[str]) -> dict[str, Any]:
+    """What the flags give each path: text, or True and False of switches."""
+    config = config_dict.ConfigDict()
+    for path, (annotation, value) in known.items():
+        *groups, name = path.split(".")
+        holder = config
+        for group in groups:
+            if group not in holder:
+                holder[group] = config_dict.ConfigDict()
+            holder = holder[group]
+        holder[name] = value if annotation is bool else ""
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    argv = ["launch.py", *arguments]
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        rest = values(argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(f"There is no flag '--{error.flagname}'.") from error
+    except flags.Error as error:
+        raise UserError(f"{str(error).rstrip('.')}. Write a flag as --config.PATH=VALUE.") from error
+    if rest:
+        raise UserError(f"'{rest[0]}' is no flag. Write flags as --config.PATH=VALUE, with quotes around a value that has spaces.")
+    return config_flags.get_override_values(values["config"])
+
+
+def _check_flag(match: re.Match[str], known: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raises `UserError` for a flag of no field, and for a switch that is neither on nor off."""
+    path, text = match["path"], match["text"]
+    if not path:
+        groups = {name.partition(".")[0] for name in known}
+        raise UserError(f"config is a group of fields. Write --config.PATH=VALUE, with a path in {_listed(groups)}.")
+    if path not in known:
+        raise _no_field(path, list(known))
+    switch = known[path][0] is bool
+    if match["no"] and not switch:
+        raise UserError(f"config.{path} is no switch: expected {describe(known[path][0])}, as --config.{path}=VALUE.")
+    if switch and text is not None:
+        _from_text(bool, text, f"config.{path}")
+
+
+def _no_field(path: str, known: Sequence[str]) -> UserError:
+    """The error for a path that is a group of fields, or has a wrong name in it."""
+    inside = [name for name in known if name.startswith(f"{path}.")]
+    if inside:
+        return UserError(f"config.{path} is a group of fields. Give one of them: {_listed(inside)}.")
+    group, _, name = path.rpartition(".")
+    siblings = [other for other in known if other.rpartition(".")[0] == group and group]
+    groups = {other.partition(".")[0] for other in known}
+    moved = [other for other in known if other.rpartition(".")[2] == name]
+    near = moved[:1] or difflib.get_close_matches(path, siblings, n=1) or difflib.get_close_matches(group or path, groups, n=1)
+    hint = f" Did you mean 'config.{near[0]}'?" if near else ""
+    return UserError(f"There is no field 'config.{path}'.{hint} Known: {_listed(siblings or groups)}.")
+
+
+def _listed(paths: Iterable[str]) -> str:
+    return ", ".join(f"config.{path}" for path in sorted(paths))
+
+
+def _from_text(annotation: Any, text: str, field: str) -> Any:
+    """The value that a flag's text stands for."""
+    try:
+        return _READERS[annotation](text) if annotation in _READERS else _tuple_from_text(annotation, text, field)
+    except ValueError as error:
+        raise _mismatch(field, annotation, text) from error
+
+
+def _boolean(text: str) -> bool:
+    try:
+        return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+    except KeyError as error:
+        raise ValueError(text) from error
+
+
+_READERS: dict[Any, Callable[[str], Any]] = {str: str, int: int, float: float, bool: _boolean}
+
+
+def _tuple_from_text(annotation: Any, text: str, field: str) -> Any:
+    """Python's form where the text is that, otherwise parts between commas."""
+    try:
+        return _convert(annotation, ast.literal_eval(text), field)
+    except (ValueError, SyntaxError, UserError):
+        pass
+    parts = _parts(text)
+    return tuple(_part_from_text(kind, part) for kind, part in zip(_kinds(annotation, len(parts)), parts, strict=True))
+
+
+def _part_from_text(annotation: Any, text: str) -> Any:
+    if annotation in _READERS:
+        return _READERS[annotation](text)
+    first, second = typing.get_args(annotation)
+    name, _, value = text.rpartition(":")
+    if not name:
+        raise ValueError(text)
+    return (_READERS[first](name), _READERS[second](value))
+
+
+def _parts(text: str) -> list[str]:
+    """The parts between commas that stand outside brackets: patterns may hold `(q|v){1,2}`."""
+    parts, depth, start = [], 0, 0
+    for place, letter in enumerate(text):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            parts.append(text[start:place].strip())
+            start = place + 1
+    parts.append(text[start:].strip())
+    return [part for part in parts if part]
+
+
+# ---------------------------------------------------------------- dictionaries
+
+
+def _walk(value: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
+    annotations = typing.get_type_hints(type(value))
+    for field in dataclasses.fields(value):
+        inner, path = getattr(value, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(inner):
+            yield from _walk(inner, f"{path}.")
+        else:
+            yield path, annotations[field.name], inner
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_dict(value)
+    if isinstance(value, (tuple, list)):
+        return [_plain(part) for part in value]
+    return value
+
+
+def _classes() -> dict[str, types.ModuleType]:
+    """Where a name of a method or a task is looked up."""
+    from jaxft import methods, tasks  # they import jax, which takes a second that a mistyped flag needn't wait for
+
+    return {"method": methods, "task": tasks}
+
+
+def _instance(found: Any, module: types.ModuleType, field: str) -> Any:
+    known = {name: kind for name in module.__all__ if dataclasses.is_dataclass(kind := getattr(module, name))}
+    if not isinstance(found, Mapping) or CLASS not in found:
+        raise UserError(f"{field}: expected the fields of a {field.removeprefix('config.')}, with '{CLASS}' among them, found {found!r}.")
+    found = dict(found)
+    name = found.pop(CLASS)
+    if name not in known:
+        raise unknown(field.removeprefix("config."), str(name), known)
+    return _build(known[name], found, field)
+
+
+def _build(kind: type[_T], found: Mapping[str, Any], field: str) -> _T:
+    """A dataclass from the dictionary of its fields."""
+    annotations = typing.get_type_hints(kind)
+    known = {known.name: known for known in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for name in found:
+        if name not in known:
+            raise unknown("field", f"{field}.{name}", [f"{field}.{other}" for other in known])
+    missing = [name for name, inner in known.items() if name not in found and inner.default is dataclasses.MISSING]
+    if missing:
+        raise UserError(f"{field}.{missing[0]} is missing.")
+    return kind(**{name: _convert(annotations[name], value, f"{field}.{name}") for name, value in found.items()})
+
+
+def _convert(annotation: Any, value: Any, field: str) -> Any:
+    """`value` in the annotated type: lists become tuples, whole numbers become floats where a float stands."""
+    if annotation is Any:
+        return value
+    if dataclasses.is_dataclass(annotation):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{field}: expected its fields, found {value!r}.")
+        return _build(annotation, value, field)  # type: ignore[arg-type]
+    if typing.get_origin(annotation) is tuple:
+        return _convert_tuple(annotation, value, field)
+    if annotation not in _NOUNS:
+        known = ", ".join(kind.__name__ for kind in _NOUNS)
+        raise TypeError(f"{field} is annotated as {annotation}; fields are {known}, or tuples of them.")
+    if annotation is float and type(value) is int:
+        value = float(value)
+    if type(value) is not annotation or (annotation is float and not math.isfinite(value)):
+        raise _mismatch(field, annotation, value)
+    return value
+
+
+def _convert_tuple(annotation: Any, value: Any, field: str) -> tuple[Any, ...]:
+    if not isinstance(value, (tuple, list)):
+        raise _mismatch(field, annotation, value)
+    try:
+        kinds = _kinds(annotation, len(value))
+    except ValueError as error:
+        raise _mismatch(field, annotation, value) from error
+    return tuple(_convert(kind, part, field) for kind, part in zip(kinds, value, strict=True))
+
+
+def _kinds(annotation: Any, count: int) -> list[Any]:
+    """The annotations of a tuple's `count` parts; raises `ValueError` where it has another number of them."""
+    inner = typing.get_args(annotation)
+    kinds = [inner[0]] * count if inner[-1] is Ellipsis else list(inner)
+    if len(kinds) != count:
+        raise ValueError(f"{len(kinds)} parts, not {count}")
+    return kinds
+
+
+def _mismatch(field: str, annotation: Any, value: Any) -> UserError:
+    shown = f"'{value}'" if isinstance(value, str) else repr(value)
+    return UserError(f"{field}: expected {describe(annotation)}, found {shown}.")

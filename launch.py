@@ -1,0 +1,105 @@
+"""Flags -> experiment -> mode.
+
+python launch.py --experiment=NAME[:VARIANT] [--mode=MODE] [--workdir=DIR] [--config.PATH=VALUE ...]
+python launch.py --list
+"""
+
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+import experiments
+from jaxft.errors import UserError, unknown
+
+# Each mode, and the flags that belong to it alone.
+MODES = {"train": (), "eval": (), "generate": ("prompt", "prompts", "output"), "export": ("format", "output")}
+
+FLAGS = flags.FlagValues()
+FLAGS.set_gnu_getopt(True)
+flags.DEFINE_string("experiment", None, "NAME or NAME:VARIANT of an experiment.", flag_values=FLAGS)
+flags.DEFINE_string("mode", "train", f"What to do: {', '.join(MODES)}.", flag_values=FLAGS)
+flags.DEFINE_string("workdir", None, "The run's folder. Default: runs/NAME, or runs/NAME-VARIANT.", flag_values=FLAGS)
+flags.DEFINE_string("prompt", None, "generate: one prompt.", flag_values=FLAGS)
+flags.DEFINE_string("prompts", None, "generate: a file of prompts, one {'prompt': ...} or row of the data a line.", flag_values=FLAGS)
+flags.DEFINE_string("format", None, "export: peft (the adapter; default) or hf (the merged model).", flag_values=FLAGS)
+flags.DEFINE_string("output", None, "generate: the file for the answers. export: the folder.", flag_values=FLAGS)
+flags.DEFINE_boolean("list", False, "List the experiments.", flag_values=FLAGS)
+flags.DEFINE_boolean("help", False, "Show this.", flag_values=FLAGS)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs one mode of one experiment."""
+    overrides = parse(argv)
+    if FLAGS.help:
+        print(f"{__doc__}\n{FLAGS.get_help()}\n\nThe fields of --config.PATH are in docs/configuration.md.")
+    elif FLAGS.list:
+        for found in map(experiments.entry, experiments.names()):
+            variants = f" [variants: {', '.join(found.variants)}]" if found.variants else ""
+            print(f"{found.name}: {found.summary}{variants}")
+    else:
+        run(overrides)
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+    """Fills `FLAGS`; returns the arguments that are left, those of `--config`."""
+    try:
+        rest = FLAGS(argv, known_only=True)[1:]
+    except flags.Error as error:
+        raise UserError(str(error)) from error
+    for argument in rest:
+        name = argument.lstrip("-").partition("=")[0]
+        if argument.startswith("-") and name.removeprefix("no").partition(".")[0] != "config":
+            raise unknown("flag", f"--{name}", [*(f"--{known}" for known in FLAGS), "--config.PATH"])
+    if FLAGS.mode not in MODES:
+        raise unknown("mode", FLAGS.mode, MODES)
+    for name in sorted({name for own in MODES.values() for name in own}):
+        if FLAGS[name].present and name not in MODES[FLAGS.mode]:
+            raise UserError(f"--{name} belongs to --mode={' or '.join(mode for mode, own in MODES.items() if name in own)}.")
+    return rest
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Runs `FLAGS.mode`."""
+    if not FLAGS.experiment:
+        raise UserError(f"Give --experiment=NAME[:VARIANT]. Known: {', '.join(experiments.names())}.")
+    if FLAGS.mode == "generate" and (FLAGS.prompt is None) == (FLAGS.prompts is None):
+        raise UserError("--mode=generate takes --prompt=TEXT or --prompts=FILE.jsonl, one of them.")
+    name, _, variant = FLAGS.experiment.partition(":")
+    found = experiments.load(name, variant)
+
+    from jaxft import overrides
+
+    found = overrides.parse_flags(found, arguments)
+    workdir = pathlib.Path(FLAGS.workdir or pathlib.Path("runs", f"{name}-{variant}" if variant else name))
+    output = pathlib.Path(FLAGS.output) if FLAGS.output else None
+
+    from jaxft.train import run as modes  # transformers, datasets and orbax: seconds, once everything given is known to be right
+
+    if FLAGS.mode == "train":
+        modes.train(found, workdir)
+    elif FLAGS.mode == "eval":
+        modes.evaluate(found, workdir)
+    elif FLAGS.mode == "generate":
+        modes.generate(found, workdir, prompts(), output)
+    else:
+        modes.export(found, workdir, FLAGS.format or "peft", output)
+
+
+def prompts() -> list[dict[str, str]]:
+    """Returns what `--prompt` or `--prompts` gives, a row each."""
+    if FLAGS.prompt is not None:
+        return [{"prompt": FLAGS.prompt}]
+
+    from jaxft.data.sources import load_rows
+
+    return list(load_rows(FLAGS.prompts, "test").dataset)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv)
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,79 @@
+"""Exact match of generated answers, whole and by field."""
+
+import string
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxft.tasks.answers import AnswerFormat, exact_match, majority, majority_match
+
+REVIEW = AnswerFormat("Condition: {condition}. Experience: {experience}")
+TRUE = ["Condition: Acne. Experience: positive", "Condition: Back pain. Experience: negative", "Condition: Acne. Experience: negative"]
+
+
+def test_the_whole_answer_and_each_field_are_matched():
+    made = ["Condition: Acne. Experience: positive", "Condition: Back pain. Experience: positive", "I don't know."]
+    assert exact_match(made, TRUE, REVIEW) == {
+        "exact_match": 1 / 3,
+        "exact_match_condition": 2 / 3,
+        "exact_match_experience": 1 / 3,
+    }
+
+
+def test_surrounding_space_is_left_aside():
+    assert exact_match([f" {TRUE[0]}\n"], TRUE[:1], REVIEW) == {
+        "exact_match": 1.0,
+        "exact_match_condition": 1.0,
+        "exact_match_experience": 1.0,
+    }
+
+
+def test_without_fields_or_with_one_only_the_whole_answer_is_matched():
+    assert exact_match(["a", "b"], ["a", "c"], AnswerFormat("")) == {"exact_match": 0.5}
+    assert exact_match(["Label: a"], ["Label: a"], AnswerFormat("Label: {label}")) == {"exact_match": 1.0}
+
+
+@pytest.mark.parametrize("text", ["Condition Acne. Experience: positive", "Well. Condition: Acne. Experience: positive", ""])
+def test_text_in_another_form_has_no_fields(text):
+    assert REVIEW.read(text) == {}
+
+
+def test_characters_of_expressions_stand_for_themselves():
+    form = AnswerFormat("[{a}] (b|c)* {{literal}} {d}?")
+    assert form.read("[x] (b|c)* {literal} y?") == {"a": "x", "d": "y"}
+
+
+def test_a_field_that_stands_twice_is_the_same_twice():
+    form = AnswerFormat("{a} is {a}, {b}")
+    assert form.names == ("a", "b")
+    assert form.read("x is x, y") == {"a": "x", "b": "y"}
+    assert form.read("x is z, y") == {}
+
+
+def test_lines_and_spaces_of_the_form_are_matched_loosely():
+    assert AnswerFormat("A: {a}\nB: {b}").read("A: 1\n  B:  2") == {"a": "1", "b": "2"}
+
+
+VALUE = st.text(string.ascii_letters + string.digits + " \n-", min_size=1).map(str.strip).filter(bool)
+
+
+@given(VALUE, VALUE)
+def test_what_is_written_in_the_form_is_read_back(condition, experience):
+    text = f"Condition: {condition}. Experience: {experience}"
+    assert REVIEW.read(text) == {"condition": condition, "experience": experience}
+
+
+def test_the_majority_answers_each_field_on_its_own():
+    training = [*TRUE, "Condition: Flu. Experience: negative"]
+    assert majority(training, REVIEW) == {"condition": "Acne", "experience": "negative"}
+    assert majority_match(training, TRUE, REVIEW) == {
+        "exact_match": 1 / 3,
+        "exact_match_condition": 2 / 3,
+        "exact_match_experience": 2 / 3,
+    }
+
+
+def test_the_majority_of_whole_answers_where_there_are_no_fields():
+    assert majority(["a", "b ", "b"], AnswerFormat("")) == ["b"]
+    assert majority_match(["a", "b ", "b"], ["b", "b", "a", "c"], AnswerFormat("")) == {"exact_match": 0.5}

@@ -1,0 +1,91 @@
+"""Tiny random models of transformers, which are the reference, the same models in jaxft, and examples to train them on."""
+
+import pathlib
+import tempfile
+
+import jax
+import numpy as np
+import torch
+import transformers
+
+import jaxft
+from jaxft.data.tokenize import Examples
+
+VOCABULARY = 97
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 160,
+    "attn_implementation": "eager",
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def make_reference(family, **settings):
+    """Returns a model of transformers whose every parameter is random: norms about 1, biases not zero."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **(SMALL | settings)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.2 + ("norm" in name))
+    return model.eval()
+
+
+def load(reference, dtype="float32"):
+    """Returns jaxft's model and parameters of a model of transformers, by way of its folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        reference.save_pretrained(folder)
+        return jaxft.load_pretrained(folder, dtype=dtype)
+
+
+def make_pair(family, **settings):
+    """Returns the reference, jaxft's model, and its parameters."""
+    reference = make_reference(family, **settings)
+    return reference, *load(reference)
+
+
+def with_adapter(tuned, model, params):
+    """Returns parameters and method of a model of peft, by way of the adapter's folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        tuned.save_pretrained(folder)
+        return jaxft.load_adapter(pathlib.Path(folder), model, params)
+
+
+def moved(method, model, params, size=0.2):
+    """Returns the method's parameters with every trainable leaf moved at random, so that lora_b isn't zero."""
+    params = method.init(jax.random.key(1), model, params)
+
+    def move(leaf, trains):
+        return leaf + size * jax.random.normal(jax.random.key(leaf.size), leaf.shape) if trains else leaf
+
+    return jax.tree.map(move, params, method.mask(params))
+
+
+def make_examples(lengths, prefix=0, answer=3, seed=0):
+    """Returns examples of random tokens after a common prefix; the last `answer` of each are scored."""
+    random = np.random.default_rng(seed)
+    start = random.integers(1, VOCABULARY, prefix)
+    tokens = [np.concatenate([start, random.integers(1, VOCABULARY, length - prefix)]) for length in lengths]
+    scored = [np.arange(length) >= length - answer for length in lengths]
+    offsets = np.cumsum([0, *lengths], dtype=np.int64)
+    zeros = np.zeros(len(lengths), np.int32)
+    return Examples(np.concatenate(tokens).astype(np.int32), np.concatenate(scored), offsets, zeros, zeros, ("",) * len(lengths))
+
+
+def largest_difference(ours, theirs):
+    """Returns the largest difference between two arrays or pytrees of one structure."""
+    differences = jax.tree.map(lambda one, other: np.abs(np.asarray(one, np.float64) - np.asarray(other, np.float64)).max(), ours, theirs)
+    return max(jax.tree.leaves(differences))
+
+
+def same_bits(one, other):
+    """Returns whether two pytrees hold the same arrays, bit for bit."""
+    return jax.tree.structure(one) == jax.tree.structure(other) and all(
+        np.asarray(a).dtype == np.asarray(b).dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    )

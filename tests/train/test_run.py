@@ -1,0 +1,248 @@
+"""Whole runs as a user starts them: real processes, a tiny random model with a tokenizer, a small file of rows."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import peft
+import pytest
+import safetensors.numpy
+import tokenizers
+import torch
+import transformers
+
+ROOT = pathlib.Path(__file__).parents[2]
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A folder with a tiny Llama, `model`, and forty rows, `rows.jsonl`."""
+    folder = tmp_path_factory.mktemp("material")
+    rows = [{"prompt": f"Name the number {i}, please.", "completion": f"number {i % 7}"} for i in range(40)]
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<|im_start|>", "<|im_end|>"], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator([row["prompt"] + row["completion"] for row in rows], trainer)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    fast.chat_template = CHATML
+    fast.save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(fast), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
+    return folder
+
+
+def command(material, workdir, *flags, mode="train"):
+    """Returns the command line of a small run."""
+    return [
+        *(sys.executable, "launch.py", "--experiment=lora_llama2", f"--mode={mode}", f"--workdir={workdir}"),
+        *(f"--config.model.source={material / 'model'}", f"--config.data.train={material / 'rows.jsonl'}", "--config.data.test="),
+        *("--config.data.split=0.8,0.1,0.1", "--config.data.system=", "--config.data.prompt=", "--config.data.completion=", "--config.data.max_length=128"),
+        *(f"--config.train.steps={STEPS}", "--config.train.checkpoint_every=3", "--config.train.eval_every=8"),
+        *("--config.method.dropout=0.1", "--config.train.neftune_alpha=5.0", "--config.eval.max_new_tokens=4", *flags),
+    ]
+
+
+def start(material, workdir, *flags, mode="train"):
+    """Starts a run; returns the process."""
+    environment = os.environ | {"JAXFT_CACHE": str(material / "cache"), "JAX_PLATFORMS": "cpu"}
+    environment.pop("XLA_FLAGS", None)
+    return subprocess.Popen(
+        command(material, workdir, *flags, mode=mode), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process):
+    """Returns exit code, standard output and standard error."""
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def logged(workdir):
+    """Returns the training steps that metrics.jsonl holds whole lines of."""
+    path = workdir / "metrics.jsonl"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [found for line in text.splitlines() if line.endswith("}") and "loss" in (found := json.loads(line))]
+
+
+def adapter(workdir):
+    """Returns the bytes of the exported adapter."""
+    return (workdir / "export" / "peft" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(material):
+    """A run that nothing disturbed: its folder and what it printed."""
+    workdir = material / "whole"
+    code, out, err = finish(start(material, workdir))
+    assert code == 0, err
+    return workdir, out
+
+
+@pytest.mark.slow
+def test_a_run_leaves_what_the_contract_says(whole):
+    workdir, out = whole
+    summary = json.loads((workdir / "summary.json").read_text())
+    for name in (
+        *("experiment", "model", "method", "task", "steps", "seed", "trainable_parameters", "total_parameters", "tokens_per_second"),
+        *("compile_seconds", "seconds", "peak_memory_bytes", "train_loss"),
+    ):
+        assert summary[name] is not None, name
+    assert summary["steps"] == STEPS
+    assert set(summary["eval"]) >= {"before", "after"}
+    assert summary["eval"]["after"]["loss"] < summary["eval"]["before"]["loss"]
+    assert json.loads((workdir / "config.json").read_text())["config"]["method"]["class"] == "LoRA"
+    assert [line["step"] for line in logged(workdir)] == list(range(1, STEPS + 1))
+    assert list((workdir / "tensorboard").glob("events*"))
+    assert list((workdir / "checkpoints").iterdir())
+    for text in ("What trains", "untuned model", "majority answer", "tuned model", "PeftModel.from_pretrained"):
+        assert text in out
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_a_run_ends_with_the_same_bytes(material, whole):
+    workdir = material / "killed"
+    for moment in (5, 13):
+        process = start(material, workdir)
+        while process.poll() is None and len(logged(workdir)) < moment:
+            time.sleep(0.01)
+        assert process.poll() is None, "the run ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    code, out, err = finish(start(material, workdir))
+    assert code == 0, err
+    assert "Going on from step" in out
+    assert adapter(workdir) == adapter(whole[0])
+    strip = ("tokens_per_second",)
+    lines = [{name: value for name, value in line.items() if name not in strip} for line in logged(workdir)]
+    assert lines == [{name: value for name, value in line.items() if name not in strip} for line in logged(whole[0])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_a_run_cleanly(material, whole, number):
+    workdir = material / f"stopped{number}"
+    process = start(material, workdir)
+    while process.poll() is None and len(logged(workdir)) < 4:
+        time.sleep(0.01)
+    process.send_signal(number)
+    code, out, err = finish(process)
+    assert code == 0
+    assert "Traceback" not in err
+    assert "The same command goes on" in out
+    assert not (workdir / "summary.json").exists()
+    code, _, err = finish(start(material, workdir))
+    assert code == 0, err
+    assert adapter(workdir) == adapter(whole[0])
+
+
+@pytest.mark.slow
+def test_the_adapter_in_peft_and_the_merged_folder_in_transformers_agree(material, whole, tmp_path):
+    code, out, err = finish(start(material, whole[0], "--format=hf", f"--output={tmp_path / 'merged'}", mode="export"))
+    assert code == 0, err
+    base = transformers.AutoModelForCausalLM.from_pretrained(material / "model")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    tokens = tokenizer("Name the number 3, please.", return_tensors="pt").input_ids
+    with torch.no_grad():
+        plain = base(tokens).logits
+        tuned = peft.PeftModel.from_pretrained(base, whole[0] / "export" / "peft")(tokens).logits
+        assert (tuned - merged(tokens).logits).abs().max() < 1e-4  # float32, logits of order 1
+        assert (tuned - plain).abs().max() > 1e-2
+    assert any(tensor.any() for name, tensor in _tensors(whole[0]).items() if "lora_B" in name)
+
+
+def _tensors(workdir):
+    return safetensors.numpy.load(adapter(workdir))
+
+
+@pytest.mark.slow
+def test_eval_and_generate_use_the_best_checkpoint(material, whole, tmp_path):
+    code, out, err = finish(start(material, whole[0], mode="eval"))
+    assert code == 0, err
+    after = json.loads((whole[0] / "summary.json").read_text())["eval"]["after"]
+    assert f"{after['loss']:.4f}" in out
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text('{"prompt": "Name the number 3, please."}\n{"prompt": "Name it."}\n')
+    code, out, err = finish(start(material, whole[0], f"--prompts={prompts}", f"--output={output}", mode="generate"))
+    assert code == 0, err
+    assert [set(json.loads(line)) for line in output.read_text().splitlines()] == [{"prompt", "answer"}] * 2
+
+
+@pytest.mark.slow
+def test_a_folder_of_another_configuration_is_refused(material, whole):
+    code, _, err = finish(start(material, whole[0], "--config.method.rank=4"))
+    assert code == 2
+    assert "method.rank was 8 and is 4" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_another_base_is_refused(material, whole, tmp_path):
+    (tmp_path / "material").symlink_to(material)
+    workdir = tmp_path / "run"
+    code, _, err = finish(start(material, workdir, "--config.train.steps=3", "--config.eval.generate=false"))
+    assert code == 0, err
+    other = transformers.AutoModelForCausalLM.from_pretrained(material / "model")
+    with torch.no_grad():
+        other.model.embed_tokens.weight[5, 5] += 1
+    weights = material / "model" / "model.safetensors"
+    kept = weights.read_bytes()
+    try:
+        other.save_pretrained(material / "model")
+        code, _, err = finish(start(material, workdir, "--config.train.steps=3", "--config.eval.generate=false"))
+    finally:
+        weights.write_bytes(kept)
+    assert code == 2
+    assert "another base model" in err
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_the_run(material, tmp_path):
+    flags = ("--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=0", "--config.optimizer.name=sgd")
+    code, _, err = finish(start(material, tmp_path / "run", *flags))
+    assert code == 2
+    assert "training rows" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--config.train.batch_size=0",), "train.batch_size"),
+        (("--config.optimizer.schedule=cosin",), "Did you mean 'cosine'"),
+        (("--config.optimizer.name=adam",), "Did you mean 'adamw'"),
+        (("--config.train.remat=dot",), "Did you mean 'dots'"),
+        (("--config.method.targets=q_prj",), "q_proj"),
+        (("--config.method.rank=33",), "more than it can have"),
+        (("--config.data.train=nowhere.jsonl",), "nowhere.jsonl"),
+    ],
+)
+def test_a_mistake_gets_one_message_and_leaves_nothing_broken(material, tmp_path, flags, words):
+    code, _, err = finish(start(material, tmp_path / "run", *flags))
+    assert code == 2, err
+    assert words in err
+    assert "Traceback" not in err
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(material, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    code, _, err = finish(start(material, tmp_path))
+    assert code == 2
+    assert "isn't empty" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
