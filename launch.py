@@ -103,3 +103,6 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nStopped. The same command starts again.", file=sys.stderr)
+        sys.exit(1)

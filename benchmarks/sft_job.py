@@ -23,7 +23,7 @@ class Job:
     folder: str  # where prepare puts model/, adapter/, examples.npz and plan.json
     steps: int
     examples_per_step: int = 8  # on average: rows are packed, and each step takes the same number of rows
-    max_length: int = 576  # tokens a row: holds the longest of the 600 reviews, 552, whole
+    max_length: int = 384  # tokens a row, as in the experiment
     rank: int = 8
     alpha: float = 16.0
     seed: int = 0

@@ -49,17 +49,17 @@ def _smollm2() -> Experiment:
         data=DataConfig(
             train="bundled:drug-reviews:train",
             test="bundled:drug-reviews:test",
-            split=(0.9, 0.1, 0.0),
+            split=(0.95, 0.05, 0.0),
             system="Name the condition that the patient takes the drug for, and whether the experience was positive, neutral or negative.",
-            prompt="Drug: {drug}\nReview: {text}",
+            prompt="Drug: {drug}\nReview: {text:.1200}",  # the one review that is longer is cut at 1200 characters
             completion="Condition: {condition}\nExperience: {rating}",
-            max_length=576,  # the longest review, with its prompt, has 552
+            max_length=384,
         ),
         method=LoRA(rank=8, alpha=16.0),
         task=SFT(),
-        train=TrainConfig(batch_size=2, remat="dots"),  # 2 packed rows hold about 8 reviews
+        train=TrainConfig(steps=50, batch_size=3, remat="dots"),  # 3 packed rows hold about 8 reviews
         optimizer=OptimizerConfig(learning_rate=1e-3),
-        eval=EvalConfig(limit=120),
+        eval=EvalConfig(limit=80),
     )
 
 

@@ -252,7 +252,7 @@ def _classes() -> dict[str, types.ModuleType]:
 
 
 def _instance(found: Any, module: types.ModuleType, field: str) -> Any:
-    known = {name: kind for name in module.__all__ if dataclasses.is_dataclass(kind := getattr(module, name))}
+    known: dict[str, type[Any]] = {name: kind for name in module.__all__ if dataclasses.is_dataclass(kind := getattr(module, name))}
     if not isinstance(found, Mapping) or CLASS not in found:
         raise UserError(f"{field}: expected the fields of a {field.removeprefix('config.')}, with '{CLASS}' among them, found {found!r}.")
     found = dict(found)

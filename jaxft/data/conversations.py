@@ -72,7 +72,7 @@ def fill(pattern: str, row: Mapping[str, Any], field: str, place: str) -> str:
     """Returns `pattern` with each column named in braces replaced by the row's value.
 
     Args:
-        pattern: text with `{column}`; `{{` and `}}` stand for braces.
+        pattern: text with `{column}`, or `{column:.1200}` with a format as Python's; `{{` and `}}` stand for braces.
         row: column -> text or number.
         field: the name of the config field that holds the pattern, for messages.
         place: where the row stands, for messages.
@@ -91,13 +91,16 @@ def fill(pattern: str, row: Mapping[str, Any], field: str, place: str) -> str:
         filled.append(literal)
         if column is None:
             continue
-        if specification or conversion:
-            raise UserError(f"config.data.{field}: '{column}' has a format or conversion; braces hold the name of a column only.")
+        if conversion:
+            raise UserError(f"config.data.{field}: '{column}' has a conversion, !{conversion}; braces hold a column's name and a format only.")
         if column not in row:
             raise UserError(f"config.data.{field} names the column '{column}'.{nearest(column, row)} {place} has {', '.join(row)}.")
         if not isinstance(row[column], str | int | float):
             raise UserError(f"{place}: column '{column}' must hold text or a number for config.data.{field}, not {_shown(row[column])}.")
-        filled.append(str(row[column]))
+        try:
+            filled.append(format(row[column], specification or ""))
+        except ValueError as error:
+            raise UserError(f"config.data.{field}: {row[column]!r} of {place} can't be written as '{{{column}:{specification}}}': {error}.") from error
     return "".join(filled)
 
 

@@ -1,5 +1,6 @@
 """Pre-trained models from files: tensor by tensor, each one accounted for."""
 
+import math
 import re
 from typing import Any
 
@@ -19,6 +20,7 @@ from jaxft.models.segments import Leaf
 Params = dict[str, Any]
 TASKS = ("causal_lm",)
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+_ALIGNMENT = 64  # bytes, XLA's for buffers
 EMBEDDING, HEAD = "embed/embedding", "lm_head/kernel"  # what a model with tied embeddings may store twice
 
 
@@ -85,10 +87,18 @@ def fill(model: nn.Module, family: Family, checkpoint: Checkpoint, name: str) ->
 
 def _read_leaf(leaf: Leaf, parts: list[Entry], checkpoint: Checkpoint) -> jax.Array:
     """One leaf, its layers written where they belong; on the device before the next one is read."""
-    host = np.empty(leaf.value.shape, leaf.value.dtype)
+    host = _empty(leaf.value.shape, np.dtype(leaf.value.dtype))
     for entry in parts:
         host[... if entry.index is None else entry.index] = entry.swap(checkpoint.read(entry.name))
-    return jax.block_until_ready(jnp.asarray(host))
+    return jax.block_until_ready(jax.device_put(host))
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array at an address where jax, on CPU, takes it over without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _check(wanted: list[Entry], family: Family, checkpoint: Checkpoint, name: str) -> None:

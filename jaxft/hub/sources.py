@@ -62,6 +62,8 @@ def find(source: str, revision: str, files: tuple[str, ...]) -> Source:
       UserError: there is nothing of that name, or no access to it; with what to do.
     """
     source = str(source)
+    if not source:
+        raise UserError(f"The model's source is empty. It is {_KINDS}.")
     if source.startswith(BUNDLED):
         return _bundled(source)
     path = pathlib.Path(source).expanduser()

@@ -18,6 +18,29 @@ Params = dict[str, Any]
 KERNEL = "kernel"  # what the families call a linear layer's weight
 
 
+@jax.custom_vjp
+def _narrow(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """x (tokens, in) times a narrow matrix (in, rank).
+
+    The matrix's gradient is made as (rank, in), long rows that vector units fill, and then turned; measured on CPU, that takes a third
+    of the time of making it as it is stored.
+    """
+    return x @ matrix
+
+
+def _narrow_forward(x: jax.Array, matrix: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x @ matrix, (x, matrix)
+
+
+def _narrow_backward(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, matrix = kept
+    turned = jax.lax.optimization_barrier(gradient.T @ x)  # without it, XLA makes the product as it is stored
+    return gradient @ matrix.T, turned.T
+
+
+_narrow.defvjp(_narrow_forward, _narrow_backward)
+
+
 @node
 class LoRAKernel(Node):
     """base + scale * lora_a @ lora_b, never formed while training.
@@ -37,7 +60,7 @@ class LoRAKernel(Node):
         if self.dropout is not None and rng is not None:
             keep = jax.random.bernoulli(rng, 1.0 - self.dropout, x.shape)
             low = jnp.where(keep, x / (1.0 - self.dropout).astype(x.dtype), 0)
-        low = (low @ self.lora_a.astype(x.dtype)) * self.scale.astype(x.dtype)
+        low = _narrow(low, self.lora_a.astype(x.dtype)) * self.scale.astype(x.dtype)
         return dot(x, self.base, rng) + low @ self.lora_b.astype(x.dtype)
 
     def dense(self) -> jax.Array:

@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 SHARED = -1  # segment id of tokens that every example of the row sees
 PADDING = 0  # segment id of padding
-QUERY_BLOCK = 256  # queries a block on the plain path: keys above a block's diagonal are never multiplied
+QUERY_BLOCK = 128  # queries a block on the plain path: keys above a block's diagonal are never multiplied
 KEPT = "product"  # what remat policy "dots" keeps, here as in every linear layer
 _MASKED = -1e30  # a score that no softmax notices, finite so that rows without a visible key stay finite
 

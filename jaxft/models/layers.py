@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.errors import unknown
 from jaxft.models import segments
-from jaxft.models.attention import KEPT, PADDING, Tokens
+from jaxft.models.attention import KEPT, PADDING, Tokens, visible
 from jaxft.models.node import dot
 
 Initializer = Callable[..., jax.Array]
@@ -205,9 +205,9 @@ def extend(cache: Cache, tokens: Tokens) -> tuple[Cache, Tokens]:
 def embedding_noise(rng: jax.Array, alpha: jax.Array | float, tokens: Tokens, features: int) -> jax.Array:
     """Returns NEFTune's noise, (batch, length, features): uniform in +-alpha / sqrt(length of the example * features).
 
-    Jain et al. 2023, arXiv:2310.05914; the length is that of the example, so that packing and padding change nothing.
+    Jain et al. 2023, arXiv:2310.05914; the length is that of the example, a shared prefix included, so that packing and padding change
+    nothing. The prefix's own tokens know of no example and count themselves only: train with noise on rows that share none.
     """
-    same = tokens.segments[:, :, None] == tokens.segments[:, None, :]
-    length = jnp.sum(same, axis=-1, dtype=jnp.float32)
+    length = jnp.sum(visible(tokens, tokens, None, causal=False), axis=-1, dtype=jnp.float32)
     noise = jax.random.uniform(rng, (*tokens.segments.shape, features), minval=-1.0, maxval=1.0)
     return noise * (alpha / jnp.sqrt(length * features))[:, :, None]

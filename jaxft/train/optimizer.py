@@ -36,7 +36,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     else:
         decay = min(max(round(config.decay * steps), 1), rest)
         after = optax.linear_schedule(peak, end, decay, transition_begin=rest - decay)
-    if warmup <= 1:
+    if not warmup:
         return after
     return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, warmup - 1), after], [warmup])
 

@@ -45,9 +45,10 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     """
     began = time.perf_counter()
     resolved = overrides.to_dict(experiment)
-    checkpoints = _open_workdir(workdir, resolved, experiment)
+    _check_workdir(workdir, resolved)
+    _keep_compiled()
     setup = set_up(experiment)
-    _write_json(workdir / CONFIG, {"config": resolved, "versions": versions(), "device": device()})
+    checkpoints = _open_workdir(workdir, resolved, experiment)
     evaluator = Evaluator(setup)
     state, progress = _start(setup, checkpoints, evaluator, resolved)
     outcome = Loop(setup, workdir, checkpoints, evaluator).run(state, progress)
@@ -129,19 +130,23 @@ def device() -> dict[str, Any]:
     return {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices), "cpus": os.cpu_count()}
 
 
-def _open_workdir(workdir: pathlib.Path, resolved: Mapping[str, Any], experiment: Experiment) -> Checkpoints:
-    """The run's checkpoints, once the folder is known to be this run's or free."""
+def _check_workdir(workdir: pathlib.Path, resolved: Mapping[str, Any]) -> None:
+    """Raises `UserError` unless the folder is free or holds this very run; writes nothing."""
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"{workdir} is a file. Choose another --workdir.")
     if workdir.exists() and any(workdir.iterdir()) and not (workdir / CONFIG).is_file():
         raise UserError(f"{workdir} isn't empty and holds no run of jaxft. Choose another --workdir.")
     if (workdir / CONFIG).is_file():
         check_same(_read_json(workdir / CONFIG)["config"], resolved, workdir)
+
+
+def _open_workdir(workdir: pathlib.Path, resolved: Mapping[str, Any], experiment: Experiment) -> Checkpoints:
+    """The run's checkpoints; its folder is made, and says whose it is."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        _write_json(workdir / CONFIG, {"config": resolved, "versions": versions(), "device": device()})
     except OSError as error:
-        raise UserError(f"{workdir} can't be made ({error.strerror}). Choose another --workdir.") from error
-    _keep_compiled()
+        raise UserError(f"{workdir} can't be written ({error.strerror}). Choose another --workdir.") from error
     return Checkpoints(workdir / "checkpoints", experiment.train.keep, experiment.train.best_mode)
 
 
@@ -184,7 +189,9 @@ def _load_best(experiment: Experiment, workdir: pathlib.Path) -> tuple[Setup, St
     """The run of a working folder, at its best checkpoint."""
     if not (workdir / CONFIG).is_file():
         raise UserError(f"{workdir} holds no run of jaxft. Train one first (--mode=train), or name its folder by --workdir.")
-    checkpoints = _open_workdir(workdir, overrides.to_dict(experiment), experiment)
+    _check_workdir(workdir, overrides.to_dict(experiment))
+    _keep_compiled()
+    checkpoints = Checkpoints(workdir / "checkpoints", experiment.train.keep, experiment.train.best_mode)
     newest = checkpoints.latest()
     if newest is None:
         raise UserError(f"{workdir} has no checkpoint yet. Train first (--mode=train).")

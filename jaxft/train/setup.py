@@ -99,8 +99,9 @@ def set_up(experiment: Experiment) -> Setup:
         raise UserError("There is no model: set config.model.source to a hub id, a local folder, a .gguf file, or bundled:NAME.")
     tokenizer = load_tokenizer(experiment.model.source, experiment.model.revision)
     examples = load_data(experiment, tokenizer)
+    share_prefix = not train.neftune_alpha  # its noise follows each example's length
     batches = Batches(
-        examples["train"], data, train.batch_size, train.accumulation, train.seed, share_prefix=True, pad_token_id=pad_token(tokenizer)
+        examples["train"], data, train.batch_size, train.accumulation, train.seed, share_prefix, pad_token_id=pad_token(tokenizer)
     )
     steps = train.steps or max(round(train.epochs * batches.steps_per_epoch), 1)
     model, params = load_pretrained(experiment.model.source, "causal_lm", experiment.model.dtype, experiment.model.revision)

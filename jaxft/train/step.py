@@ -22,8 +22,8 @@ def make_step(
     """Returns step(state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
 
     A batch's leaves have leading axes (accumulation, batch). The loss is the sum over every scored token of the step divided by their
-    weight, so how a step is cut into micro-batches, rows and devices changes nothing but rounding. Where the loss or the gradient isn't
-    finite, the state comes back as it was, and metrics["finite"] is False.
+    weight, so how a step is cut into micro-batches, rows and devices changes nothing but rounding. Where the loss, the gradient or the
+    update isn't finite, the state comes back as it was, and metrics["finite"] is False.
     """
 
     def gradient(trainable: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[Any, Sums]:
@@ -58,7 +58,7 @@ def make_step(
         gradients = jax.tree.map(lambda leaf: leaf / weight, gradients)
         norm = optax.global_norm(gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
-        finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
+        finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(updates))
         new = State(state.step + 1, optax.apply_updates(state.trainable, updates), optimizer_state)
         new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
         metrics = {"loss": sums.loss / weight, "nll": sums.nll / weight, "accuracy": sums.correct / weight}

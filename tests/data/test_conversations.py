@@ -105,7 +105,7 @@ BAD_CONFIGS = {
     "half a pair": ({"prompt": "{drug}"}, "config.data.prompt and config.data.completion go together"),
     "open brace": ({"prompt": "{drug", "completion": "{n}"}, "config.data.prompt: "),
     "attribute": ({"prompt": "{drug.x}", "completion": "{n}"}, "names the column 'drug.x'"),
-    "conversion": ({"prompt": "{drug!r}", "completion": "{n}"}, "'drug' has a format or conversion"),
+    "conversion": ({"prompt": "{drug!r}", "completion": "{n}"}, "'drug' has a conversion"),
     "null value": ({"prompt": "{drug}", "completion": "{none}"}, "column 'none' must hold text or a number"),
     "unknown loss": ({"loss": "asistant"}, "no loss 'asistant'. Did you mean 'assistant'"),
 }

@@ -142,10 +142,6 @@ def test_llama_3_rotary_factors_are_recognised(file):
     assert model.config.rotary.rope_type == "llama3" and model.config.rotary.factor == 8.0
 
 
-def _cut(path):
-    path.write_bytes(path.read_bytes()[:-64])
-
-
 def test_other_rotary_factors_are_refused(file):
     write_gguf(file, make_model("llama", **BLOCKS), tensors=[("rope_freqs.weight", np.linspace(1, 3, 8, dtype=np.float32))])
     with pytest.raises(UserError, match="isn't Llama 3's rotary scaling"):

@@ -1,4 +1,4 @@
-"""Peak memory of import and export, measured in a process of its own."""
+"""Peak memory of import, measured in a process of its own."""
 
 import json
 import os
@@ -10,28 +10,30 @@ import pytest
 
 import jaxft
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the peak is the Linux kernel's")
+
 SCRIPT = """
-import json, pathlib, resource, sys
-import jax, numpy as np, psutil, safetensors.numpy, transformers
+import json, pathlib, re, sys
+import jax
 import jaxft
 
-folder, dtype, export = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-jaxft.load_pretrained(folder / "tiny", dtype=dtype)  # everything is imported and compiled
-before, peak = psutil.Process().memory_info().rss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-assert peak < before + 60e6, "the start itself peaked: what follows couldn't be seen"
+def memory(field):
+    return int(re.search(field + r":\\s*(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
+
+folder, dtype = pathlib.Path(sys.argv[1]), sys.argv[2]
+jaxft.load_pretrained(folder / "tiny", dtype=dtype)  # everything is imported
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the peak so far
+before = memory("VmRSS")
 model, params = jaxft.load_pretrained(folder / "big", dtype=dtype)
-if export:
-    jaxft.save_pretrained(export, model, params, max_shard_size="50MB")
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
-print(json.dumps({"grown": peak - before, "model": sum(sizes), "largest": max(sizes)}))
+print(json.dumps({"grown": memory("VmHWM") - before, "model": sum(sizes), "largest": max(sizes)}))
 """
 SLACK = 40e6  # bytes: one tensor of the file, its transpose, the allocator's and the compiler's own
 
 
-def _measure(folder, dtype, export=""):
+def _measure(folder, dtype):
     environment = os.environ | {"PYTHONPATH": str(pathlib.Path(jaxft.__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(folder), dtype, export], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(folder), dtype], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -57,10 +59,3 @@ def test_import_holds_one_copy_and_the_largest_leaf(dtype, models):
     found = _measure(models, dtype)
     assert found["model"] > 150e6
     assert found["grown"] <= found["model"] + found["largest"] + SLACK, found
-
-
-@pytest.mark.slow
-def test_export_holds_one_shard_beside_the_model(models, tmp_path):
-    found = _measure(models, "float32", str(tmp_path / "out"))
-    shard = 50e6
-    assert found["grown"] <= found["model"] + max(found["largest"], 2 * shard) + SLACK, found

@@ -14,7 +14,7 @@ from jaxft.errors import UserError
 from jaxft.methods import LoRA, Method
 from jaxft.methods.lora import LoRAKernel
 from jaxft.models import segments
-from jaxft.models.node import is_node
+from jaxft.models.node import Node, is_node, node
 
 # float32, logits of order 10: a product split in two is rounded otherwise
 TOLERANCE = 1e-5
@@ -76,9 +76,12 @@ def test_init_leaves_the_base_as_it_was():
         (("layers",), EVERY),
         (("q_proj", "v_proj"), {name for name in EVERY if "q_proj" in name or "v_proj" in name}),
         (("layers/[12]/mlp",), {name for name in EVERY if "mlp" in name and "layers/0" not in name}),
-        (("lm_head", "layers/0/attention/(q|k)_proj"), {"lm_head/kernel", "layers/0/attention/q_proj/kernel", "layers/0/attention/k_proj/kernel"}),
+        (
+            ("lm_head", "layers/0/attention/(q|k)_proj"),
+            {"lm_head/kernel", "layers/0/attention/q_proj/kernel", "layers/0/attention/k_proj/kernel"},
+        ),
     ],
-    ids=str,
+    ids=["layers", "names", "numbers", "choice"],
 )
 def test_targets_choose_kernels_by_pattern(targets, expected):
     model, params = base()
@@ -92,7 +95,9 @@ def test_the_mask_is_true_at_the_two_low_rank_leaves_and_nowhere_else():
     mask = method.mask(tuned)
     assert jax.tree.structure(mask) == jax.tree.structure(tuned)
     trains = {leaf.title for leaf in segments.leaves(jaxft.partition(tuned, mask)[0])}
-    assert trains == {f"{name}/{side}" for name in ("layers/0-2/attention/q_proj/kernel", "lm_head/kernel") for side in ("lora_a", "lora_b")}
+    assert trains == {
+        f"{name}/{side}" for name in ("layers/0-2/attention/q_proj/kernel", "lm_head/kernel") for side in ("lora_a", "lora_b")
+    }
 
 
 def test_the_trainable_leaves_are_float32_on_a_bfloat16_base():
@@ -113,8 +118,8 @@ def test_a_merged_bfloat16_base_is_the_float32_sum_rounded_once():
     tuned = moved(method, model, half)
     merged = method.merge(model, tuned)
     assert {leaf.dtype for leaf in jax.tree.leaves(merged)} == {jnp.dtype("bfloat16")}
-    node = tuned["layers"]["0-2"]["mlp"]["up_proj"]["kernel"]
-    exact = np.asarray(node.base, np.float64) + 2.0 * np.asarray(node.lora_a, np.float64) @ np.asarray(node.lora_b, np.float64)
+    made = tuned["layers"]["0-2"]["mlp"]["up_proj"]["kernel"]
+    exact = np.asarray(made.base, np.float64) + 2.0 * np.asarray(made.lora_a, np.float64) @ np.asarray(made.lora_b, np.float64)
     found = np.asarray(merged["layers"]["0-2"]["mlp"]["up_proj"]["kernel"], np.float64)
     # rounding once to 8 bits of mantissa is half a unit of the last place; beside it float32's of sums of order 1
     np.testing.assert_array_less(np.abs(found - exact), 2.0**-8 * np.abs(exact) + 1e-6)
@@ -124,7 +129,10 @@ METHODS = {
     "all": LoRA(rank=4),
     "rslora": LoRA(rank=4, alpha=3.0, rslora=True),
     "patterns": LoRA(
-        rank=4, rank_pattern=(("layers/0", 2), ("k_proj", 1)), alpha_pattern=(("up_proj", 3.0), ("layers/2/mlp", 5.0)), targets=("layers", "lm_head")
+        rank=4,
+        rank_pattern=(("layers/0", 2), ("k_proj", 1)),
+        alpha_pattern=(("up_proj", 3.0), ("layers/2/mlp", 5.0)),
+        targets=("layers", "lm_head"),
     ),
     "dropout": LoRA(rank=4, dropout=0.4, targets=("mlp",)),
 }
@@ -229,9 +237,9 @@ def test_the_key_decides_what_is_dropped(dropping):
 def test_the_mean_over_keys_is_near_no_dropout():
     random = np.random.default_rng(0)
     x, kernel, a, b = (random.standard_normal(shape).astype(np.float32) for shape in ((5, 16), (16, 6), (16, 4), (4, 6)))
-    node = LoRAKernel(kernel, a, b, np.float32(0.5), jnp.float32(0.3))
-    draws = np.asarray(jax.jit(jax.vmap(lambda key: node.dot(jnp.asarray(x), key)))(jax.random.split(jax.random.key(0), 4000)))
-    plain = np.asarray(node.dot(jnp.asarray(x), None))
+    kernel_node = LoRAKernel(kernel, a, b, np.float32(0.5), jnp.float32(0.3))
+    draws = np.asarray(jax.jit(jax.vmap(lambda key: kernel_node.dot(jnp.asarray(x), key)))(jax.random.split(jax.random.key(0), 4000)))
+    plain = np.asarray(kernel_node.dot(jnp.asarray(x), None))
     spread = draws.std(axis=0)
     assert spread.min() > 0
     # a mean of 4000 has 1/63 of their deviation; 5 of those
@@ -240,50 +248,53 @@ def test_the_mean_over_keys_is_near_no_dropout():
 
 def test_only_the_low_rank_branch_is_dropped_and_what_stays_is_scaled():
     x = np.ones((2000, 3), np.float32)
-    node = LoRAKernel(np.zeros((3, 3), np.float32), np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32), np.float32(1), jnp.float32(0.25))
-    out = np.asarray(node.dot(jnp.asarray(x), jax.random.key(0)))
+    one, zero = np.eye(3, dtype=np.float32), np.zeros((3, 3), np.float32)
+    kernel_node = LoRAKernel(zero, one, one, np.float32(1), jnp.float32(0.25))
+    out = np.asarray(kernel_node.dot(jnp.asarray(x), jax.random.key(0)))
     assert np.allclose(np.unique(out), [0, 1 / 0.75])
     assert abs((out == 0).mean() - 0.25) <= 0.03  # 6000 draws, deviation 0.0056
-    whole = dataclasses.replace(node, base=np.eye(3, dtype=np.float32))
+    whole = dataclasses.replace(kernel_node, base=one)
     np.testing.assert_allclose(whole.dot(jnp.asarray(x), jax.random.key(0)), out + 1, rtol=1e-6)
 
 
-def test_each_layer_and_each_kernel_gets_a_key_of_its_own():
-    model, params = base()
-    method = LoRA(rank=4, dropout=0.5, targets=("(q|k)_proj",))
-    tuned = method.init(jax.random.key(0), model, params)
-    seen = []
+@node
+class Drawn(Node):
+    """A kernel whose product is noise drawn from the key it is given."""
 
-    def record(value):
-        if not isinstance(value, LoRAKernel):
-            return value
-        return Recorded(value.base, seen.append)
-
-    watched = jax.tree.map(record, tuned, is_leaf=is_node)
-    model.apply({"params": watched}, IDS, rngs={"dropout": jax.random.key(3)})
-    jax.effects_barrier()
-    assert len(seen) == 2 * 3
-    assert len({tuple(np.ravel(key).tolist()) for key in seen}) == 2 * 3
-
-
-@jax.tree_util.register_pytree_node_class
-class Recorded(LoRAKernel):
-    """A kernel that tells which key it was given."""
-
-    def __init__(self, base, tell):
-        object.__setattr__(self, "base", base)
-        object.__setattr__(self, "tell", tell)
+    base: jax.Array
 
     def dot(self, x, rng):
-        jax.debug.callback(self.tell, jax.random.key_data(rng))
-        return x @ self.base
+        return jax.random.normal(rng, (x.shape[0], self.base.shape[-1]))
 
-    def tree_flatten(self):
-        return (self.base,), self.tell
+    def dense(self):
+        return self.base
 
-    @classmethod
-    def tree_unflatten(cls, tell, children):
-        return cls(children[0], tell)
+    shape = property(lambda self: self.base.shape)
+    dtype = property(lambda self: self.base.dtype)
+
+    def placement(self, spec):
+        return Drawn(spec)
+
+
+def test_each_layer_and_each_kernel_gets_a_key_of_its_own():
+    """Where o_proj and down_proj give noise, a layer adds the sum of two draws: independent of each other and of other layers'."""
+    model, params = base()
+
+    def drawn(leaf):
+        return Drawn(leaf.value) if leaf.path[-2] in ("o_proj", "down_proj") else leaf.value
+
+    run = jax.jit(lambda params, key: model.apply({"params": params}, IDS, rngs={"dropout": key}).hidden_states[:3])
+    states = run(segments.map_leaves(drawn, params), jax.random.key(3))
+    first, second = (np.diff(np.stack(states), axis=0) - _bias(params)).reshape(2, -1)
+    count = first.size  # 832: a variance of 2 is known to 2 sqrt(2 / n), 0.1
+    for added in (first, second):
+        assert abs(added.var() - 2) <= 0.5  # one key for both: 4
+    assert abs(np.corrcoef(first, second)[0, 1]) <= 5 / count**0.5
+
+
+def _bias(params):
+    """o_proj's bias, which the first two layers add beside the noise."""
+    return np.asarray(params["layers"]["0-2"]["attention"]["o_proj"]["bias"])[:2, None, None]
 
 
 # What is refused
@@ -292,7 +303,7 @@ class Recorded(LoRAKernel):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"targets": ("q_prj",)}, "method.targets: the pattern 'q_prj' matches nothing. Did you mean 'q_proj'.*layers/N/attention/q_proj/kernel"),
+        ({"targets": ("q_prj",)}, "targets: the pattern 'q_prj' matches nothing. Did you mean 'q_proj'.*layers/N/attention/q_proj/kernel"),
         ({"targets": ("layers/7",)}, "method.targets: the pattern 'layers/7' matches nothing"),
         ({"targets": ("q_proj",), "rank_pattern": (("v_proj", 2),)}, "method.rank_pattern: the pattern 'v_proj' matches nothing"),
         ({"targets": ("q_proj",), "alpha_pattern": (("mlp", 2.0),)}, "method.alpha_pattern: the pattern 'mlp' matches nothing"),
@@ -309,7 +320,12 @@ def test_targets_that_are_not_there_are_named(settings, message):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"rank": 0}, "at least 1, not 0"), ({"rank_pattern": (("q_proj", -1),)}, "not -1"), ({"dropout": 1.0}, "not 1.0"), ({"dropout": -0.1}, "not -0.1")],
+    [
+        ({"rank": 0}, "at least 1, not 0"),
+        ({"rank_pattern": (("q_proj", -1),)}, "not -1"),
+        ({"dropout": 1.0}, "not 1.0"),
+        ({"dropout": -0.1}, "not -0.1"),
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(UserError, match=message):

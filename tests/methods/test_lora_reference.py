@@ -9,13 +9,13 @@ import peft
 import pytest
 import safetensors.numpy
 import torch
+from lenient_optax import make_optimizer
 from tiny_models import make_examples, make_pair, with_adapter
 
 import jaxft
 from jaxft.config import DataConfig, OptimizerConfig
 from jaxft.data.batches import evaluation_batches
 from jaxft.tasks import SFT
-from jaxft.train.optimizer import make_optimizer
 from jaxft.train.state import new_state
 from jaxft.train.step import make_step
 

@@ -99,7 +99,10 @@ def test_a_mask_that_is_false_everywhere_is_refused():
 
 def test_the_listing_has_a_row_for_each_trainable_leaf():
     params = {
-        "layers": {"0-2": {"mlp": {"kernel": np.zeros((3, 4, 5), np.float32)}}, "3-3": {"mlp": {"kernel": np.zeros((1, 4, 5), np.float32)}}},
+        "layers": {
+            "0-2": {"mlp": {"kernel": np.zeros((3, 4, 5), np.float32)}},
+            "3-3": {"mlp": {"kernel": np.zeros((1, 4, 5), np.float32)}},
+        },
         "norm": {"scale": np.zeros(4, np.float16)},
         "embed": {"embedding": np.zeros((7, 4), np.float32)},
     }

@@ -9,7 +9,7 @@ from tiny_models import VOCABULARY, make_pair
 
 from jaxft.models.attention import QUERY_BLOCK
 
-# the same float32 sums in rows of another length; the bound is the issue's
+# of the largest logit: the same float32 sums in rows of another length
 TOLERANCE = 1e-5
 
 MODELS = {
@@ -27,7 +27,6 @@ MODELS = {
 @functools.cache
 def program(name):
     family, settings = MODELS[name]
-    # several rows of logits of order 10: scaled down so that 1e-5 is above float32 rounding of one logit
     _, model, params = make_pair(family, max_position_embeddings=1024, **settings)
     return jax.jit(lambda ids, segments, positions: model.apply({"params": params}, ids, segment_ids=segments, positions=positions).logits)
 

@@ -82,7 +82,7 @@ def test_any_chunk_gives_the_same_sums(chunk):
 
 
 def test_what_has_no_weight_adds_nothing():
-    hidden, kernel, targets, weights = drawn()
+    hidden, kernel, _, weights = drawn()
     wild = np.where(weights[:, None] == 0, 1e3, hidden).astype(np.float32)
     one, other = ours(hidden, kernel, 4, 0.0, 0.0), ours(wild, kernel, 4, 0.0, 0.0)
     np.testing.assert_array_equal(jax.tree.leaves(one), jax.tree.leaves(other))

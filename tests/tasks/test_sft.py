@@ -7,6 +7,8 @@ import jax
 import numpy as np
 import pytest
 import torch
+from lenient_optax import make_optimizer
+from program_shapes import shapes_of
 from tiny_models import SMALL, VOCABULARY, make_examples, make_pair, moved
 
 import jaxft
@@ -14,7 +16,6 @@ from jaxft.config import DataConfig, OptimizerConfig
 from jaxft.data.batches import evaluation_batches
 from jaxft.errors import UserError
 from jaxft.tasks import SFT
-from jaxft.train.optimizer import make_optimizer
 from jaxft.train.state import new_state
 from jaxft.train.step import make_evaluation, make_step
 
@@ -37,7 +38,7 @@ def reference_loss():
     total, count = 0.0, 0
     for i in range(len(EXAMPLES)):
         tokens, scored = EXAMPLES[i]
-        labels = torch.tensor(np.where(scored, tokens, -100))[None]
+        labels = torch.tensor(np.where(scored, tokens, -100)).long()[None]
         with torch.no_grad():
             total += float(pair()[0](torch.tensor(tokens)[None], labels=labels).loss) * scored.sum()
         count += scored.sum()
@@ -51,23 +52,6 @@ def test_the_loss_is_that_of_transformers(packing, share_prefix):
     assert sums.weight == EXAMPLES.scored.sum()
     np.testing.assert_allclose(sums.nll / sums.weight, reference_loss(), rtol=1e-5)  # float32 rounding of a mean
     assert sums.loss == sums.nll
-
-
-def shapes_of(jaxpr):
-    """Yields the shape of every array that a program makes, inner programs included."""
-    for equation in jaxpr.eqns:
-        for made in equation.outvars:
-            yield made.aval.shape
-        for inner in jax.core.jaxprs_in_params(equation.params) if hasattr(jax.core, "jaxprs_in_params") else _inner(equation.params):
-            yield from shapes_of(inner)
-
-
-def _inner(values):
-    for value in values.values():
-        for part in value if isinstance(value, (tuple, list)) else (value,):
-            part = getattr(part, "jaxpr", part)
-            if hasattr(part, "eqns"):
-                yield part
 
 
 def logits_rows(shape):
