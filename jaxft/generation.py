@@ -37,7 +37,12 @@ class Sampling:
 
 
 def generate(
-    model: nn.Module, params: Any, prompts: Sequence[np.ndarray], sampling: Sampling, seed: int = 0, batch_size: int = 16,
+    model: nn.Module,
+    params: Any,
+    prompts: Sequence[np.ndarray],
+    sampling: Sampling,
+    seed: int = 0,
+    batch_size: int = 16,
     done: Callable[[int], Any] = lambda count: None,
 ) -> list[np.ndarray]:
     """Returns the new tokens of each prompt, (new,) int32, its end-of-text token left out.
@@ -89,11 +94,12 @@ def _generate(
     variables = {"params": params}
 
     def forward(tokens: jax.Array, mask: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        out = model.apply(variables, tokens, attention_mask=mask, cache=cache)
-        return model.apply(variables, out.hidden_states[-1][:, -1], method="logits").astype(jnp.float32), out.cache
+        out: Any = model.apply(variables, tokens, attention_mask=mask, cache=cache)
+        last: Any = model.apply(variables, out.hidden_states[-1][:, -1], method="logits")
+        return last.astype(jnp.float32), out.cache
 
     ends = jnp.asarray(sampling.eos_token_ids or (-1,), jnp.int32)
-    cache = model.apply(variables, batch, width + limit, method="new_cache")
+    cache: Any = model.apply(variables, batch, width + limit, method="new_cache")
     logits, cache = forward(tokens, mask, cache)
 
     def unfinished(carry: Any) -> jax.Array:

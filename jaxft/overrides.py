@@ -252,7 +252,8 @@ def _classes() -> dict[str, types.ModuleType]:
 
 
 def _instance(found: Any, module: types.ModuleType, field: str) -> Any:
-    known: dict[str, type[Any]] = {name: kind for name in module.__all__ if dataclasses.is_dataclass(kind := getattr(module, name))}
+    offered: dict[str, Any] = {name: getattr(module, name) for name in module.__all__}
+    known = {name: kind for name, kind in offered.items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
     if not isinstance(found, Mapping) or CLASS not in found:
         raise UserError(f"{field}: expected the fields of a {field.removeprefix('config.')}, with '{CLASS}' among them, found {found!r}.")
     found = dict(found)

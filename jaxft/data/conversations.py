@@ -92,7 +92,9 @@ def fill(pattern: str, row: Mapping[str, Any], field: str, place: str) -> str:
         if column is None:
             continue
         if conversion:
-            raise UserError(f"config.data.{field}: '{column}' has a conversion, !{conversion}; braces hold a column's name and a format only.")
+            raise UserError(
+                f"config.data.{field}: '{column}' has a conversion, !{conversion}; braces hold a column's name and a format only."
+            )
         if column not in row:
             raise UserError(f"config.data.{field} names the column '{column}'.{nearest(column, row)} {place} has {', '.join(row)}.")
         if not isinstance(row[column], str | int | float):
@@ -100,7 +102,9 @@ def fill(pattern: str, row: Mapping[str, Any], field: str, place: str) -> str:
         try:
             filled.append(format(row[column], specification or ""))
         except ValueError as error:
-            raise UserError(f"config.data.{field}: {row[column]!r} of {place} can't be written as '{{{column}:{specification}}}': {error}.") from error
+            raise UserError(
+                f"config.data.{field}: {row[column]!r} of {place} can't be written as '{{{column}:{specification}}}': {error}."
+            ) from error
     return "".join(filled)
 
 

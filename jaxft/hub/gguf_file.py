@@ -1,7 +1,7 @@
 """GGUF: llama.cpp's files, any block type, turned into Hugging Face's names, layout and configuration."""
 
 import pathlib
-from typing import Any
+from typing import Any, Literal
 
 import gguf
 import numpy as np
@@ -34,7 +34,8 @@ class _Reader(gguf.GGUFReader):
             return start + part.nbytes - orig_offs, [part], [0], types
         if types != _SKIPPED:
             raise ValueError(f"array of {item.name}")
-        end, order, data = start, "big" if self.byte_order == "S" else "little", memoryview(self.data)
+        order: Literal["big", "little"] = "big" if self.byte_order == "S" else "little"
+        end, data = start, memoryview(self.data)  # type: ignore[arg-type]  # an array of bytes
         for _ in range(length):
             end += 8 + int.from_bytes(data[end : end + 8], order)
         return end - orig_offs, [], [], types
@@ -150,7 +151,7 @@ class GGUFFile:
     def _llama3(self, theta: float, head_dim: int) -> dict[str, Any]:
         """The settings that give the file's rotary factors; Llama 3.x differ in the factor alone."""
         factors = self._tensors[ROPE_FACTORS].data
-        settings = {"rope_type": "llama3", "rope_theta": theta, "factor": float(factors.max()), "low_freq_factor": 1.0}
+        settings: dict[str, Any] = {"rope_type": "llama3", "rope_theta": theta, "factor": float(factors.max()), "low_freq_factor": 1.0}
         settings |= {"high_freq_factor": 4.0, "original_max_position_embeddings": LLAMA3_POSITIONS}
         plain = plain_frequencies(theta, head_dim)
         if not np.allclose(plain / llama3_frequencies(Rotary(**settings), plain, LLAMA3_POSITIONS), factors, rtol=1e-4):

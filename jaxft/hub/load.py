@@ -47,7 +47,7 @@ def load_pretrained(source: str, task: str = "causal_lm", dtype: Any = "float32"
         raise unknown("task", task, TASKS)
     compute = compute_type(dtype)
     found = sources.find(source, revision, sources.CONFIG_FILES + sources.WEIGHT_FILES + sources.TOKENIZER_FILES)
-    checkpoint: Checkpoint = GGUFFile(found.gguf) if found.gguf else SafetensorsFolder(found)
+    checkpoint: Any = GGUFFile(found.gguf) if found.gguf else SafetensorsFolder(found)
     family = family_of(architecture_of(checkpoint.config, found.name))
     model = family.model(family.config.from_hf(checkpoint.config), dtype=compute)
     return model, fill(model, family, checkpoint, found.name)
@@ -123,7 +123,7 @@ def _check_tied(wanted: list[Entry], family: Family, checkpoint: Checkpoint, nam
     """A file may hold the output head of a tied model too; then it must be the embedding."""
     theirs = {ours: name for name, ours, _ in family.module.HF_NAMES}
     head, embedding = theirs.get(HEAD), theirs.get(EMBEDDING)
-    if head not in checkpoint.shapes or any(entry.name == head for entry in wanted):
+    if head is None or embedding is None or head not in checkpoint.shapes or any(entry.name == head for entry in wanted):
         return
     if checkpoint.shapes[head] != checkpoint.shapes[embedding] or not np.array_equal(checkpoint.read(head), checkpoint.read(embedding)):
         raise UserError(

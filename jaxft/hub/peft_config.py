@@ -72,8 +72,8 @@ def check(config: Mapping[str, Any], where: str) -> None:
         raise UserError(f"{where}: task_type is {config['task_type']!r}; jaxft reads adapters of CAUSAL_LM.")
     if config.get("init_lora_weights", True) not in _STARTS:
         raise UserError(
-            f"{where}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base model too. Save the adapter as plain LoRA "
-            "(peft: save_pretrained(..., path_initial_model_for_weight_conversion=...))."
+            f"{where}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base model too. "
+            "Save the adapter as plain LoRA (peft: save_pretrained(..., path_initial_model_for_weight_conversion=...))."
         )
     for key, value in config.items():
         if key in HONOURED | _WITHOUT_EFFECT | {"peft_type", "task_type", "init_lora_weights"} or value == DEFAULTS.get(key) or not value:
@@ -83,7 +83,13 @@ def check(config: Mapping[str, Any], where: str) -> None:
         raise UserError(f"{where} has a key that jaxft doesn't know, '{key}'.{nearest(key, DEFAULTS)}")
     if not config.get("target_modules"):
         raise UserError(f"{where} has no target_modules.")
-    kinds = {"r": int, "lora_alpha": (int, float), "rank_pattern": dict, "alpha_pattern": dict, "target_modules": (str, list)}
+    kinds: dict[str, Any] = {
+        "r": int,
+        "lora_alpha": (int, float),
+        "rank_pattern": dict,
+        "alpha_pattern": dict,
+        "target_modules": (str, list),
+    }
     for key, kind in kinds.items():
         if config.get(key) and not isinstance(config[key], kind):
             raise UserError(f"{where}: {key} is {config[key]!r}, which PEFT wouldn't take.")

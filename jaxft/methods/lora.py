@@ -42,6 +42,7 @@ _narrow.defvjp(_narrow_forward, _narrow_backward)
 
 
 @node
+@dataclasses.dataclass(frozen=True)
 class LoRAKernel(Node):
     """base + scale * lora_a @ lora_b, never formed while training.
 
@@ -75,10 +76,11 @@ class LoRAKernel(Node):
     def dtype(self) -> Any:
         return self.base.dtype
 
-    def placement(self, spec: P) -> "LoRAKernel":
+    def placement(self, spec: P) -> Any:
         rows, columns = (*spec, None, None)[:2]
         base = self.base.placement(spec) if is_node(self.base) else spec
-        return LoRAKernel(base, P(rows, None), P(None, columns), P(), None if self.dropout is None else P())
+        made: Any = LoRAKernel  # a node of specs, not of arrays
+        return made(base, P(rows, None), P(None, columns), P(), None if self.dropout is None else P())
 
 
 @dataclasses.dataclass(frozen=True)

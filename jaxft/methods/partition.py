@@ -24,7 +24,9 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(f"(?:^|/)(?:{pattern})(?:/|$)")
     except re.error as error:
-        raise UserError(f"'{pattern}' is not a pattern: {error}. A pattern is a regular expression over names like layers/0/mlp.") from error
+        raise UserError(
+            f"'{pattern}' is not a pattern: {error}. A pattern is a regular expression over names like layers/0/mlp."
+        ) from error
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -51,15 +51,13 @@ def attention(
       key_tokens: where the keys stand.
       window: () int32, a token sees only the last so many positions (Mistral); None is all.
     """
-    batch, queries, heads, head_dim = query.shape
+    batch, queries, _, head_dim = query.shape
     chex.assert_shape([key, value], (batch, key.shape[1], key.shape[2], head_dim))
     if jax.default_backend() == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16) and queries > 1:
         mask = visible(query_tokens, key_tokens, window)[:, None]
         return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
-    if queries == key.shape[1]:  # rows attend to themselves: skip what lies above the diagonal, block by block
-        starts = range(0, queries, QUERY_BLOCK)
-    else:
-        starts = range(0, 1)
+    # Rows that attend to themselves skip what lies above the diagonal, block by block.
+    starts = range(0, queries, QUERY_BLOCK) if queries == key.shape[1] else range(1)
     blocks = []
     for start in starts:
         stop = min(start + QUERY_BLOCK, queries) if len(starts) > 1 else queries

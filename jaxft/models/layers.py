@@ -79,11 +79,11 @@ class Linear(nn.Module):
     features: int
     use_bias: bool = False
     dtype: Any = jnp.float32
-    init: Initializer = nn.initializers.normal(0.02)
+    kernel_init: Initializer = nn.initializers.normal(0.02)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = parameter(self, "kernel", self.init, (x.shape[-1], self.features), self.dtype)
+        kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.dtype)
         y = dot(x, kernel, dropout_rng(self))
         if self.use_bias:
             y += parameter(self, "bias", nn.initializers.zeros, (self.features,), self.dtype).astype(y.dtype)
@@ -110,10 +110,10 @@ class Embedding(nn.Module):
     vocabulary: int
     features: int
     dtype: Any = jnp.float32
-    init: Initializer = nn.initializers.normal(0.02)
+    embedding_init: Initializer = nn.initializers.normal(0.02)
 
     def setup(self) -> None:
-        self.embedding = parameter(self, "embedding", self.init, (self.vocabulary, self.features), self.dtype)
+        self.embedding = parameter(self, "embedding", self.embedding_init, (self.vocabulary, self.features), self.dtype)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         return self.embedding[ids]
@@ -172,7 +172,11 @@ class Layers(nn.Module):
 
 
 def token_places(
-    shape: tuple[int, int], attention_mask: jax.Array | None, segment_ids: jax.Array | None, positions: jax.Array | None, cache: Cache | None
+    shape: tuple[int, ...],
+    attention_mask: jax.Array | None,
+    segment_ids: jax.Array | None,
+    positions: jax.Array | None,
+    cache: Cache | None,
 ) -> Tokens:
     """Returns where each of (batch, length) tokens stands, from whichever of the three a caller gave.
 

@@ -87,7 +87,7 @@ class LlamaConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     windows: tuple[int | None, ...] = ()  # sliding window of each layer; empty: none has one
-    rotary: Rotary = Rotary()
+    rotary: Rotary = dataclasses.field(default_factory=Rotary)
     hf: str = "{}"  # the config.json it came from, as JSON
 
     @classmethod
@@ -156,7 +156,7 @@ class Context:
     sine: jax.Array
     queries: attention.Tokens
     keys: attention.Tokens
-    index: jax.Array | None
+    index: Any  # () int32, or None
 
 
 class Attention(nn.Module):
@@ -318,7 +318,7 @@ class Llama(nn.Module):
         context = Context(cosine, sine, tokens, keys, index)
         embedded = x
         flat, new_layers, outputs = self.layers(x.reshape(-1, config.hidden_size), windows, cache, context)
-        states = [embedded] + [out.reshape(embedded.shape) for group in outputs for out in group][:-1]
+        states = [embedded, *[out.reshape(embedded.shape) for group in outputs for out in group][:-1]]
         if cache is not None:
             cache = dataclasses.replace(cache, layers=new_layers)
         return self.norm(flat).reshape(embedded.shape), cache, states

@@ -6,13 +6,13 @@ number format brings its own subclass of `Node`, and nodes nest: a LoRA around a
 
 import abc
 import dataclasses
-import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+_T = TypeVar("_T")
 Kernel = Any  # jax.Array of shape (in, out), or a Node that acts like one
 BASE = "base"  # the field of a node that holds what it wraps; listings and patterns leave it out of names
 
@@ -43,10 +43,10 @@ class Node(abc.ABC):
         """Returns the node with a PartitionSpec for each leaf, for a kernel that is placed by `spec`."""
 
 
-def node(cls: type) -> Any:
-    """Class decorator: makes `cls` a frozen dataclass that is a pytree, every field a child."""
-    cls = dataclasses.dataclass(frozen=True)(cls)
-    return functools.partial(jax.tree_util.register_dataclass, meta_fields=[])(cls, [field.name for field in dataclasses.fields(cls)])
+def node(cls: type[_T]) -> type[_T]:
+    """Class decorator: makes a frozen dataclass a pytree, every field a child."""
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    return jax.tree_util.register_dataclass(cls, names, [])
 
 
 def is_node(value: Any) -> bool:

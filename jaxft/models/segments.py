@@ -47,7 +47,7 @@ def regroup(params: Params, signature: Callable[[int], Hashable]) -> Params:
 
     Segments that stay as they are keep their arrays; only what is cut or joined is copied.
     """
-    structures = {}
+    structures: dict[int, Hashable] = {}
     for segment in spans(params):
         stack = params[LAYERS][key(segment)]
         form = (jax.tree.structure(stack), tuple((leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(stack)))

@@ -68,7 +68,7 @@ def head_sums(
 
     @jax.checkpoint
     def one(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> Sums:
-        logits = model.apply({"params": params}, hidden, method="logits")
+        logits: Any = model.apply({"params": params}, hidden, method="logits")
         return cross_entropy(logits, targets, weights, label_smoothing, z_loss)
 
     if tokens <= chunk:

@@ -42,7 +42,7 @@ class SFT:
           rngs: keys of `dropout` and `noise`, where they are on.
           **options: of `model.features`.
         """
-        hidden = model.apply(
+        hidden: Any = model.apply(
             {"params": params},
             batch["tokens"],
             segment_ids=batch["segment_ids"],

@@ -60,7 +60,9 @@ class Checkpoints:
     def __init__(self, folder: pathlib.Path, keep: int = 2, best_mode: str = "min"):
         self.folder = folder.absolute()
         policy = preservation_policy
-        keep_best = policy.BestN(get_metric_fn=lambda metrics: metrics[_METRIC], n=1, reverse=best_mode == "min", keep_checkpoints_without_metrics=False)
+        keep_best = policy.BestN(
+            get_metric_fn=lambda metrics: metrics[_METRIC], n=1, reverse=best_mode == "min", keep_checkpoints_without_metrics=False
+        )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy.AnyPreservationPolicy([policy.LatestN(max(keep, 1)), keep_best]),
             enable_async_checkpointing=True,
@@ -114,8 +116,10 @@ class Checkpoints:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
         if not full:
             return error
-        steps = [step for step in self._manager.all_steps(read=True)]
-        left = f"The checkpoint of step {max(steps)} is whole; the same command goes on from there." if steps else "No checkpoint was written."
+        steps = list(self._manager.all_steps(read=True))
+        left = (
+            f"The checkpoint of step {max(steps)} is whole; the same command goes on from there." if steps else "No checkpoint was written."
+        )
         return UserError(f"The disk of {self.folder} is full. {left} Free some space, or take another --workdir.")
 
 

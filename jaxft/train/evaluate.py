@@ -46,7 +46,7 @@ class Evaluator:
         """Returns mean negative log-likelihood (nats a scored token), perplexity and token accuracy."""
         setup = self._setup
         rows = -(-min(setup.experiment.eval.batch_size, len(examples)) // _shares(setup)) * _shares(setup)
-        total = Sums(*[0.0] * 4)
+        total: Any = Sums(*[0.0] * 4)  # type: ignore[arg-type]  # floats of this host
         for batch in evaluation_batches(examples, setup.experiment.data, rows, True, pad_token(setup.tokenizer)):
             placed = placement.place_batch(batch, setup.mesh, placement.EVALUATION_BATCH)
             sums = jax.device_get(self._program(state.trainable, setup.frozen, placed))
@@ -81,7 +81,13 @@ class Evaluator:
         prompts = [examples.prompt(i) for i in range(len(examples))]
         with tqdm(total=len(prompts), desc=title, unit="answer", leave=False) as bar:
             made = generate(
-                setup.model, setup.params(state), prompts, sampling, setup.experiment.train.seed, setup.experiment.eval.batch_size, bar.update
+                setup.model,
+                setup.params(state),
+                prompts,
+                sampling,
+                setup.experiment.train.seed,
+                setup.experiment.eval.batch_size,
+                bar.update,
             )
         return [text.strip() for text in setup.tokenizer.batch_decode(made, skip_special_tokens=True)]
 

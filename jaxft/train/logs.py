@@ -38,7 +38,9 @@ class Logs:
 
     def advance(self, loss: float, tokens_per_second: float) -> None:
         """Moves the bar one step on."""
-        self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s, {peak_memory_bytes() / 2**30:.1f} GiB", refresh=False)
+        self._bar.set_postfix_str(
+            f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s, {peak_memory_bytes() / 2**30:.1f} GiB", refresh=False
+        )
         self._bar.update()
 
     def say(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Placement is data: one mesh (data, fsdp, tensor), one table of path pattern -> PartitionSpec a family; one device is the mesh of size 1."""
+"""Placement is data: one mesh (data, fsdp, tensor), one table of path pattern -> PartitionSpec a family."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -54,7 +54,9 @@ def shardings(params: Any, table: Table, mesh: Mesh) -> Any:
 
         def fit(spec: P, value: Any) -> NamedSharding:
             full = P(None, *spec) if stacked else spec
-            return NamedSharding(mesh, P(*(axis if _divides(mesh, axis, size) else None for axis, size in zip(full, value.shape))))
+            return NamedSharding(
+                mesh, P(*(axis if _divides(mesh, axis, size) else None for axis, size in zip(full, value.shape, strict=False)))
+            )
 
         return jax.tree.map(fit, specs, leaf.value, is_leaf=lambda value: isinstance(value, P))
 
@@ -65,9 +67,9 @@ def _divides(mesh: Mesh, axis: Any, size: int) -> bool:
     return axis is not None and size % mesh.shape[axis] == 0
 
 
-def state_shardings(state: State, trainable: Any, mesh: Mesh, optimizer: optax.GradientTransformation) -> State:
+def state_shardings(state: State, trainable: Any, mesh: Mesh, optimizer: optax.GradientTransformation) -> Any:
     """Returns the state's shardings: moments lie where their parameters do, everything else is on every device."""
-    everywhere = NamedSharding(mesh, P())
+    everywhere: Any = NamedSharding(mesh, P())
     moments = optax.tree_utils.tree_map_params(
         optimizer, lambda _, sharding: sharding, state.optimizer, trainable, transform_non_params=lambda _: everywhere
     )

@@ -54,7 +54,9 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     outcome = Loop(setup, workdir, checkpoints, evaluator).run(state, progress)
     if outcome.stopped:
         checkpoints.close()
-        console.say(f"\nStopped by {outcome.stopped} after step {int(outcome.state.step)} of {setup.steps}. The same command goes on from there.")
+        console.say(
+            f"\nStopped by {outcome.stopped} after step {int(outcome.state.step)} of {setup.steps}. The same command goes on from there."
+        )
         return {}
     summary = _finish(setup, workdir, checkpoints, evaluator, outcome, began)
     checkpoints.close()
@@ -63,7 +65,7 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
 
 def evaluate(experiment: Experiment, workdir: pathlib.Path) -> dict[str, float]:
     """Evaluates the best checkpoint of `workdir` on `eval.split`, and prints the figures."""
-    setup, state, progress, evaluator = _load_best(experiment, workdir)
+    _, state, _, evaluator = _load_best(experiment, workdir)
     found = evaluator.full(state, experiment.eval.split, "Evaluating")
     console.table(
         f"{experiment.name}, step {int(state.step)}, on {experiment.eval.split}",

@@ -66,11 +66,11 @@ def check(experiment: Experiment) -> Mesh:
     for name, value in positive.items():
         if value < 1:
             raise UserError(f"{name} is 1 or more, not {value}.")
-    natural = {"train.steps": train.steps, "train.eval_every": train.eval_every, "train.patience": train.patience}
+    natural: dict[str, float] = {"train.steps": train.steps, "train.eval_every": train.eval_every, "train.patience": train.patience}
     natural |= {"eval.limit": evaluation.limit, "train.neftune_alpha": train.neftune_alpha, "train.seed": train.seed}
-    for name, value in natural.items():
-        if value < 0:
-            raise UserError(f"{name} is 0 or more, not {value}.")
+    for name, number in natural.items():
+        if number < 0:
+            raise UserError(f"{name} is 0 or more, not {number}.")
     if not train.steps and train.epochs <= 0:
         raise UserError(f"train.epochs is more than 0 where train.steps is 0, not {train.epochs}.")
     if train.patience and not train.eval_every:
@@ -134,7 +134,9 @@ def print_trainable(params: Any, mask: Any) -> None:
     """Prints what trains: path, shape, dtype, count, bytes; and its share of the whole."""
     rows = listing(params, mask)
     total, trains = size(params), sum(row[3] for row in rows)
-    console.table("What trains", ("path", "shape", "dtype", "parameters", "bytes"), [(*row[:3], f"{row[3]:,}", f"{row[4]:,}") for row in rows])
+    console.table(
+        "What trains", ("path", "shape", "dtype", "parameters", "bytes"), [(*row[:3], f"{row[3]:,}", f"{row[4]:,}") for row in rows]
+    )
     console.say(f"{trains:,} of {total:,} parameters train ({trains / total:.2%}).\n")
 
 
@@ -146,13 +148,11 @@ def is_ours(workdir: pathlib.Path) -> bool:
 def end_tokens(tokenizer: Any, examples: Examples) -> tuple[int, ...]:
     """Returns the tokens that end a text: the tokenizer's own, and the one that ends the answers trained on."""
     last = examples.tokens[examples.offsets[1:] - 1 - _unscored_tail(examples)]
-    common = np.bincount(last).argmax() if len(last) else None
-    ends = {tokenizer.eos_token_id, int(common) if common in tokenizer.all_special_ids else None}
+    common = int(np.bincount(last).argmax())
+    ends = {tokenizer.eos_token_id, common if common in tokenizer.all_special_ids else None}
     return tuple(sorted(token for token in ends if token is not None))
 
 
 def _unscored_tail(examples: Examples) -> np.ndarray:
     """Tokens behind each example's last scored one, as the line break of some templates."""
     return np.asarray([np.argmax(examples[i][1][::-1]) for i in range(len(examples))])
-
-

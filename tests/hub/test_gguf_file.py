@@ -139,7 +139,8 @@ def test_llama_3_rotary_factors_are_recognised(file):
     write_gguf(file, reference, tensors=[("rope_freqs.weight", factors)])
     model, params = jaxft.load_pretrained(file)
     assert difference(model, params, reference) <= TOLERANCE
-    assert model.config.rotary.rope_type == "llama3" and model.config.rotary.factor == 8.0
+    assert model.config.rotary.rope_type == "llama3"
+    assert model.config.rotary.factor == 8.0
 
 
 def test_other_rotary_factors_are_refused(file):

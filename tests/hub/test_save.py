@@ -119,7 +119,8 @@ def test_our_own_folder_is_replaced(loaded, folder):
     jaxft.save_pretrained(folder, model, changed)
     assert not list(folder.glob("model-*"))
     assert _same(changed, jaxft.load_pretrained(folder)[1])
-    assert os.listdir(folder.parent).count("model") == 1 and not list(folder.parent.glob(".model*"))
+    assert os.listdir(folder.parent).count("model") == 1
+    assert not list(folder.parent.glob(".model*"))
 
 
 def test_an_empty_folder_is_taken(loaded, folder):

@@ -52,7 +52,13 @@ def command(material, workdir, *flags, mode="train"):
     return [
         *(sys.executable, "launch.py", "--experiment=lora_llama2", f"--mode={mode}", f"--workdir={workdir}"),
         *(f"--config.model.source={material / 'model'}", f"--config.data.train={material / 'rows.jsonl'}", "--config.data.test="),
-        *("--config.data.split=0.8,0.1,0.1", "--config.data.system=", "--config.data.prompt=", "--config.data.completion=", "--config.data.max_length=128"),
+        *(
+            "--config.data.split=0.8,0.1,0.1",
+            "--config.data.system=",
+            "--config.data.prompt=",
+            "--config.data.completion=",
+            "--config.data.max_length=128",
+        ),
         *(f"--config.train.steps={STEPS}", "--config.train.checkpoint_every=3", "--config.train.eval_every=8"),
         *("--config.method.dropout=0.1", "--config.train.neftune_alpha=5.0", "--config.eval.max_new_tokens=4", *flags),
     ]
@@ -153,7 +159,7 @@ def test_a_signal_stops_a_run_cleanly(material, whole, number):
 
 @pytest.mark.slow
 def test_the_adapter_in_peft_and_the_merged_folder_in_transformers_agree(material, whole, tmp_path):
-    code, out, err = finish(start(material, whole[0], "--format=hf", f"--output={tmp_path / 'merged'}", mode="export"))
+    code, _, err = finish(start(material, whole[0], "--format=hf", f"--output={tmp_path / 'merged'}", mode="export"))
     assert code == 0, err
     base = transformers.AutoModelForCausalLM.from_pretrained(material / "model")
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
