@@ -56,8 +56,8 @@ class TrainConfig:
     remat: str = "none"  # what the backward pass computes again: none, dots (all but products), full
     neftune_alpha: float = 0.0  # noise on embeddings (Jain et al. 2023, arXiv:2310.05914)
     data_parallel: int = -1  # devices along the mesh's axes; -1: what the others leave
-    fsdp_parallel: int = 1
-    tensor_parallel: int = 1
+    fsdp_parallel: int = 1  # devices that share the weights, each a part
+    tensor_parallel: int = 1  # devices that share each product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ class EvalConfig:
     limit: int = 0  # examples; 0 is all
     batch_size: int = 16  # rows a batch
     generate: bool = True  # also generate answers and compare them with the true ones
-    max_new_tokens: int = 32
+    max_new_tokens: int = 32  # of a generated answer, at most
     temperature: float = 0.0  # 0 is greedy
     top_k: int = 0  # 0 is off
     top_p: float = 1.0  # 1 is off

@@ -93,7 +93,7 @@ class LoRA:
     8
     """
 
-    rank: int = 8
+    rank: int = 8  # columns of lora_a, rows of lora_b
     alpha: float = 16.0  # the difference is scaled by alpha / rank
     dropout: float = 0.0  # on the low-rank branch's input
     targets: tuple[str, ...] = ("layers",)  # patterns of kernels; layers: every linear layer but the output head
