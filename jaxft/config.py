@@ -74,7 +74,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0  # global norm of the trainable gradient; 0: no clipping
     b1: float = 0.9  # first-moment decay; momentum of sgd
     b2: float = 0.999  # second-moment decay
-    eps: float = 1e-8
+    eps: float = 1e-8  # added to the root of the second moment
 
 
 @dataclasses.dataclass(frozen=True)
