@@ -7,7 +7,6 @@ from typing import Any
 
 import huggingface_hub
 import jax
-import jax.numpy as jnp
 import numpy as np
 import transformers
 from flax import linen as nn
@@ -58,7 +57,8 @@ def save_pretrained(
     tensors = {entry.name: entry for entry in entries(family_of(model.config.architecture).module, params)}
     with folders.written(pathlib.Path(folder).expanduser(), "model") as temporary:
         _write_weights(temporary, tensors, max_shard_size)
-        _write_config(temporary, model.config, np.dtype(jnp.result_type(*(entry.leaf.value.dtype for entry in tensors.values()))))
+        widest = max((np.dtype(entry.leaf.value.dtype) for entry in tensors.values()), key=lambda dtype: dtype.itemsize)
+        _write_config(temporary, model.config, widest)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         (temporary / CARD).write_text(card or _CARD, encoding="utf-8")

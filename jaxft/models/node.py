@@ -44,7 +44,8 @@ class Node(abc.ABC):
 
 
 def node(cls: type[_T]) -> type[_T]:
-    """Class decorator: makes a frozen dataclass a pytree, every field a child."""
+    """Class decorator: makes a frozen dataclass, and of it a pytree, every field a child."""
+    cls = cls if dataclasses.is_dataclass(cls) else dataclasses.dataclass(frozen=True)(cls)
     names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     return jax.tree_util.register_dataclass(cls, names, [])
 

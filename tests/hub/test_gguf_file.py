@@ -200,5 +200,5 @@ def test_the_bundled_model_is_the_one_transformers_reads():
     assert np.array_equal(ours.T, theirs["model.layers.17.self_attn.q_proj.weight"].numpy())
     ids = jaxft.load_tokenizer("bundled:smollm2-135m-instruct")("The patient slept well.\n\nCondition: insomnia")["input_ids"]
     ids = np.array([ids], np.int32)
-    expected = reference_logits(reference, ids, np.ones_like(ids))
+    expected = reference_logits(reference.double(), ids, np.ones_like(ids))  # its own float32 rounding, at logits of 20, isn't ours
     assert np.abs(np.asarray(model.apply({"params": params}, ids).logits) - expected).max() <= TOLERANCE

@@ -128,7 +128,11 @@ def test_peft_gives_our_logits(name, base, folder):
     method = jaxft.methods.LoRA(**OURS[name])
     params = _trained(method, model, params)
     jaxft.save_adapter(folder, model, params, method, base_model="owner/base")
-    assert difference(model, params, _load_in_peft(reference, folder)) <= TOLERANCE
+    tuned = _load_in_peft(reference, folder).double()  # what float32 rounds on their side isn't ours
+    try:
+        assert difference(model, params, tuned) <= TOLERANCE
+    finally:
+        reference.float()
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -304,7 +308,8 @@ def test_an_adapter_of_the_bundled_model_in_peft(tmp_path):
     load = transformers.AutoModelForCausalLM.from_pretrained
     for theirs in (load(tmp_path / "merged"), _load_in_peft(load(tmp_path / "base"), tmp_path / "adapter")):
         with torch.no_grad():
-            assert np.abs(theirs(torch.tensor(ids)).logits.numpy() - ours).max() <= TOLERANCE
+            logits = theirs.double()(torch.tensor(ids)).logits  # its own float32 rounding, at logits of 20, isn't ours
+            assert np.abs(logits.numpy() - ours).max() <= TOLERANCE
 
 
 def test_nothing_but_the_adapter_is_written(base, folder):

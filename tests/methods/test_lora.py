@@ -134,7 +134,6 @@ METHODS = {
         alpha_pattern=(("up_proj", 3.0), ("layers/2/mlp", 5.0)),
         targets=("layers", "lm_head"),
     ),
-    "dropout": LoRA(rank=4, dropout=0.4, targets=("mlp",)),
 }
 
 
@@ -258,6 +257,7 @@ def test_only_the_low_rank_branch_is_dropped_and_what_stays_is_scaled():
 
 
 @node
+@dataclasses.dataclass(frozen=True)
 class Drawn(Node):
     """A kernel whose product is noise drawn from the key it is given."""
 

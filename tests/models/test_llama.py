@@ -130,9 +130,8 @@ def test_remat_is_one_of_the_policies():
         model.clone(remat="ful").apply({"params": params}, np.ones((1, 2), np.int32))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_bfloat16_stays_near_float32(name):
-    family, settings = MODELS[name]
+def test_bfloat16_stays_near_float32():
+    family, settings = MODELS["qwen3"]
     model, params = load(make_reference(family, **settings), dtype="bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
     ids, mask = ragged("right")

@@ -48,7 +48,7 @@ def test_a_schedule_is_its_closed_form(name, steps, warmup, final_scale, decay):
     warmup = min(warmup, steps - 1)
     config = OptimizerConfig(learning_rate=PEAK, schedule=name, warmup=warmup, final_scale=final_scale, decay=decay)
     schedule = make_schedule(config, steps)
-    found = np.asarray(jax.vmap(schedule)(np.arange(steps)))
+    found = np.asarray(jax.vmap(schedule)(np.arange(steps, dtype=np.float32)))
     expected = [closed_form(name, step, steps, warmup, final_scale, decay) for step in range(steps)]
     np.testing.assert_allclose(found, expected, atol=1e-5)  # float32 of numbers up to 2
 

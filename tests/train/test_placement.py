@@ -23,7 +23,7 @@ from jaxft.train.optimizer import OPTIMIZERS
 from jaxft.train.state import new_state
 from jaxft.train.step import make_step
 
-METHOD = LoRA(rank=4, targets=("layers", "lm_head"), dropout=0.2)
+METHOD = LoRA(rank=4, targets=("q_proj", "up_proj", "down_proj", "lm_head"), dropout=0.2)
 # a large epsilon: AdamW's division by the gradient's size makes nothing of rounding
 OPTIMIZER = OptimizerConfig(learning_rate=0.01, schedule="constant", warmup=0, eps=1e-3)
 EXAMPLES = make_examples([9, 14, 21, 12, 30, 7, 16, 11], answer=3)
