@@ -281,7 +281,8 @@ def test_each_layer_and_each_kernel_gets_a_key_of_its_own():
     model, params = base()
 
     def drawn(leaf):
-        return Drawn(leaf.value) if leaf.path[-2] in ("o_proj", "down_proj") else leaf.value
+        chosen = leaf.path[-2:] in (("o_proj", "kernel"), ("down_proj", "kernel"))
+        return Drawn(leaf.value) if chosen else leaf.value
 
     run = jax.jit(lambda params, key: model.apply({"params": params}, IDS, rngs={"dropout": key}).hidden_states[:3])
     states = run(segments.map_leaves(drawn, params), jax.random.key(3))
