@@ -5,8 +5,9 @@
 SmolLM2-135M-Instruct, a small Llama model, learns to read a drug review: the user turn gives the drug and the review, the assistant
 turn names the condition and whether the experience was positive, neutral or negative. Runs anywhere, with nothing downloaded.
 
-Hardware: two CPU cores, MEASURED GB of memory.
-Measured result: MEASURED
+Hardware: two CPU cores, 2.6 GB of memory; 216 tokens/s, a step of about 1,150 tokens in 5.5 s.
+Measured result, 50 steps, 48 reviews held out, exact match of condition, rating, both: tuned 41.7%, 83.3%, 33.3% (answer loss 0.483);
+majority answer 14.6%, 75.0%, 10.4%; untuned 0% (answer loss 4.126, of 120 reviews).
 
 Variants: Llama 2 itself, in bfloat16, on medical flash cards. Their licence has to be accepted on the hub first. Memory is computed:
 weights, LoRA with its gradient and moments, the layers' inputs (remat=full) and the work of one layer. All devices share the weights;
@@ -14,13 +15,13 @@ their number divides the 8 rows of a micro-batch (70b: the 8 rows, for every 4 d
 
     python launch.py --experiment=lora_llama2:7b
 Hardware: one accelerator of 32 GB (weights 13.5 GB, 23 GB in all), or of 24 GB with --config.train.batch_size=4
---config.train.accumulation=4 (19 GB in all). Measured result: MEASURED
+--config.train.accumulation=4 (19 GB in all). Not measured here.
 
     python launch.py --experiment=lora_llama2:13b
-Hardware: one accelerator of 48 GB (weights 26.0 GB, 40 GB in all), or two of 32 GB (21 GB each). Measured result: MEASURED
+Hardware: one accelerator of 48 GB (weights 26.0 GB, 40 GB in all), or two of 32 GB (21 GB each). Not measured here.
 
     python launch.py --experiment=lora_llama2:70b
-Hardware: eight accelerators of 80 GB (weights 138.0 GB, 17.2 GB on each; 37 GB in all on each). Measured result: MEASURED
+Hardware: eight accelerators of 80 GB (weights 138.0 GB, 17.2 GB on each; 37 GB in all on each). Not measured here.
 """
 
 from jaxft.config import DataConfig, EvalConfig, Experiment, ModelConfig, OptimizerConfig, TrainConfig
@@ -49,7 +50,7 @@ def _smollm2() -> Experiment:
         data=DataConfig(
             train="bundled:drug-reviews:train",
             test="bundled:drug-reviews:test",
-            split=(0.95, 0.05, 0.0),
+            split=(0.9, 0.1, 0.0),
             system="Name the condition that the patient takes the drug for, and whether the experience was positive, neutral or negative.",
             prompt="Drug: {drug}\nReview: {text:.1200}",  # the one review that is longer is cut at 1200 characters
             completion="Condition: {condition}\nExperience: {rating}",
@@ -59,7 +60,7 @@ def _smollm2() -> Experiment:
         task=SFT(),
         train=TrainConfig(steps=50, batch_size=3, remat="dots"),  # 3 packed rows hold about 8 reviews
         optimizer=OptimizerConfig(learning_rate=1e-3),
-        eval=EvalConfig(limit=80),
+        eval=EvalConfig(limit=48),
     )
 
 

@@ -46,7 +46,7 @@ OURS = {  # settings of jaxft's LoRA
     "alpha": {"rank": 3, "alpha": 7.5, "targets": ("q_proj", "down_proj")},
     "rslora": {"rank": 3, "alpha": 7.0, "rslora": True},
     "layers": {"rank": 2, "targets": ("layers/[12]/attention",)},
-    "head": {"rank": 2, "targets": ("layers", "lm_head")},
+    "head": {"rank": 2, "alpha": 2.0, "targets": ("layers", "lm_head")},  # at alpha 16 logits are in the hundreds, beyond 1e-4 in float32
     "ranks": {"rank": 4, "rank_pattern": (("layers/0", 2), ("k_proj", 1)), "alpha_pattern": (("up_proj", 3.0), ("layers/2/mlp", 5.0))},
     "dropout": {"rank": 4, "dropout": 0.25},
 }
