@@ -56,9 +56,9 @@ def make_step(
         gradients, sums = total
         weight = jnp.maximum(sums.weight, 1e-9)  # a batch without a scored token has no gradient either
         gradients = jax.tree.map(lambda leaf: leaf / weight, gradients)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
-        finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(updates))
+        finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
         new = State(state.step + 1, optax.apply_updates(state.trainable, updates), optimizer_state)
         new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
         metrics = {"loss": sums.loss / weight, "nll": sums.nll / weight, "accuracy": sums.correct / weight}
