@@ -66,12 +66,11 @@ def head_sums(
     """
     tokens = hidden.shape[0]
 
-    @jax.checkpoint
     def one(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> Sums:
         logits: Any = model.apply({"params": params}, hidden, method="logits")
         return cross_entropy(logits, targets, weights, label_smoothing, z_loss)
 
-    if tokens <= chunk:
+    if tokens <= chunk:  # these logits are in memory at one time anyway: making them twice would save nothing
         return one(hidden, targets, weights)
     count = -(-tokens // chunk)
     fill = count * chunk - tokens
@@ -79,7 +78,7 @@ def head_sums(
     chunks = jax.tree.map(lambda leaf: leaf.reshape(count, chunk, *leaf.shape[1:]), padded)
 
     def add(total: Sums, piece: Any) -> tuple[Sums, None]:
-        return jax.tree.map(jnp.add, total, one(*piece)), None
+        return jax.tree.map(jnp.add, total, jax.checkpoint(one)(*piece)), None
 
     zero = jnp.zeros((), jnp.float32)
     return jax.lax.scan(add, Sums(zero, zero, zero, zero), chunks)[0]

@@ -60,11 +60,18 @@ def test_unpacking_gives_the_examples_back(lengths, packing, prefix, scored_tail
 
 
 def test_the_first_own_token_is_predicted_by_the_last_of_the_prefix():
-    examples = make_examples([6, 7], prefix=4, scored_tail=99)
-    examples.scored[:] = [False] * 4 + [True] * 2 + [False] * 4 + [True] * 3
+    examples = make_examples([7, 6], prefix=4, scored_tail=99)
+    examples.scored[:] = [False] * 4 + [True] * 3 + [False] * 4 + [True] * 2
     (batch,) = evaluation_batches(examples, DataConfig(max_length=64), batch_size=1, share_prefix=True)
-    assert (batch["segment_ids"][0, :9] == [SHARED] * 4 + [1, 1, 2, 2, 2]).all()
-    assert batch["scored"][0, :5].tolist() == [3, 4, 3, 6, 7]
+    assert (batch["segment_ids"][0, :9] == [SHARED] * 4 + [1, 1, 1, 2, 2]).all()
+    assert batch["scored"][0, :5].tolist() == [3, 4, 5, 3, 7]
+
+
+def test_longer_examples_are_placed_first():
+    """In the order given, 30 + 10, 20, 40 and 30 tokens would take four rows of 50."""
+    config = DataConfig(max_length=50)
+    batches = list(evaluation_batches(make_examples([30, 10, 20, 40, 30]), config, batch_size=1, share_prefix=False))
+    assert [sorted(np.bincount(b["segment_ids"][0])[1:].tolist()) for b in batches] == [[10, 40], [20, 30], [30]]
 
 
 def test_shapes_and_types():
