@@ -29,6 +29,7 @@ import sft_job
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 HERE = pathlib.Path(__file__).resolve().parent
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "trl", "peft", "transformers", "accelerate", "torch", "numpy", "matplotlib")
@@ -251,6 +252,7 @@ def plot(report: dict[str, Any], path: pathlib.Path) -> None:
         by_step.plot(range(1, len(result["losses"]) + 1), result["losses"], style, label=name)
         by_time.plot(np.cumsum(result["seconds"]) + result.get("compile_seconds", 0), result["losses"], style, label=name)
     by_step.set(xlabel="optimizer step", ylabel="loss, nats a scored token")
+    by_step.xaxis.set_major_locator(MaxNLocator(integer=True))
     by_time.set(xlabel="seconds, compilation included")
     by_step.legend()
     figure.tight_layout()

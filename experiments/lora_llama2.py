@@ -5,9 +5,9 @@
 SmolLM2-135M-Instruct, a small Llama model, learns to read a drug review: the user turn gives the drug and the review, the assistant
 turn names the condition and whether the experience was positive, neutral or negative. Runs anywhere, with nothing downloaded.
 
-Hardware: two CPU cores, 2.6 GB of memory; 216 tokens/s, a step of about 1,150 tokens in 5.5 s.
-Measured result, 50 steps, 48 reviews held out, exact match of condition, rating, both: tuned 41.7%, 83.3%, 33.3% (answer loss 0.483);
-majority answer 14.6%, 75.0%, 10.4%; untuned 0% (answer loss 4.126, of 120 reviews).
+Hardware: two CPU cores, 2.6 GB of memory; 266 tokens/s, a step of about 1,290 tokens in 4.9 s, 401 s in all.
+Measured result, 50 steps, 48 reviews held out, exact match of condition, rating, both (answer loss): tuned 37.5%, 83.3%, 31.2% (0.514);
+majority answer 14.6%, 75.0%, 10.4%; untuned 0% (4.230).
 
 Variants: Llama 2 itself, in bfloat16, on medical flash cards. Their licence has to be accepted on the hub first. Memory is computed:
 weights, LoRA with its gradient and moments, the layers' inputs (remat=full) and the work of one layer. All devices share the weights;

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jaxft.hub.checkpoint import Checkpoint, SafetensorsFolder, architecture_of
 from jaxft.hub.gguf_file import GGUFFile
 from jaxft.hub.names import Entry, entries, listed
 from jaxft.models.registry import Family, family_of
-from jaxft.models.segments import Leaf
+from jaxft.models.segments import Leaf, leaves
 
 Params = dict[str, Any]
 TASKS = ("causal_lm",)
@@ -24,16 +25,22 @@ _ALIGNMENT = 64  # bytes, XLA's for buffers
 EMBEDDING, HEAD = "embed/embedding", "lm_head/kernel"  # what a model with tied embeddings may store twice
 
 
-def load_pretrained(source: str, task: str = "causal_lm", dtype: Any = "float32", revision: str = "main") -> tuple[nn.Module, Params]:
+Placing = Callable[[Params, Any], Params]  # (shapes, the family's placement table) -> a Sharding for each leaf
+
+
+def load_pretrained(
+    source: str, task: str = "causal_lm", dtype: Any = "float32", revision: str = "main", placing: Placing | None = None
+) -> tuple[nn.Module, Params]:
     """Returns a pre-trained model and its parameters, plain nested dicts with all layers stacked in one segment.
 
-    Host memory stays near one copy of the model in `dtype` and its largest leaf.
+    Host memory stays near one copy of the model in `dtype` and its largest leaf; with `placing`, a device holds its own share only.
 
     Args:
       source: hub id, local folder, `.gguf` file, or `bundled:NAME`.
       task: causal_lm.
       dtype: of computation and parameters: float32, bfloat16, float16; auto is float32 on CPU and bfloat16 on accelerators.
       revision: branch, tag or commit of a hub id.
+      placing: says on which devices each leaf lies; None is the default device.
 
     Raises:
       UserError: nothing there, no access, files that are broken, pickled, of an architecture jaxft hasn't, or that lack tensors, have some
@@ -50,7 +57,7 @@ def load_pretrained(source: str, task: str = "causal_lm", dtype: Any = "float32"
     checkpoint: Any = GGUFFile(found.gguf) if found.gguf else SafetensorsFolder(found)
     family = family_of(architecture_of(checkpoint.config, found.name))
     model = family.model(family.config.from_hf(checkpoint.config), dtype=compute)
-    return model, fill(model, family, checkpoint, found.name)
+    return model, fill(model, family, checkpoint, found.name, placing)
 
 
 def compute_type(dtype: Any) -> Any:
@@ -67,7 +74,7 @@ def compute_type(dtype: Any) -> Any:
     return jnp.dtype(DTYPES[name])
 
 
-def fill(model: nn.Module, family: Family, checkpoint: Checkpoint, name: str) -> Params:
+def fill(model: nn.Module, family: Family, checkpoint: Checkpoint, name: str, placing: Placing | None = None) -> Params:
     """Returns the model's parameters, read leaf by leaf; raises `UserError` where the checkpoint isn't exactly this model's."""
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     wanted = entries(family.module, shapes)
@@ -76,21 +83,24 @@ def fill(model: nn.Module, family: Family, checkpoint: Checkpoint, name: str) ->
     by_leaf: dict[tuple[str, ...], list[Entry]] = {}
     for entry in wanted:
         by_leaf.setdefault(entry.leaf.path, []).append(entry)
+    places = {} if placing is None else {leaf.path: leaf.value for leaf in leaves(placing(shapes, family.module.PLACEMENT))}
     params: Params = {}
     for path, parts in by_leaf.items():
         inner = params
         for part in path[:-1]:
             inner = inner.setdefault(part, {})
-        inner[path[-1]] = _read_leaf(parts[0].leaf, parts, checkpoint)
+        inner[path[-1]] = _read_leaf(parts[0].leaf, parts, checkpoint, places.get(path))
     return params
 
 
-def _read_leaf(leaf: Leaf, parts: list[Entry], checkpoint: Checkpoint) -> jax.Array:
-    """One leaf, its layers written where they belong; on the device before the next one is read."""
+def _read_leaf(leaf: Leaf, parts: list[Entry], checkpoint: Checkpoint, place: jax.sharding.Sharding | None) -> jax.Array:
+    """One leaf, its layers written where they belong; on its devices before the next one is read."""
     host = _empty(leaf.value.shape, np.dtype(leaf.value.dtype))
     for entry in parts:
         host[... if entry.index is None else entry.index] = entry.swap(checkpoint.read(entry.name))
-    return jax.block_until_ready(jax.device_put(host))
+    if place is None:
+        return jax.block_until_ready(jax.device_put(host))
+    return jax.block_until_ready(jax.make_array_from_callback(host.shape, place, host.__getitem__))
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -62,6 +62,7 @@ class Loop:
         self._workdir = workdir
         self._train = setup.experiment.train
         self._schedule = make_schedule(setup.experiment.optimizer, setup.steps)
+        self._prepared: dict[int, dict[str, jax.Array]] = {}  # the next step's batch
 
     def run(self, state: State, progress: Progress) -> Outcome:
         """Runs from `state` to the last step; raises `UserError` on a loss that isn't finite."""
@@ -96,7 +97,9 @@ class Loop:
     ) -> tuple[State, Progress, float | None]:
         """One step, what is written of it, and the evaluation where it is time: its named metric, else None."""
         began = time.perf_counter()
-        state, on_device = step(state, self._setup.frozen, self._batch(index))
+        state, on_device = step(state, self._setup.frozen, self._take(index))
+        if index + 1 < self._setup.steps:
+            self._prepared = {index + 1: self._batch(index + 1)}  # while the devices work
         metrics = {name: float(value) for name, value in jax.device_get(on_device).items()}
         seconds = time.perf_counter() - began
         self._check_finite(metrics, index)
@@ -113,6 +116,10 @@ class Loop:
         function = make_step(setup.model, setup.experiment.task, setup.optimizer, self._train.seed, self._train.neftune_alpha)
         jitted = jax.jit(function, donate_argnums=0, out_shardings=(setup.state_sharding, None))
         return jitted.lower(state, setup.frozen, self._batch(0)).compile()
+
+    def _take(self, index: int) -> dict[str, jax.Array]:
+        """The step's batch: prepared while the one before ran, or made now."""
+        return self._prepared.pop(index, None) or self._batch(index)
 
     def _batch(self, index: int) -> dict[str, jax.Array]:
         return placement.place_batch(self._setup.batches.batch(index), self._setup.mesh, placement.BATCH)

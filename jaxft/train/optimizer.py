@@ -1,5 +1,6 @@
 """The update: optax's optimizers and schedules, on the trainable leaves only."""
 
+import math
 from typing import Any
 
 import optax
@@ -68,8 +69,8 @@ def check(config: OptimizerConfig) -> None:
     """Raises `UserError` for values that make no sense."""
     make_optimizer(config, steps=10)
     for name in ("learning_rate", "weight_decay", "clip_norm", "warmup", "eps"):
-        if not getattr(config, name) >= 0:
-            raise UserError(f"optimizer.{name} is 0 or more, not {getattr(config, name)}.")
+        if not 0 <= getattr(config, name) < math.inf:
+            raise UserError(f"optimizer.{name} is a finite number, 0 or more, not {getattr(config, name)}.")
     for name in ("b1", "b2", "decay", "final_scale"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"optimizer.{name} is from 0 to 1, not {getattr(config, name)}.")

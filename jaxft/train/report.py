@@ -7,6 +7,7 @@ from typing import Any
 from jaxft import console
 from jaxft.config import Experiment
 from jaxft.data.tokenize import Examples
+from jaxft.hub.sources import BUNDLED, find
 from jaxft.train.evaluate import Evaluation
 
 _SHOWN = 3  # answers
@@ -47,10 +48,16 @@ def _one_line(text: str) -> str:
 
 def adapter_command(folder: pathlib.Path, source: str) -> str:
     """Returns where the adapter is, and how peft uses it."""
+    base = f'"{source}"'
+    if source.startswith(BUNDLED) or pathlib.Path(source).is_file():
+        found = find(source, "", ())
+        base = f'"{found.folder}", gguf_file="{found.gguf.name}"' if found.gguf else f'"{found.folder}"'
     return (
         f"The adapter is in {folder}. With peft:\n\n"
-        f"    from peft import PeftModel\n"
-        f'    model = PeftModel.from_pretrained(base, "{folder}")  # base: {source}, loaded by transformers\n'
+        "    from peft import PeftModel\n"
+        "    from transformers import AutoModelForCausalLM\n\n"
+        f"    base = AutoModelForCausalLM.from_pretrained({base})\n"
+        f'    model = PeftModel.from_pretrained(base, "{folder}")\n'
     )
 
 

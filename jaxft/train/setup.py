@@ -1,6 +1,7 @@
 """From a configuration to everything a run holds, the cheap checks first."""
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -104,7 +105,8 @@ def set_up(experiment: Experiment) -> Setup:
         examples["train"], data, train.batch_size, train.accumulation, train.seed, share_prefix, pad_token_id=pad_token(tokenizer)
     )
     steps = train.steps or max(round(train.epochs * batches.steps_per_epoch), 1)
-    model, params = load_pretrained(experiment.model.source, "causal_lm", experiment.model.dtype, experiment.model.revision)
+    placing = functools.partial(placement.shardings, mesh=mesh)
+    model, params = load_pretrained(experiment.model.source, "causal_lm", experiment.model.dtype, experiment.model.revision, placing)
     longest = max(int(found.lengths.max()) for found in examples.values())
     if longest > model.config.max_position_embeddings:
         raise UserError(

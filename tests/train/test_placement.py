@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from lenient_optax import make_optimizer
-from tiny_models import largest_difference, load, make_examples, make_reference, moved
+from tiny_models import largest_difference, load, make_examples, make_reference, moved, same_bits
 
 import jaxft
 from jaxft.config import DataConfig, OptimizerConfig, TrainConfig
@@ -111,6 +111,17 @@ def test_each_device_holds_its_share(name, shapes):
     found = {"base": kernel.base, "lora_a": kernel.lora_a, "lora_b": kernel.lora_b}
     found |= {"embedding": params["embed"]["embedding"], "bias": layer["attention"]["q_proj"]["bias"]}
     assert {key: shard(array) for key, array in found.items()} == shapes
+
+
+@pytest.mark.parametrize("name", ["fsdp", "tensor"])
+def test_a_model_is_loaded_straight_into_its_places(name, tmp_path):
+    make_reference("qwen2", num_hidden_layers=2, vocab_size=98).save_pretrained(tmp_path)
+    placing = functools.partial(placement.shardings, mesh=mesh_of(name))
+    _, found = jaxft.load_pretrained(tmp_path, placing=placing)
+    assert same_bits(jax.device_get(found), jax.device_get(base()[1]))
+    places = placement.shardings(found, PLACEMENT, mesh_of(name))
+    assert jax.tree.all(jax.tree.map(lambda leaf, place: leaf.sharding == place, found, places))
+    assert shard(found["layers"]["0-1"]["mlp"]["up_proj"]["kernel"]) == {"fsdp": (2, 16, 56), "tensor": (2, 32, 28)}[name]
 
 
 @pytest.mark.parametrize("name", MESHES)
