@@ -4,14 +4,14 @@ python launch.py --experiment=NAME[:VARIANT] [--mode=MODE] [--workdir=DIR] [--co
 python launch.py --list
 """
 
-import pathlib
+import signal
 import sys
 from collections.abc import Sequence
 
 from absl import flags
 
 import experiments
-from jaxft.errors import UserError, unknown
+from jaxft.errors import UserError, given_path, unknown
 
 # Each mode, and the flags that belong to it alone.
 MODES = {"train": (), "eval": (), "generate": ("prompt", "prompts", "output"), "export": ("format", "output")}
@@ -71,11 +71,15 @@ def run(arguments: Sequence[str]) -> None:
 
     from jaxft import overrides
 
-    found = overrides.parse_flags(found, arguments)
-    workdir = pathlib.Path(FLAGS.workdir or pathlib.Path("runs", f"{name}-{variant}" if variant else name))
-    output = pathlib.Path(FLAGS.output) if FLAGS.output else None
+    workdir = given_path(FLAGS.workdir or f"runs/{FLAGS.experiment.replace(':', '-')}")
+    output = given_path(FLAGS.output) if FLAGS.output else None
+    given = overrides.parse_flags(found, arguments)
 
     from jaxft.train import run as modes  # transformers, datasets and orbax: seconds, once everything given is known to be right
+
+    if FLAGS.mode != "train":  # what was trained is in its folder; flags change what may change
+        given = overrides.parse_flags(modes.saved_experiment(workdir, found.name) or found, arguments)
+    found = given
 
     if FLAGS.mode == "train":
         modes.train(found, workdir)
@@ -97,12 +101,22 @@ def prompts() -> list[dict[str, str]]:
     return list(load_rows(FLAGS.prompts, "test").dataset)
 
 
+class Terminated(BaseException):
+    """SIGTERM outside of the training loop, which has a handler of its own."""
+
+
+def terminate(*_: object) -> None:
+    """Ends the program as Ctrl-C does."""
+    raise Terminated
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, terminate)
     try:
         main(sys.argv)
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated):
         print("\nStopped. The same command starts again.", file=sys.stderr)
         sys.exit(1)

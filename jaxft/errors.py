@@ -1,7 +1,10 @@
 """Mistakes in what the user gave: one clear message, no traceback, exit code 2."""
 
 import difflib
+import pathlib
 from collections.abc import Iterable
+
+_SHOWN = 80  # characters of a path in a message
 
 
 class UserError(Exception):
@@ -29,3 +32,14 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """
     known = sorted(known)
     return UserError(f"There is no {kind} '{name}'.{nearest(name, known)} Known: {', '.join(known)}.")
+
+
+def given_path(text: str) -> pathlib.Path:
+    """Returns the path that a user gave, ~ expanded; raises `UserError` for one that the system can't take."""
+    try:
+        path = pathlib.Path(text).expanduser()
+        path.exists()
+    except (RuntimeError, OSError, ValueError) as error:
+        shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+        raise UserError(f"'{shown}' is no path: {getattr(error, 'strerror', None) or error}.") from error
+    return path

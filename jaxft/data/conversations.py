@@ -68,6 +68,45 @@ def conversation(row: Mapping[str, Any], config: DataConfig, place: str) -> Conv
     )
 
 
+def question(row: Mapping[str, Any], config: DataConfig, place: str) -> tuple[Message, ...]:
+    """Returns what comes before the answer that a row asks for: system and user turns, or earlier turns too.
+
+    Args:
+        row: a row of the data, with or without its answer, or {"prompt": text}.
+        config: of it `prompt` and `system`.
+        place: where the row stands, for messages.
+
+    Raises:
+        UserError: no prompt in it.
+
+    >>> question({"instruction": "Add.", "input": "2 + 2"}, DataConfig(), "prompt 1")
+    ({'role': 'user', 'content': 'Add.\n\n2 + 2'},)
+    """
+    columns = [column for _, column, _, _ in string.Formatter().parse(config.prompt) if column]
+    if config.prompt and (set(columns) <= row.keys() or "prompt" not in row):
+        messages = _part(fill(config.prompt, row, "prompt", place), "prompt", "user", place)
+    elif row.get("prompt") is not None:
+        messages = _part(row["prompt"], "prompt", "user", place)
+    elif row.get("messages") is not None:
+        messages = _before_answer(_messages(row["messages"], "messages", place))
+    elif row.get("conversations") is not None:
+        messages = _before_answer(_sharegpt(row["conversations"], place))
+    elif "instruction" in row:
+        further = f"\n\n{row['input']}" if row.get("input") else ""
+        messages = _part(f"{row['instruction']}{further}", "instruction", "user", place)
+    elif isinstance(row.get("text"), str):
+        return tuple(_part(row["text"], "text", "user", place))
+    else:
+        raise UserError(f'{place} has the columns {", ".join(row)}; give {{"prompt": "..."}}, or a row of the data.')
+    if config.system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": fill(config.system, row, "system", place)}, *messages]
+    return tuple(messages)
+
+
+def _before_answer(messages: list[Message]) -> list[Message]:
+    return messages[:-1] if messages[-1]["role"] == "assistant" and len(messages) > 1 else messages
+
+
 def fill(pattern: str, row: Mapping[str, Any], field: str, place: str) -> str:
     """Returns `pattern` with each column named in braces replaced by the row's value.
 

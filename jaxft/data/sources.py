@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from jaxft.config import DataConfig
-from jaxft.errors import UserError, nearest, unknown
+from jaxft.errors import UserError, given_path, nearest, unknown
 
 SPLITS = ("train", "validation", "test")
 BUNDLED = "bundled:"
@@ -62,7 +62,7 @@ def load_rows(source: str, default_split: str) -> Rows:
     """
     if source.startswith(BUNDLED):
         rows = _load_bundled(source, default_split)
-    elif (path := pathlib.Path(source).expanduser()).suffix.lower() in _READERS or path.exists():
+    elif (path := given_path(source)).suffix.lower() in _READERS or path.exists():
         rows = _load_file(path)
     elif match := _HUB.fullmatch(source):
         rows = _load_hub(match["repository"], match["config"], match["split"] or default_split)

@@ -15,6 +15,7 @@ from jaxft.data.conversations import Conversation, Message
 from jaxft.errors import UserError, nearest
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _SENTINEL = "\ue000jaxft\ue001"  # stands for an answer: private-use characters that no template looks at
 # Some templates write today's date, and then a run resumed tomorrow would train on other tokens. Llama 3's default date replaces it.
 _FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
@@ -32,7 +33,7 @@ class ChatTemplate:
     @property
     def marked(self) -> bool:
         """Whether the template itself says what the assistant generates, by `{% generation %}`."""
-        return bool(_GENERATION.search(self.text))
+        return bool(_GENERATION.search(_COMMENT.sub("", self.text)))
 
     def render(self, messages: Sequence[Message], place: str, generate: bool = False) -> str:
         """Returns the conversation as text; with `generate`, followed by what the assistant's turn begins with."""
@@ -74,8 +75,16 @@ class ChatTemplate:
                 turns[-1] = (turns[-1][0], stop)
             elif stop > start:
                 turns.append((start, stop))
+        turns = [(start, self._through_end(texts[0], start, stop)) for start, stop in turns]
         answers = sum(message["role"] == "assistant" for message in found.messages)
         return texts[0], turns if len(found.scored) == answers else turns[-len(found.scored) :]
+
+    def _through_end(self, text: str, start: int, stop: int) -> int:
+        """Where a marked turn ends with its end-of-turn token: a special token that follows at once is it, unless one is marked already."""
+        special = self.tokenizer.all_special_tokens
+        if any(text[start:stop].rstrip().endswith(token) for token in special):
+            return stop
+        return stop + max((len(token) for token in special if text.startswith(token, stop)), default=0)
 
     def _turns(self, found: Conversation, place: str) -> tuple[str, list[Span]]:
         """Returns the text and the scored turns of a template without markers."""
@@ -153,7 +162,7 @@ def _explained(messages: Sequence[Message], place: str) -> Iterator[None]:
         raise UserError(
             f"The chat template is not valid Jinja: {error.message} (line {error.lineno}). See --config.data.template."
         ) from error
-    except (jinja2.TemplateError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # whatever the template's code raises, the template or the row is at fault
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(
             f"{place}: the chat template refuses the turns {roles}: {error}. Change the row, or give another --config.data.template."

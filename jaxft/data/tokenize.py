@@ -16,7 +16,7 @@ import tokenizers
 import transformers
 
 from jaxft.config import DataConfig
-from jaxft.data.conversations import Conversation, conversation
+from jaxft.data.conversations import Conversation, Message, conversation
 from jaxft.data.sources import Rows
 from jaxft.data.template import ChatTemplate, Span, chat_template
 from jaxft.errors import UserError
@@ -92,6 +92,26 @@ def tokenize(rows: Rows, tokenizer: Any, config: DataConfig) -> Examples:
         if config.cache:
             _write_cache(path, examples)
     return examples
+
+
+def prompt_tokens(asked: Sequence[Sequence[Message]], places: Sequence[str], tokenizer: Any, config: DataConfig) -> list[np.ndarray]:
+    """Returns what the model is given of each conversation to answer it, (length,) int32: as training has it before an answer.
+
+    Args:
+        asked: each conversation's turns up to the answer, as `question` gives them.
+        places: where each stands, for messages.
+        tokenizer: a fast tokenizer of transformers.
+        config: of it `template`.
+    """
+    template = chat_template(tokenizer, config.template)
+    if template is None and any(len(turns) > 1 for turns in asked):
+        raise UserError("The tokenizer has no chat template, so a prompt is one text. Give --config.data.template for more turns.")
+    if template is None:
+        encoded = tokenizer([turns[0]["content"] for turns in asked])
+    else:
+        texts = [template.render(turns, place, generate=True) for turns, place in zip(asked, places, strict=True)]
+        encoded = tokenizer(texts, add_special_tokens=False)
+    return [np.asarray(tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens, np.int32) for tokens in encoded["input_ids"]]
 
 
 COLUMNS = ("set", "rows", "tokens", "min", "median", "mean", "95%", "max", "scored", "cut")

@@ -36,7 +36,7 @@ class SafetensorsFolder:
 
     def __init__(self, source: Source) -> None:
         """Reads the configuration and every file's header; raises `UserError` for what is missing or broken."""
-        self.config = _config(source)
+        self.config = read_config(source)
         self._files: dict[str, pathlib.Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path, names in _weight_files(source).items():
@@ -99,14 +99,15 @@ def complete_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise UserError(f"{where} isn't a configuration that transformers reads: {type(error).__name__}: {error}") from error
 
 
-def _config(source: Source) -> dict[str, Any]:
+def read_config(source: Source) -> dict[str, Any]:
+    """Returns a folder's config.json, complete, with its generation_config.json; raises `UserError` for what jaxft doesn't read."""
     path = source.folder / CONFIG
     if not path.exists():
         raise _no_config(source)
     raw = read_json(path)
     architecture_of(raw, str(path))
-    if raw.get("quantization_config"):
-        kind = raw["quantization_config"].get("quant_method", "of an unnamed kind")
+    if quantization := raw.get("quantization_config"):
+        kind = quantization.get("quant_method", "of an unnamed kind") if isinstance(quantization, dict) else quantization
         raise UserError(
             f"'{source.name}' is quantized ({kind}), which jaxft doesn't read. Pass the model in full precision, or a GGUF file."
         )

@@ -70,6 +70,7 @@ def write_tensors(path: pathlib.Path, tensors: Mapping[str, Callable[[], np.ndar
       tensors: what gives each tensor. It is called once to write and once to compare, so that no copy is kept between.
     """
     safetensors.numpy.save_file({name: np.ascontiguousarray(get()) for name, get in tensors.items()}, path, metadata={"format": "pt"})
+    path.chmod(0o666 & ~_umask())  # safetensors' files are their owner's alone
     with safetensors.safe_open(path, framework="numpy") as file:
         if sorted(file.keys()) != sorted(tensors):
             raise OSError(f"{path.name} read back has other tensors than were written")

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from jaxft.errors import UserError, unknown
 from jaxft.hub import sources
-from jaxft.hub.checkpoint import Checkpoint, SafetensorsFolder, architecture_of
+from jaxft.hub.checkpoint import Checkpoint, SafetensorsFolder, architecture_of, read_config
 from jaxft.hub.gguf_file import GGUFFile
 from jaxft.hub.names import Entry, entries, listed
 from jaxft.models.registry import Family, family_of
@@ -60,6 +60,24 @@ def load_pretrained(
     return model, fill(model, family, checkpoint, found.name, placing)
 
 
+def describe_pretrained(source: str, task: str = "causal_lm", dtype: Any = "float32", revision: str = "main") -> tuple[nn.Module, Params]:
+    """Returns a pre-trained model and the shapes of its parameters, from its configuration alone: nothing else is downloaded or read.
+
+    Arguments and errors are those of `load_pretrained`.
+    """
+    if task not in TASKS:
+        raise unknown("task", task, TASKS)
+    found = sources.find(source, revision, sources.CONFIG_FILES)
+    config = GGUFFile(found.gguf).config if found.gguf else read_config(found)
+    family = family_of(architecture_of(config, found.name))
+    model = family.model(family.config.from_hf(config), dtype=compute_type(dtype))
+    return model, _shapes(model)
+
+
+def _shapes(model: nn.Module) -> Params:
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
 def compute_type(dtype: Any) -> Any:
     """Returns the type that a name stands for.
 
@@ -76,7 +94,7 @@ def compute_type(dtype: Any) -> Any:
 
 def fill(model: nn.Module, family: Family, checkpoint: Checkpoint, name: str, placing: Placing | None = None) -> Params:
     """Returns the model's parameters, read leaf by leaf; raises `UserError` where the checkpoint isn't exactly this model's."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    shapes = _shapes(model)
     wanted = entries(family.module, shapes)
     _check(wanted, family, checkpoint, name)
     _check_tied(wanted, family, checkpoint, name)

@@ -93,6 +93,9 @@ def check(config: Mapping[str, Any], where: str) -> None:
     for key, kind in kinds.items():
         if config.get(key) and not isinstance(config[key], kind):
             raise UserError(f"{where}: {key} is {config[key]!r}, which PEFT wouldn't take.")
+    for key, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
+        if wrong := [value for value in (config.get(key) or {}).values() if not isinstance(value, kind)]:
+            raise UserError(f"{where}: {key} has the value {wrong[0]!r}, which PEFT wouldn't take.")
     for pattern in (*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {}), *_expressions(config)):
         try:
             re.compile(pattern)

@@ -8,7 +8,7 @@ import re
 import huggingface_hub
 import huggingface_hub.errors
 
-from jaxft.errors import UserError, unknown
+from jaxft.errors import UserError, given_path, unknown
 
 BUNDLED = "bundled:"
 GGUF_SUFFIX = ".gguf"
@@ -66,7 +66,7 @@ def find(source: str, revision: str, files: tuple[str, ...]) -> Source:
         raise UserError(f"The model's source is empty. It is {_KINDS}.")
     if source.startswith(BUNDLED):
         return _bundled(source)
-    path = pathlib.Path(source).expanduser()
+    path = given_path(source)
     if path.is_file():
         return _file(source, path)
     if path.is_dir():

@@ -105,6 +105,9 @@ class LoRA:
         for rank in (self.rank, *(rank for _, rank in self.rank_pattern)):
             if rank < 1:
                 raise UserError(f"method.rank: a LoRA's rank is at least 1, not {rank}.")
+        for alpha in (self.alpha, *(alpha for _, alpha in self.alpha_pattern)):
+            if not alpha > 0:
+                raise UserError(f"method.alpha: a LoRA's alpha is above 0, not {alpha}: the difference is scaled by it.")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"method.dropout is a rate from 0 up to, not including, 1, not {self.dropout}.")
 

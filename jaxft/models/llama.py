@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
-from jaxft.errors import UserError
+from jaxft.errors import UserError, unknown
 from jaxft.models import attention, layers
 from jaxft.models.layers import Cache, Output
 from jaxft.models.rotary import TYPES, Rotary, angles, rotate
@@ -95,6 +95,8 @@ class LlamaConfig:
         """Reads a config.json, completed by transformers' config class (`PreTrainedConfig.to_dict()`)."""
         architecture = hf["architectures"][0]
         family = ARCHITECTURES[architecture]
+        if hf["hidden_act"] not in layers.ACTIVATIONS:
+            raise unknown("activation (hidden_act of config.json)", str(hf["hidden_act"]), layers.ACTIVATIONS)
         bias = bool(hf.get("attention_bias", False))
         return cls(
             architecture=architecture,

@@ -18,7 +18,6 @@ from jaxft.train.state import State
 
 # Fields that may change between a run and its continuation: they don't change what the run computes.
 FREE = ("eval.", "train.log_every", "train.checkpoint_every", "train.keep", "data.cache", "data.test", "train.patience")
-_METRIC = "metric"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +32,7 @@ class Progress:
     stale: int = 0  # evaluations since then
     seconds: float = 0.0  # of training steps, the first one of each start left out
     tokens: int = 0  # that those seconds trained on
+    elapsed: float = 0.0  # seconds of the starts before this one, all included
     train_loss: float | None = None  # of the last step
 
 
@@ -54,17 +54,31 @@ def _mix(leaf: jax.Array) -> jax.Array:
     return jnp.sum(bits * (place * jnp.uint32(2654435761) | 1), dtype=jnp.uint32)  # Knuth's multiplicative hash
 
 
+class _KeepBest(preservation_policy.PreservationPolicy):
+    """Keeps the checkpoint of one step: the best one as the run's progress names it, whatever ties there are."""
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        return [found.step == self.step for found in checkpoints]
+
+
+def newest_step(folder: pathlib.Path) -> int | None:
+    """Returns the step of the newest checkpoint in a run's `checkpoints/` folder, without opening it; None where there is none."""
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    return max(steps, default=None)
+
+
 class Checkpoints:
     """The `checkpoints/` folder of a run: the newest `keep`, and the best one by the validation metric."""
 
-    def __init__(self, folder: pathlib.Path, keep: int = 2, best_mode: str = "min"):
+    def __init__(self, folder: pathlib.Path, keep: int = 2):
         self.folder = folder.absolute()
+        self._best = _KeepBest()
         policy = preservation_policy
-        keep_best = policy.BestN(
-            get_metric_fn=lambda metrics: metrics[_METRIC], n=1, reverse=best_mode == "min", keep_checkpoints_without_metrics=False
-        )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy.AnyPreservationPolicy([policy.LatestN(max(keep, 1)), keep_best]),
+            preservation_policy=policy.AnyPreservationPolicy([policy.LatestN(max(keep, 1)), self._best]),
             enable_async_checkpointing=True,
         )
         self._manager = ocp.CheckpointManager(self.folder, item_names=("state", "progress"), options=options)
@@ -73,18 +87,18 @@ class Checkpoints:
         """Returns the newest whole checkpoint's step, or None."""
         return self._manager.latest_step()
 
-    def save(self, state: State, progress: Progress, metric: float | None = None) -> None:
+    def save(self, state: State, progress: Progress) -> None:
         """Writes a checkpoint in the background; raises `UserError` where an earlier one could not be written."""
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        self._best.step = progress.best_step
         try:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(_named(state)), progress=ocp.args.JsonSave(dataclasses.asdict(progress))
                 ),
-                metrics=None if metric is None else {_METRIC: metric},
             )
         except Exception as error:
             raise self._explained(error) from error

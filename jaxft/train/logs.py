@@ -1,15 +1,18 @@
 """What a run writes as it goes: the progress bar, `metrics.jsonl`, TensorBoard."""
 
+import contextlib
 import json
 import pathlib
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from jaxft.errors import UserError
 
 METRICS = "metrics.jsonl"
 
@@ -19,22 +22,26 @@ class Logs:
 
     def __init__(self, workdir: pathlib.Path, start: int, steps: int):
         self._path = workdir / METRICS
-        self._keep(start)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        with self._explained():
+            self._keep(start)
+            self._file = self._path.open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
         self._bar = tqdm(total=steps, initial=start, unit="step", desc="Training", dynamic_ncols=True, smoothing=0.1)
 
     def _keep(self, start: int) -> None:
         lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
         kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= start]
-        self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        temporary = self._path.with_suffix(".partial")
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        temporary.replace(self._path)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one line, and the same numbers to TensorBoard."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        with self._explained():
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
 
     def advance(self, loss: float, tokens_per_second: float) -> None:
         """Moves the bar one step on."""
@@ -48,10 +55,22 @@ class Logs:
         tqdm.write(text, file=sys.stdout)
 
     def close(self) -> None:
-        """Closes the bar and the files."""
+        """Closes the bar and the files. On a full disk the last lines are lost; that was said when they were written."""
         self._bar.close()
-        self._file.close()
-        self._board.close()
+        for opened in (self._file, self._board):
+            with contextlib.suppress(OSError):
+                opened.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turns what the disk refuses into a message."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._path.parent} can't be written ({error.strerror or error}). The last whole checkpoint is kept: make room, and give "
+                "the same command again."
+            ) from error
 
 
 def _step_of(line: str) -> Any:

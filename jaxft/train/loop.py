@@ -1,6 +1,7 @@
 """The loop: steps, evaluation, checkpoints, early stopping; stopped anywhere, it goes on as if it had never been."""
 
 import dataclasses
+import math
 import pathlib
 import signal
 import time
@@ -57,7 +58,8 @@ class Outcome:
 class Loop:
     """Trains one run to its end, or to a signal."""
 
-    def __init__(self, setup: Setup, workdir: pathlib.Path, checkpoints: Checkpoints, evaluator: Evaluator):
+    def __init__(self, setup: Setup, workdir: pathlib.Path, checkpoints: Checkpoints, evaluator: Evaluator, began: float):
+        self._began = began  # time.perf_counter() when the program started
         self._setup, self._checkpoints, self._evaluator = setup, checkpoints, evaluator
         self._workdir = workdir
         self._train = setup.experiment.train
@@ -67,7 +69,7 @@ class Loop:
     def run(self, state: State, progress: Progress) -> Outcome:
         """Runs from `state` to the last step; raises `UserError` on a loss that isn't finite."""
         start = int(state.step)
-        began = time.perf_counter()
+        began, before = time.perf_counter(), progress.elapsed
         step = self._compile(state)
         compile_seconds = time.perf_counter() - began
         logs = Logs(self._workdir, start, self._setup.steps)
@@ -77,25 +79,24 @@ class Loop:
                     if self._given_up(progress):
                         logs.say(f"Stopped early: {self._train.best_metric} hasn't improved for {progress.stale} evaluations.")
                         break
-                    state, progress, metric = self._advance(step, state, progress, index, index > start, logs)
+                    state, progress, measured = self._advance(step, state, progress, index, index > start, logs)
                     last = index + 1 == self._setup.steps
                     due = (index + 1) % self._train.checkpoint_every == 0
-                    if metric is not None or last or due or request.name:
-                        self._checkpoints.save(state, progress, metric)
-                    if request.name and not last:
+                    if measured or last or due or request.name:
+                        elapsed = before + time.perf_counter() - self._began
+                        self._checkpoints.save(state, dataclasses.replace(progress, elapsed=elapsed))
+                    if request.name:
                         break
             self._checkpoints.wait()
-            return Outcome(state, progress, compile_seconds, request.name if int(state.step) < self._setup.steps else "")
+            return Outcome(state, progress, compile_seconds, request.name)
         finally:
             logs.close()
 
     def _given_up(self, progress: Progress) -> bool:
         return bool(self._train.patience) and progress.stale >= self._train.patience
 
-    def _advance(
-        self, step: Any, state: State, progress: Progress, index: int, timed: bool, logs: Logs
-    ) -> tuple[State, Progress, float | None]:
-        """One step, what is written of it, and the evaluation where it is time: its named metric, else None."""
+    def _advance(self, step: Any, state: State, progress: Progress, index: int, timed: bool, logs: Logs) -> tuple[State, Progress, bool]:
+        """One step, what is written of it, and the evaluation where it is time: whether it was."""
         began = time.perf_counter()
         state, on_device = step(state, self._setup.frozen, self._take(index))
         if index + 1 < self._setup.steps:
@@ -135,24 +136,29 @@ class Loop:
     def _check_finite(self, metrics: dict[str, float], index: int) -> None:
         if metrics["finite"]:
             return
-        examples = self._setup.batches.examples_of(index)
+        self._checkpoints.wait()
+        newest = self._checkpoints.latest()
+        kept = f"The checkpoint of step {newest} is kept" if newest else "No checkpoint was written before it"
+        loss, norm = metrics["loss"], metrics["gradient_norm"]
+        overflow = "; it is the update that overflows" if math.isfinite(loss) and math.isfinite(norm) else ""
+        rows = self._setup.training_rows
+        places = ", ".join(rows.place(number) for number in self._setup.batches.examples_of(index))
         raise UserError(
-            f"Step {index + 1}: the loss is {metrics['loss']} and the gradient's norm {metrics['gradient_norm']}. Its batch holds the "
-            f"training rows {', '.join(str(number + 1) for number in examples)} (in the set's order). The state before it is "
-            f"kept in {self._workdir}. Lower optimizer.learning_rate, set optimizer.clip_norm, or look at these rows."
+            f"Step {index + 1} isn't finite: the loss is {loss:g} and the gradient's norm {norm:g}{overflow}. {kept} in {self._workdir}. "
+            f"Lower optimizer.learning_rate, set optimizer.clip_norm, or look at the rows of its batch: {places}."
         )
 
-    def _evaluate(self, state: State, progress: Progress, step: int, logs: Logs) -> tuple[Progress, float | None]:
-        """Measures on validation where it is time."""
+    def _evaluate(self, state: State, progress: Progress, step: int, logs: Logs) -> tuple[Progress, bool]:
+        """Measures on validation where it is time, and says whether it was."""
         examples = self._setup.examples.get("validation")
         every = self._train.eval_every
         if examples is None or not (step == self._setup.steps or (every and step % every == 0)):
-            return progress, None
+            return progress, False
         found = self._evaluator.loss(state, examples)
         logs.write(step, {f"validation_{name}": value for name, value in found.items()})
         logs.say(f"Step {step}: validation loss {found['loss']:.4f}, accuracy {found['accuracy']:.1%}")
         metric = found[self._train.best_metric]
         sign = 1 if self._train.best_mode == "min" else -1
         if progress.best is None or sign * metric < sign * progress.best:
-            return dataclasses.replace(progress, best=metric, best_step=step, stale=0), metric
-        return dataclasses.replace(progress, stale=progress.stale + 1), metric
+            return dataclasses.replace(progress, best=metric, best_step=step, stale=0), True
+        return dataclasses.replace(progress, stale=progress.stale + 1), True

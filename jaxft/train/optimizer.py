@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from jaxft.config import OptimizerConfig
@@ -56,7 +58,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     elif config.name == "lion":
         update = optax.lion(schedule, config.b1, config.b2, weight_decay=decay, mask=decay_mask)
     elif config.name == "adafactor":
-        update = optax.adafactor(schedule, weight_decay_rate=decay or None, weight_decay_mask=decay_mask)
+        update = optax.adafactor(schedule)
+        update = _with_decay(update, schedule, decay) if decay else update
     elif config.name == "sgd":
         update = optax.sgd(schedule, momentum=config.b1 or None)
         update = optax.chain(optax.add_decayed_weights(decay, mask=decay_mask), update) if decay else update
@@ -65,9 +68,35 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update) if config.clip_norm else update
 
 
+def _with_decay(inner: optax.GradientTransformation, schedule: optax.Schedule, decay: float) -> optax.GradientTransformation:
+    """Takes rate * decay * parameter off too, as AdamW does: Adafactor's own decay in optax knows no rate."""
+    decayed = optax.chain(optax.set_to_zero(), optax.add_decayed_weights(decay, decay_mask), optax.scale_by_learning_rate(schedule))
+
+    def init(params: Any) -> Any:
+        return inner.init(params), decayed.init(params)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        moved, first = inner.update(updates, state[0], params)
+        lost, second = decayed.update(updates, state[1], params)
+        return jax.tree.map(jnp.add, moved, lost), (first, second)
+
+    return optax.GradientTransformation(init, update)
+
+
+_USED = {"adamw": ("b1", "b2", "eps"), "lion": ("b1", "b2"), "sgd": ("b1",), "adafactor": ()}  # of the fields that not all optimizers have
+
+
 def check(config: OptimizerConfig) -> None:
-    """Raises `UserError` for values that make no sense."""
+    """Raises `UserError` for values that make no sense, and for fields that the optimizer has no use for."""
     make_optimizer(config, steps=10)
+    for name in ("b1", "b2", "eps"):
+        if name not in _USED[config.name] and getattr(config, name) != getattr(OptimizerConfig, name):
+            raise UserError(f"optimizer.{name} is set, but {config.name} has none. Leave it out, or take another optimizer.name.")
+    if config.learning_rate == 0:
+        raise UserError("optimizer.learning_rate is 0: nothing would train.")
+    for name in ("b1", "b2"):
+        if getattr(config, name) == 1:
+            raise UserError(f"optimizer.{name} is 1: an average that never moves. It is below 1.")
     for name in ("learning_rate", "weight_decay", "clip_norm", "warmup", "eps"):
         if not 0 <= getattr(config, name) < math.inf:
             raise UserError(f"optimizer.{name} is a finite number, 0 or more, not {getattr(config, name)}.")

@@ -28,10 +28,10 @@ def comparison(summary: Mapping[str, Any], fields: Sequence[str]) -> tuple[list[
     return columns, rows
 
 
-def print_comparison(summary: Mapping[str, Any], fields: Sequence[str]) -> None:
+def print_comparison(summary: Mapping[str, Any], fields: Sequence[str], title: str) -> None:
     """Prints the closing table."""
     columns, rows = comparison(summary, fields)
-    console.table("On rows held out", columns, rows)
+    console.table(title, columns, rows)
 
 
 def print_answers(examples: Examples, found: Evaluation, tokenizer: Any) -> None:

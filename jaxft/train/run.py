@@ -10,22 +10,20 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-import datasets
 import jax
-import numpy as np
 
 import jaxft
 from jaxft import console, overrides
 from jaxft.config import Experiment
-from jaxft.data.conversations import fill
-from jaxft.data.sources import Rows
-from jaxft.data.tokenize import tokenize
+from jaxft.data.conversations import question
+from jaxft.data.tokenize import prompt_tokens
 from jaxft.errors import UserError, unknown
 from jaxft.generation import generate as generate_tokens
+from jaxft.hub.folder import check_replaceable
 from jaxft.hub.peft import save_adapter
 from jaxft.hub.save import save_pretrained
 from jaxft.methods.partition import size
-from jaxft.train.checkpoint import Checkpoints, Progress, check_same, fingerprint
+from jaxft.train.checkpoint import Checkpoints, Progress, check_same, fingerprint, newest_step
 from jaxft.train.evaluate import Evaluation, Evaluator, make_sampling
 from jaxft.train.logs import peak_memory_bytes
 from jaxft.train.loop import Loop, Outcome
@@ -51,14 +49,14 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     checkpoints = _open_workdir(workdir, resolved, experiment)
     evaluator = Evaluator(setup)
     state, progress = _start(setup, checkpoints, evaluator, resolved)
-    outcome = Loop(setup, workdir, checkpoints, evaluator).run(state, progress)
+    outcome = Loop(setup, workdir, checkpoints, evaluator, began).run(state, progress)
     if outcome.stopped:
         checkpoints.close()
         console.say(
             f"\nStopped by {outcome.stopped} after step {int(outcome.state.step)} of {setup.steps}. The same command goes on from there."
         )
         return {}
-    summary = _finish(setup, workdir, checkpoints, evaluator, outcome, began)
+    summary = _finish(setup, workdir, checkpoints, evaluator, outcome, began - progress.elapsed)
     checkpoints.close()
     return summary
 
@@ -84,19 +82,19 @@ def generate(experiment: Experiment, workdir: pathlib.Path, rows: Sequence[Mappi
       rows: each {"prompt": text}, or the columns that `data.prompt` names.
       output: a file, or None.
     """
-    prompts = [_prompt_of(row, experiment, number) for number, row in enumerate(rows, start=1)]
+    places = [f"prompt {number}" for number in range(1, len(rows) + 1)]
+    asked = [question(row, experiment.data, place) for row, place in zip(rows, places, strict=True)]
+    prompts = [turns[-1]["content"] for turns in asked]
     if output is not None and output.exists():
         raise UserError(f"{output} exists. Choose another --output.")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise UserError(f"There is no folder {output.absolute().parent} for --output={output}.")
     setup, state, _, _ = _load_best(experiment, workdir)
-    plain = dataclasses.replace(experiment.data, prompt="", completion="", loss="auto", cache=False)
-    rows_asked = datasets.Dataset.from_list([{"prompt": text, "completion": "?"} for text in prompts])
-    asked = Rows(rows_asked, "prompts", "prompt", np.arange(1, len(prompts) + 1))
-    examples = tokenize(asked, setup.tokenizer, plain)
     sampling = make_sampling(experiment.eval, setup.tokenizer, setup.examples["train"])
     tokens = generate_tokens(
         setup.model,
         setup.params(state),
-        [examples.prompt(i) for i in range(len(examples))],
+        prompt_tokens(asked, places, setup.tokenizer, experiment.data),
         sampling,
         experiment.train.seed,
         min(experiment.eval.batch_size, len(prompts)),
@@ -115,8 +113,9 @@ def export(experiment: Experiment, workdir: pathlib.Path, format: str, output: p
     """Writes the best checkpoint of `workdir` as `peft` (the adapter) or `hf` (the merged model) to `output`."""
     if format not in FORMATS:
         raise unknown("export format", format, FORMATS)
-    setup, state, _, _ = _load_best(experiment, workdir)
     folder = output or workdir / "export" / format
+    check_replaceable(folder)
+    setup, state, _, _ = _load_best(experiment, workdir)
     _export(setup, state, format, folder, _summary_of(workdir))
     console.say(f"{folder} holds the {'adapter' if format == 'peft' else 'merged model'}.")
 
@@ -136,10 +135,33 @@ def _check_workdir(workdir: pathlib.Path, resolved: Mapping[str, Any]) -> None:
     """Raises `UserError` unless the folder is free or holds this very run; writes nothing."""
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"{workdir} is a file. Choose another --workdir.")
-    if workdir.exists() and any(workdir.iterdir()) and not (workdir / CONFIG).is_file():
+    held = [path for path in workdir.iterdir() if not path.name.endswith(".partial")] if workdir.exists() else []
+    if held and not (workdir / CONFIG).is_file():
         raise UserError(f"{workdir} isn't empty and holds no run of jaxft. Choose another --workdir.")
     if (workdir / CONFIG).is_file():
-        check_same(_read_json(workdir / CONFIG)["config"], resolved, workdir)
+        saved = _saved_config(workdir)
+        if newest_step(workdir / "checkpoints") is not None:  # else nothing was trained with it yet
+            check_same(saved, resolved, workdir)
+    above = next(folder for folder in (workdir.absolute(), *workdir.absolute().parents) if folder.exists())
+    if not os.access(above, os.W_OK):
+        raise UserError(f"{workdir} can't be written: {above} allows no writing. Choose another --workdir.")
+
+
+def saved_experiment(workdir: pathlib.Path, name: str) -> Experiment | None:
+    """Returns the experiment that a working folder holds, or None where it holds none; raises `UserError` for another one's."""
+    if not (workdir / CONFIG).is_file():
+        return None
+    found = overrides.from_dict(_saved_config(workdir))
+    if found.name != name:
+        raise UserError(f"{workdir} holds a run of {found.name}, not of {name}. Give --experiment={found.name}, or another --workdir.")
+    return found
+
+
+def _saved_config(workdir: pathlib.Path) -> dict[str, Any]:
+    found = _read_json(workdir / CONFIG)
+    if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
+        raise UserError(f"{workdir / CONFIG} isn't one that jaxft wrote: {workdir} holds no run of jaxft. Choose another --workdir.")
+    return found["config"]
 
 
 def _open_workdir(workdir: pathlib.Path, resolved: Mapping[str, Any], experiment: Experiment) -> Checkpoints:
@@ -149,7 +171,7 @@ def _open_workdir(workdir: pathlib.Path, resolved: Mapping[str, Any], experiment
         _write_json(workdir / CONFIG, {"config": resolved, "versions": versions(), "device": device()})
     except OSError as error:
         raise UserError(f"{workdir} can't be written ({error.strerror}). Choose another --workdir.") from error
-    return Checkpoints(workdir / "checkpoints", experiment.train.keep, experiment.train.best_mode)
+    return Checkpoints(workdir / "checkpoints", experiment.train.keep)
 
 
 def _keep_compiled() -> None:
@@ -170,7 +192,15 @@ def _start(setup: Setup, checkpoints: Checkpoints, evaluator: Evaluator, resolve
     progress = checkpoints.progress(newest)
     _check_base(progress, base, setup)
     console.say(f"Going on from step {newest} of {setup.steps}.")
+    if _measured(progress.config) != _measured(resolved):  # the table compares figures of one set
+        before = evaluator.full(setup.state, setup.experiment.eval.split, "Before training").metrics
+        progress = dataclasses.replace(progress, config=resolved, before=before)
     return checkpoints.restore(newest, setup.state, setup.state_sharding), progress
+
+
+def _measured(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What decides on which rows, and how, a model is measured before and after training."""
+    return config["eval"], config["data"].get("test")
 
 
 def _check_base(progress: Progress, base: str, setup: Setup) -> None:
@@ -193,7 +223,7 @@ def _load_best(experiment: Experiment, workdir: pathlib.Path) -> tuple[Setup, St
         raise UserError(f"{workdir} holds no run of jaxft. Train one first (--mode=train), or name its folder by --workdir.")
     _check_workdir(workdir, overrides.to_dict(experiment))
     _keep_compiled()
-    checkpoints = Checkpoints(workdir / "checkpoints", experiment.train.keep, experiment.train.best_mode)
+    checkpoints = Checkpoints(workdir / "checkpoints", experiment.train.keep)
     newest = checkpoints.latest()
     if newest is None:
         raise UserError(f"{workdir} has no checkpoint yet. Train first (--mode=train).")
@@ -222,7 +252,8 @@ def _finish(
     _export(setup, state, "peft", folder, summary)
     summary["seconds"] = time.perf_counter() - began
     _write_json(workdir / SUMMARY, summary)
-    print_comparison(summary, evaluator.answer_format.names)
+    rows = len(evaluator.chosen(split))
+    print_comparison(summary, evaluator.answer_format.names, f"On {rows:,} rows of {split}")
     print_answers(evaluator.chosen(split), after, setup.tokenizer)
     console.say(
         f"{summary['seconds']:.0f} s in all, {summary['compile_seconds']:.1f} s of them compiling; "
@@ -261,14 +292,6 @@ def _export(setup: Setup, state: State, format: str, folder: pathlib.Path, summa
         save_pretrained(folder, setup.model, experiment.method.merge(setup.model, params), setup.tokenizer, card=text)
 
 
-def _prompt_of(row: Mapping[str, Any], experiment: Experiment, number: int) -> str:
-    if isinstance(row.get("prompt"), str):
-        return row["prompt"]
-    if experiment.data.prompt:
-        return fill(experiment.data.prompt, row, "prompt", f"prompt {number}")
-    raise UserError(f'Prompt {number} has the fields {", ".join(row)}; give {{"prompt": "..."}}.')
-
-
 def _summary_of(workdir: pathlib.Path) -> dict[str, Any]:
     return _read_json(workdir / SUMMARY) if (workdir / SUMMARY).is_file() else {}
 
@@ -282,6 +305,9 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
     """Writes beside the place and renames, so that no reader sees half of it."""
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} can't be written ({error.strerror}). Make room, or choose another --workdir.") from error

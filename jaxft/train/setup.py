@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import pathlib
 from typing import Any
 
 import jax
@@ -14,12 +13,12 @@ from jax.sharding import Mesh
 from jaxft import console
 from jaxft.config import Experiment
 from jaxft.data.batches import Batches
-from jaxft.data.sources import load_splits
+from jaxft.data.sources import Rows, load_splits
 from jaxft.data.tokenize import COLUMNS, Examples, describe, tokenize
 from jaxft.errors import UserError, unknown
-from jaxft.hub.load import compute_type, load_pretrained
+from jaxft.hub.load import compute_type, describe_pretrained, load_pretrained
 from jaxft.hub.tokenizer import load_tokenizer
-from jaxft.methods.partition import combine, listing, partition, size
+from jaxft.methods.partition import combine, listing, partition, size, trainable_leaves
 from jaxft.models.layers import REMAT
 from jaxft.models.registry import family_of
 from jaxft.train import optimizer as optimizers
@@ -36,6 +35,7 @@ class Setup:
     model: nn.Module
     tokenizer: Any
     examples: dict[str, Examples]  # by set: train, validation, test
+    training_rows: Rows  # where each training example stands in its source
     batches: Batches  # of the training set
     steps: int  # of the whole run
     optimizer: optax.GradientTransformation
@@ -74,6 +74,11 @@ def check(experiment: Experiment) -> Mesh:
             raise UserError(f"{name} is 0 or more, not {number}.")
     if not train.steps and train.epochs <= 0:
         raise UserError(f"train.epochs is more than 0 where train.steps is 0, not {train.epochs}.")
+    if not 0 < evaluation.top_p <= 1:
+        raise UserError(f"eval.top_p is a share above 0 and up to 1, not {evaluation.top_p}.")
+    for name, number in {"eval.top_k": evaluation.top_k, "eval.temperature": evaluation.temperature}.items():
+        if number < 0:
+            raise UserError(f"{name} is 0 or more, not {number}.")
     if train.patience and not train.eval_every:
         raise UserError("train.patience counts evaluations during training: set train.eval_every too.")
     return placement.make_mesh(train)
@@ -82,12 +87,15 @@ def check(experiment: Experiment) -> Mesh:
 VALIDATION_METRICS = ("loss", "accuracy", "perplexity")
 
 
-def load_data(experiment: Experiment, tokenizer: Any) -> dict[str, Examples]:
-    """Returns the tokenized sets, and prints their lengths; all of it before the model is loaded."""
+def load_data(experiment: Experiment, tokenizer: Any) -> tuple[dict[str, Examples], Rows]:
+    """Returns the tokenized sets, and the training rows; prints lengths. All of it before the model is loaded."""
     rows = load_splits(experiment.data, experiment.train.seed)
+    split = experiment.eval.split
+    if split not in rows:
+        raise UserError(f"There is no {split} set. Give config.data.{split}, or a share of the training rows by config.data.split.")
     examples = {name: tokenize(found, tokenizer, experiment.data) for name, found in rows.items()}
     console.table("Data", COLUMNS, [describe(found, name) for name, found in examples.items()])
-    return examples
+    return examples, rows["train"]
 
 
 def set_up(experiment: Experiment) -> Setup:
@@ -98,8 +106,9 @@ def set_up(experiment: Experiment) -> Setup:
         raise UserError("There is nothing to train on: set config.data.train to a hub data set, a file, or bundled:NAME.")
     if not experiment.model.source:
         raise UserError("There is no model: set config.model.source to a hub id, a local folder, a .gguf file, or bundled:NAME.")
+    check_method(experiment)
     tokenizer = load_tokenizer(experiment.model.source, experiment.model.revision)
-    examples = load_data(experiment, tokenizer)
+    examples, rows = load_data(experiment, tokenizer)
     share_prefix = not train.neftune_alpha  # its noise follows each example's length
     batches = Batches(
         examples["train"], data, train.batch_size, train.accumulation, train.seed, share_prefix, pad_token_id=pad_token(tokenizer)
@@ -124,7 +133,16 @@ def set_up(experiment: Experiment) -> Setup:
     state = new_state(trainable, optimizer)
     sharding = placement.state_shardings(state, partition(places, mask)[0], mesh, optimizer)
     state = jax.device_put(state, sharding)
-    return Setup(experiment, mesh, model, tokenizer, examples, batches, steps, optimizer, state, sharding, frozen)
+    return Setup(experiment, mesh, model, tokenizer, examples, rows, batches, steps, optimizer, state, sharding, frozen)
+
+
+def check_method(experiment: Experiment) -> None:
+    """Raises `UserError` where the model isn't one of jaxft's or the method doesn't fit it, from the model's configuration alone."""
+    source, method = experiment.model, experiment.method
+    model, shapes = describe_pretrained(source.source, "causal_lm", source.dtype, source.revision)
+    key = key_for(experiment.train.seed, "method")
+    params = jax.eval_shape(lambda params: method.init(key, model, params), shapes)
+    trainable_leaves(params, method.mask(params))
 
 
 def pad_token(tokenizer: Any) -> int:
@@ -140,11 +158,6 @@ def print_trainable(params: Any, mask: Any) -> None:
         "What trains", ("path", "shape", "dtype", "parameters", "bytes"), [(*row[:3], f"{row[3]:,}", f"{row[4]:,}") for row in rows]
     )
     console.say(f"{trains:,} of {total:,} parameters train ({trains / total:.2%}).\n")
-
-
-def is_ours(workdir: pathlib.Path) -> bool:
-    """Returns whether a working folder is new, empty, or one of jaxft's."""
-    return not workdir.exists() or not any(workdir.iterdir()) or (workdir / "config.json").is_file()
 
 
 def end_tokens(tokenizer: Any, examples: Examples) -> tuple[int, ...]:

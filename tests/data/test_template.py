@@ -135,7 +135,19 @@ def test_agrees_with_transformers_own_mask(name, kind, request):
 
 def test_marked_spaces_at_the_end_are_scored_though_offsets_leave_them_out(byte_level):
     template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}{% endfor %}"
-    assert texts_of(byte_level, template, dialogue("a", "the   "))[-1] == "the   "
+    assert texts_of(byte_level, template, dialogue("a", "the   "))[-1] == "the   <|im_end|>"
+
+
+def test_the_end_of_turn_token_behind_a_marked_answer_is_scored(byte_level):
+    end = "<|im_end|>"
+    for inside, outside in (("", end), (end, ""), (end, end)):
+        template = f"{{% for m in messages %}}{{% generation %}}{{{{ m.content }}}}{inside}{{% endgeneration %}}{outside}{{% endfor %}}"
+        assert texts_of(byte_level, template, dialogue("a", "the"))[-1] == f"the{end}"
+
+
+def test_a_marker_in_a_comment_is_none(byte_level):
+    template = "{# {% generation %} #}{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}"
+    assert texts_of(byte_level, template, dialogue("a", "the"))[-1] == "<assistant>the<|im_end|>"
 
 
 def test_earlier_thinking_that_the_template_drops_is_not_scored(byte_level):
