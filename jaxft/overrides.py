@@ -31,7 +31,8 @@ def parse_flags(experiment: Experiment, arguments: Sequence[str]) -> Experiment:
 
     A tuple is written as its parts with commas between them, pairs with colons: `--config.method.targets=q_proj,v_proj`,
     `--config.method.rank_pattern=q_proj:16,v_proj:4`; Python's form, `("q_proj", "v_proj")`, is understood too. A switch may stand
-    alone (`--config.data.packing`, `--noconfig.data.packing`). Given twice, the last one holds.
+    alone (`--config.data.packing`, `--noconfig.data.packing`). Given twice, the last one holds. `--config.method=LoRA(rank=4)+BitFit()`
+    puts another method, or a sum of methods, in the experiment's place, before the fields are read.
 
     Raises:
         UserError: no such field, a value of another type, or something that is no flag of the configuration.
@@ -43,6 +44,7 @@ def parse_flags(experiment: Experiment, arguments: Sequence[str]) -> Experiment:
     >>> parse_flags(experiment, ["--config.method.targets=q_proj,v_proj"]).method.targets
     ('q_proj', 'v_proj')
     """
+    experiment, arguments = _with_method(experiment, arguments)
     known = fields_of(experiment)
     for argument in arguments:
         if match := _FLAG.fullmatch(argument):
@@ -73,8 +75,17 @@ def to_dict(value: Any) -> dict[str, Any]:
     found = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Experiment):
         for name in ("method", "task"):
-            found[name] = {CLASS: type(getattr(value, name)).__name__, **found[name]}
+            found[name] = _named(getattr(value, name))
     return found
+
+
+def _named(value: Any) -> dict[str, Any]:
+    """A method or task as JSON holds it, with its class's name; so each part of a sum of methods."""
+    found = to_dict(value)
+    for name, inner in ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value)):
+        if isinstance(inner, tuple) and inner and dataclasses.is_dataclass(inner[0]):
+            found[name] = [_named(part) for part in inner]
+    return {CLASS: type(value).__name__, **found}
 
 
 def from_dict(found: Mapping[str, Any]) -> Experiment:
@@ -112,6 +123,43 @@ def describe(annotation: Any) -> str:
 
 
 # ---------------------------------------------------------------- flags
+
+
+def _with_method(experiment: Experiment, arguments: Sequence[str]) -> tuple[Experiment, list[str]]:
+    """The experiment with the method that --config.method=... names, and the other arguments."""
+    rest = []
+    for argument in arguments:
+        match = _FLAG.fullmatch(argument)
+        if match and match["path"] == "method" and match["text"] is not None and not match["no"]:
+            experiment = dataclasses.replace(experiment, method=method_from_text(match["text"]))
+        else:
+            rest.append(argument)
+    return experiment, rest
+
+
+def method_from_text(text: str) -> Any:
+    """Returns the method that an expression names.
+
+    >>> method_from_text("LoRA(rank=4, targets=('q_proj',))").rank
+    4
+    """
+    try:
+        return _method_of(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError) as error:
+        raise UserError(
+            f"config.method: '{text}' is no method. Write NAME(FIELD=VALUE, ...), as LoRA(rank=8), or a sum of such, with quotes around it."
+        ) from error
+
+
+def _method_of(tree: ast.expr) -> Any:
+    if isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
+        return _method_of(tree.left) + _method_of(tree.right)
+    if isinstance(tree, ast.Name):
+        return _instance({CLASS: tree.id}, _classes()["method"], "config.method")
+    if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name) or tree.args:
+        raise ValueError(ast.dump(tree))
+    given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in tree.keywords}
+    return _instance({CLASS: tree.func.id, **given}, _classes()["method"], "config.method")
 
 
 def _texts(known: Mapping[str, tuple[Any, Any]], arguments: Sequence[str]) -> dict[str, Any]:
@@ -232,7 +280,7 @@ def _walk(value: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
         inner, path = getattr(value, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(inner):
             yield from _walk(inner, f"{path}.")
-        else:
+        elif not (isinstance(inner, tuple) and inner and dataclasses.is_dataclass(inner[0])):  # a sum of methods is given as a whole
             yield path, annotations[field.name], inner
 
 
@@ -260,7 +308,10 @@ def _instance(found: Any, module: types.ModuleType, field: str) -> Any:
     name = found.pop(CLASS)
     if name not in known:
         raise unknown(field.removeprefix("config."), str(name), known)
-    return _build(known[name], found, field)
+    kind: Any = known[name]
+    if name == "Compose":
+        return kind(methods=tuple(_instance(part, module, field) for part in found.get("methods", ())))
+    return _build(kind, found, field)
 
 
 def _build(kind: type[_T], found: Mapping[str, Any], field: str) -> _T:

@@ -6,9 +6,11 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from flax import linen as nn
 
 from jaxft.models import segments
-from jaxft.models.node import is_node
+from jaxft.models.node import is_node, is_site
+from jaxft.models.registry import family_of
 from jaxft.models.segments import Leaf
 
 _SHOWN = 6  # names in a message
@@ -43,7 +45,9 @@ class Entry:
 
 
 def entries(family: ModuleType, params: Any) -> list[Entry]:
-    """Returns an entry for each tensor that `params` are in Hugging Face's files, in storage order; a node is one tensor.
+    """Returns an entry for each tensor that `params` are in Hugging Face's files, in storage order; a kernel's node is one tensor.
+
+    Nodes at sites are a method's own, and have no place there.
 
     Args:
       family: the module with the table HF_NAMES.
@@ -52,11 +56,19 @@ def entries(family: ModuleType, params: Any) -> list[Entry]:
     table = {ours: (theirs, transform) for theirs, ours, transform in family.HF_NAMES}
     found = []
     for leaf in segments.leaves(params, is_leaf=is_node):
+        if is_site(leaf.value):
+            continue
         for index, path in enumerate(leaf.names):
             layer = None if leaf.layers is None else leaf.layers[index]
             theirs, transform = table[_general(path, layer)]
             found.append(Entry(theirs.format(layer=layer), path, leaf, None if layer is None else index, transform))
     return found
+
+
+def linear_layers(model: nn.Module, params: Any) -> list[Entry]:
+    """Returns the entries of the model's linear layers."""
+    family = family_of(model.config.architecture).module
+    return [entry for entry in entries(family, params) if entry.path.endswith("/kernel")]
 
 
 def _general(path: str, layer: int | None) -> str:

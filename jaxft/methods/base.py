@@ -1,22 +1,108 @@
-"""What a fine-tuning method is: two pure functions."""
+"""What a fine-tuning method is: two pure functions, and how methods add up."""
 
-from typing import Any, Protocol, runtime_checkable
+import abc
+import dataclasses
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
 from flax import linen as nn
+
+from jaxft.errors import UserError
+from jaxft.models import segments
 
 Params = dict[str, Any]
 
 
-@runtime_checkable
-class Method(Protocol):
-    """A fine-tuning method: a frozen dataclass of its settings, with pure functions on parameters."""
+class Method(abc.ABC):
+    """A fine-tuning method: a frozen dataclass of its settings, with pure functions on parameters.
 
+    `init` and `mask` are the method. What most methods don't need has a default.
+    """
+
+    @abc.abstractmethod
     def init(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
         """Returns `params` with the method's leaves added, or with some leaves stored in another form."""
 
+    @abc.abstractmethod
     def mask(self, params: Params) -> Any:
         """Returns which leaves train: a pytree of bool with the structure of `params` (an optax mask)."""
 
+    @abc.abstractmethod
     def merge(self, model: nn.Module, params: Params) -> Params:
         """Returns `params` with the method folded into the base; raises `UserError` where that isn't possible."""
+
+    def optimizer(self, inner: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
+        """Returns the run's optimizer with what the method adds to it: rates of its own, a schedule of what trains, a budget.
+
+        Args:
+          inner: clipping, update and schedule, over the trainable leaves of `mask`.
+          steps: of the whole run.
+        """
+        return inner
+
+    def penalty(self, params: Params) -> jax.Array:
+        """Returns what the method adds to the mean loss of a step, () float32."""
+        return jnp.zeros((), jnp.float32)
+
+    def __add__(self, other: "Method") -> "Compose":
+        """Returns both methods at once.
+
+        >>> from jaxft.methods import LoRA
+        >>> len((LoRA(targets=("q_proj",)) + LoRA(targets=("v_proj",))).methods)
+        2
+        """
+        return Compose((*_parts(self), *_parts(other)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Compose(Method):
+    """Several methods at once: their leaves are added in order, and all of them train."""
+
+    methods: tuple[Method, ...]
+
+    def init(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
+        """Returns `params` with every method's leaves; raises `UserError` where two methods train the same leaf."""
+        for number, method in enumerate(self.methods):
+            params = method.init(jax.random.fold_in(rng, number), model, params)
+        self._check_disjoint(params)
+        return params
+
+    def mask(self, params: Params) -> Any:
+        """Returns True where any of the methods trains."""
+        masks = [method.mask(params) for method in self.methods]
+        return jax.tree.map(lambda *trains: any(trains), *masks)
+
+    def merge(self, model: nn.Module, params: Params) -> Params:
+        """Returns `params` with every method folded in, the last one first."""
+        for method in reversed(self.methods):
+            params = method.merge(model, params)
+        return params
+
+    def optimizer(self, inner: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
+        """Returns the run's optimizer with what every method adds."""
+        for method in self.methods:
+            inner = method.optimizer(inner, steps)
+        return inner
+
+    def penalty(self, params: Params) -> jax.Array:
+        """Returns the sum of what the methods add to the loss."""
+        return sum((method.penalty(params) for method in self.methods), start=jnp.zeros((), jnp.float32))
+
+    def _check_disjoint(self, params: Params) -> None:
+        owner: dict[tuple[str, ...], str] = {}
+        for method in self.methods:
+            for leaf in segments.leaves(method.mask(params)):
+                if not leaf.value:
+                    continue
+                name = type(method).__name__
+                if leaf.path in owner:
+                    raise UserError(
+                        f"{owner[leaf.path]} and {name} both train {leaf.title}. Leave one of them out, or give them other targets."
+                    )
+                owner[leaf.path] = name
+
+
+def _parts(method: Method) -> tuple[Method, ...]:
+    return method.methods if isinstance(method, Compose) else (method,)

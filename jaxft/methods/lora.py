@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 from jaxft.errors import UserError
+from jaxft.methods.base import Method
 from jaxft.methods.partition import check_patterns, first_match
 from jaxft.models import segments
 from jaxft.models.node import Kernel, Node, dense, dot, is_node, node
@@ -84,7 +85,7 @@ class LoRAKernel(Node):
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRA:
+class LoRA(Method):
     """Trains lora_a and lora_b beside the kernels that `targets` choose; everything else is frozen.
 
     With lora_b zero the model starts as the base. lora_a starts uniform in +-1/sqrt(in), as peft's does.
@@ -124,8 +125,13 @@ class LoRA:
         return segments.map_leaves(lambda leaf: self._around(rng, leaf), params, is_leaf=is_node)
 
     def mask(self, params: Params) -> Any:
-        """Returns True at each lora_a and lora_b."""
-        return segments.map_leaves(lambda leaf: leaf.path[-1] in ("lora_a", "lora_b"), params)
+        """Returns True at the lora_a and lora_b of each target."""
+
+        def trains(leaf: segments.Leaf) -> bool:
+            *_, field = leaf.path
+            return field in ("lora_a", "lora_b") and first_match(self.targets, leaf.names[0].removesuffix(f"/{field}")) is not None
+
+        return segments.map_leaves(trains, params)
 
     def merge(self, model: nn.Module, params: Params) -> Params:
         """Returns plain kernels: base + scale * lora_a @ lora_b in float32, cast once to the base's type."""

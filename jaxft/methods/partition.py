@@ -7,14 +7,14 @@ A pattern is a regular expression that matches whole components of a leaf's name
 import difflib
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxft.errors import UserError
-from jaxft.models.segments import Leaf, leaves
+from jaxft.models.segments import Leaf, leaves, map_leaves, regroup
 
 Params = Any
 
@@ -73,6 +73,42 @@ def combine(trainable: Params, frozen: Params) -> Params:
     {'a': 1, 'b': 2}
     """
     return jax.tree.map(lambda one, other: other if one is None else one, trainable, frozen, is_leaf=lambda leaf: leaf is None)
+
+
+def separate(params: Params, trains: Callable[[str], bool]) -> Params:
+    """Returns `params` with layers grouped so that each stored leaf trains whole or not at all, by its name."""
+    per_layer: dict[int, list[str]] = {}
+    for leaf in leaves(params):
+        if leaf.layers is not None:
+            for layer, name in zip(leaf.layers, leaf.names, strict=True):
+                per_layer.setdefault(layer, []).append(name)
+
+    def signature(layer: int) -> tuple[bool, ...]:
+        return tuple(trains(name) for name in per_layer[layer])
+
+    return regroup(params, signature)
+
+
+def mask_by_name(params: Params, trains: Callable[[str], bool]) -> Any:
+    """Returns an optax mask: whether `trains` says so of each leaf's name; all layers of a stored leaf must agree."""
+
+    def decide(leaf: Leaf) -> bool:
+        found = {trains(name) for name in leaf.names}
+        if len(found) != 1:
+            raise ValueError(f"Layers of {leaf.title} train in part: separate them first.")
+        return found.pop()
+
+    return map_leaves(decide, params)
+
+
+def names_of(params: Params) -> list[str]:
+    """Returns the name of every leaf, one for each layer."""
+    return [name for leaf in leaves(params) for name in leaf.names]
+
+
+def cast(params: Params, mask: Any, dtype: Any) -> Params:
+    """Returns `params` with the leaves that `mask` chooses in another type."""
+    return jax.tree.map(lambda leaf, chosen: leaf.astype(dtype) if chosen else leaf, params, mask)
 
 
 def trainable_leaves(params: Params, mask: Any) -> list[Leaf]:

@@ -39,7 +39,13 @@ def visible(query: Tokens, key: Tokens, window: jax.Array | None, causal: bool =
 
 
 def attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, query_tokens: Tokens, key_tokens: Tokens, window: jax.Array | None = None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    query_tokens: Tokens,
+    key_tokens: Tokens,
+    window: jax.Array | None = None,
+    before: int = 0,
 ) -> jax.Array:
     """Returns causal grouped-query attention, (batch, queries, heads, head_dim).
 
@@ -50,6 +56,7 @@ def attention(
       query_tokens: where the queries stand.
       key_tokens: where the keys stand.
       window: () int32, a token sees only the last so many positions (Mistral); None is all.
+      before: keys that stand before the row's own: a prefix.
     """
     batch, queries, _, head_dim = query.shape
     chex.assert_shape([key, value], (batch, key.shape[1], key.shape[2], head_dim))
@@ -57,11 +64,11 @@ def attention(
         mask = visible(query_tokens, key_tokens, window)[:, None]
         return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
     # Rows that attend to themselves skip what lies above the diagonal, block by block.
-    starts = range(0, queries, QUERY_BLOCK) if queries == key.shape[1] else range(1)
+    starts = range(0, queries, QUERY_BLOCK) if before + queries == key.shape[1] else range(1)
     blocks = []
     for start in starts:
         stop = min(start + QUERY_BLOCK, queries) if len(starts) > 1 else queries
-        end = stop if len(starts) > 1 else key.shape[1]
+        end = before + stop if len(starts) > 1 else key.shape[1]
         rows, columns = _slice(query_tokens, start, stop), _slice(key_tokens, 0, end)
         blocks.append(_plain(query[:, start:stop], key[:, :end], value[:, :end], visible(rows, columns, window)))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)

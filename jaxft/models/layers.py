@@ -12,8 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.errors import unknown
 from jaxft.models import segments
-from jaxft.models.attention import KEPT, PADDING, Tokens, visible
-from jaxft.models.node import dot
+from jaxft.models.attention import KEPT, PADDING, SHARED, Tokens, visible
+from jaxft.models.node import dot, linear
 
 Initializer = Callable[..., jax.Array]
 
@@ -84,10 +84,8 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.dtype)
-        y = dot(x, kernel, dropout_rng(self))
-        if self.use_bias:
-            y += parameter(self, "bias", nn.initializers.zeros, (self.features,), self.dtype).astype(y.dtype)
-        return checkpoint_name(y, KEPT)
+        bias = parameter(self, "bias", nn.initializers.zeros, (self.features,), self.dtype) if self.use_bias else None
+        return checkpoint_name(linear(x, kernel, bias, dropout_rng(self)), KEPT)
 
 
 class RMSNorm(nn.Module):
@@ -129,10 +127,18 @@ class Embedding(nn.Module):
         return dot(x, self.embedding.T)
 
 
+def join(module: nn.Module, name: str, residual: jax.Array, output: jax.Array) -> jax.Array:
+    """Returns residual + output, (tokens, features), or what the node at the module's site `name` makes of them."""
+    if not module.has_variable("params", name):
+        return residual + output
+    found: Any = module.get_variable("params", name)
+    return found.join(residual, output, dropout_rng(module))
+
+
 class Layers(nn.Module):
     """The stack of layers, one scan a segment. How layers are grouped is read off the parameters; a new model has one group.
 
-    `block(*settings)` is one layer, a module called as block(x, (per_layer, cache), shared) -> (x, (new cache, x)).
+    `block(*settings)` is one layer, a module called as block(x, per_layer, cache, shared) -> (x, new cache).
     """
 
     block: type[nn.Module]
@@ -155,26 +161,48 @@ class Layers(nn.Module):
         """
         if self.remat not in REMAT:
             raise unknown("remat policy", self.remat, REMAT)
-        stored = self.variables.get("params", {})
-        groups = segments.spans({segments.LAYERS: stored}) if stored else [range(self.depth)]
-        chex.assert_equal([layer for group in groups for layer in group], list(range(self.depth)))
-        target = self.block
-        if self.remat != "none":
-            target = nn.remat(target, prevent_cse=False, policy=REMAT[self.remat])
+        block = self.block(*self.settings, parent=None)
+        groups = self._groups()
+        if self.is_initializing():
+            self._create(block, x, per_layer, shared)
+        rng = dropout_rng(self)
         new_cache, outputs = {}, []
         for group in groups:
             name = segments.key(group)
-            scan = nn.scan(
-                target,
-                variable_axes={"params": 0},
-                split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast),
-                length=len(group),
-            )
+            stored: Any = self.get_variable("params", name)
             chosen = jax.tree.map(lambda leaf, g=group: leaf[g[0] : g[-1] + 1], per_layer)
-            x, (new_cache[name], hidden) = scan(*self.settings, name=name)(x, (chosen, cache.layers[name] if cache else None), shared)
+            scanned = (segments.own(stored), chosen, cache.layers[name] if cache else None, jnp.asarray(group))
+            x, (new_cache[name], hidden) = jax.lax.scan(self._body(block, stored, shared, rng), x, scanned)
             outputs.append(hidden)
         return x, new_cache, outputs
+
+    def _groups(self) -> list[range]:
+        """The segments that are stored; every layer is in one of them."""
+        stored = self.variables.get("params", {})
+        groups = segments.spans({segments.LAYERS: stored}) if stored else [range(self.depth)]
+        chex.assert_equal([layer for group in groups for layer in group], list(range(self.depth)))
+        return groups
+
+    def _create(self, block: nn.Module, x: jax.Array, per_layer: Any, shared: Any) -> None:
+        """Draws the parameters of a new model: one segment of all layers."""
+        first = jax.tree.map(lambda leaf: leaf[0], per_layer)
+
+        def draw(rng: jax.Array) -> Any:
+            return jax.vmap(lambda key: block.init(key, x, first, None, shared)["params"])(jax.random.split(rng, self.depth))
+
+        self.param(segments.key(range(self.depth)), draw)
+
+    def _body(self, block: nn.Module, stored: Any, shared: Any, rng: jax.Array | None) -> Any:
+        """One layer as a step of the scan over a segment."""
+
+        def body(x: jax.Array, scanned: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
+            own, chosen, cache, layer = scanned
+            variables = {"params": segments.with_shared(own, stored)}
+            rngs = None if rng is None else {"dropout": jax.random.fold_in(rng, layer)}
+            x, cache = block.apply(variables, x, chosen, cache, shared, rngs=rngs)
+            return x, (cache, x)
+
+        return body if self.remat == "none" else jax.checkpoint(body, prevent_cse=False, policy=REMAT[self.remat])
 
 
 def token_places(
@@ -210,6 +238,49 @@ def extend(cache: Cache, tokens: Tokens) -> tuple[Cache, Tokens]:
         index=cache.index + tokens.order.shape[0],
     )
     return placed, Tokens(placed.segments, placed.positions, jnp.arange(cache.segments.shape[1], dtype=jnp.int32))
+
+
+def site(module: nn.Module, name: str) -> Any:
+    """Returns the node at a site of the model, or None."""
+    return module.variables["params"].get(name) if "params" in module.variables else None
+
+
+def virtual_tokens(batch: int, count: int, first: int = 0) -> Tokens:
+    """Returns the places of virtual tokens that stand before the text, seen by all its examples; `first` is the first one's position."""
+    order = jnp.arange(first, first + count, dtype=jnp.int32)
+    return Tokens(jnp.full((batch, count), SHARED, jnp.int32), jnp.broadcast_to(order, (batch, count)), order)
+
+
+def moved(tokens: Tokens, count: int) -> Tokens:
+    """Returns the places of tokens that `count` virtual ones come before."""
+    return Tokens(tokens.segments, tokens.positions + count, tokens.order + count)
+
+
+def after_virtual_tokens(tokens: Tokens, count: int) -> Tokens:
+    """Returns the places of `count` virtual tokens and of `tokens` after them."""
+    first, rest = virtual_tokens(len(tokens.segments), count), moved(tokens, count)
+    return Tokens(
+        jnp.concatenate([first.segments, rest.segments], axis=1),
+        jnp.concatenate([first.positions, rest.positions], axis=1),
+        jnp.concatenate([first.order, rest.order]),
+    )
+
+
+def after_prefix(prefix: jax.Array, own: jax.Array) -> jax.Array:
+    """Returns one layer's keys or values of a prefix, (count, heads, head_dim), before each row's own, (batch, length, heads, head_dim)."""
+    return jnp.concatenate([jnp.broadcast_to(prefix, (len(own), *prefix.shape)).astype(own.dtype), own], axis=1)
+
+
+def filled(cache: Cache, prefix: tuple[jax.Array, jax.Array]) -> Cache:
+    """Returns an empty cache with a prefix in it: keys and values, (layers, count, heads, head_dim) each."""
+    batch, count = len(cache.segments), prefix[0].shape[1]
+    tokens = virtual_tokens(batch, count)
+    held: Any = {
+        name: tuple(empty.at[:, :, :count].set(part[group[0] : group[-1] + 1, None]) for empty, part in zip(pair, prefix, strict=True))
+        for name, pair in cache.layers.items()
+        for group in [segments.span(name)]
+    }
+    return dataclasses.replace(extend(cache, tokens)[0], layers=held)
 
 
 def embedding_noise(rng: jax.Array, alpha: jax.Array | float, tokens: Tokens, features: int) -> jax.Array:

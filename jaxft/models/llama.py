@@ -168,9 +168,10 @@ class Attention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, window: jax.Array | None, cache: Any, context: Context) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, per_layer: Any, cache: Any, context: Context) -> tuple[jax.Array, Any]:
         config = self.config
         batch, length = context.queries.segments.shape
+        window, prefix = per_layer
         linear = functools.partial(layers.Linear, dtype=self.dtype)
 
         def heads(name: str, count: int) -> jax.Array:
@@ -189,7 +190,10 @@ class Attention(nn.Module):
                 for old, new in zip(cache, (key, value), strict=True)
             )
             cache = (key, value)
-        out = attention.attention(query, key, value, context.queries, context.keys, window)
+        elif prefix is not None:
+            key, value = (layers.after_prefix(part, own) for part, own in zip(prefix, (key, value), strict=True))
+        before = 0 if prefix is None else len(prefix[0])
+        out = attention.attention(query, key, value, context.queries, context.keys, window, before)
         return linear(config.hidden_size, config.o_bias, name="o_proj")(out.reshape(x.shape[0], -1)), cache
 
 
@@ -214,13 +218,12 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, per_layer: Any, context: Context) -> tuple[jax.Array, tuple[Any, jax.Array]]:
-        window, cache = per_layer
+    def __call__(self, x: jax.Array, per_layer: Any, cache: Any, context: Context) -> tuple[jax.Array, Any]:
         norm = functools.partial(layers.RMSNorm, self.config.rms_norm_eps, self.dtype)
-        attended, cache = Attention(self.config, self.dtype, name="attention")(norm(name="input_norm")(x), window, cache, context)
-        x = x + attended
-        x = x + MLP(self.config, self.dtype, name="mlp")(norm(name="post_attention_norm")(x))
-        return x, (cache, x)
+        attended, cache = Attention(self.config, self.dtype, name="attention")(norm(name="input_norm")(x), per_layer, cache, context)
+        x = layers.join(self, "attention_output", x, attended)
+        x = layers.join(self, "mlp_output", x, MLP(self.config, self.dtype, name="mlp")(norm(name="post_attention_norm")(x)))
+        return x, cache
 
 
 class Llama(nn.Module):
@@ -285,15 +288,36 @@ class Llama(nn.Module):
         return flat.reshape(*hidden.shape[:-1], -1)
 
     def new_cache(self, batch: int, size: int) -> Cache:
-        """Returns an empty cache for `batch` rows of `size` tokens, grouped as the parameters' segments are."""
+        """Returns an empty cache for `batch` rows of `size` tokens, grouped as the parameters' segments are.
+
+        Virtual tokens of a prefix and of a prompt are in it, beside the room for `size` tokens.
+        """
         config = self.config
-        stored = self.variables["params"]
+        prefix, prompt = self._prefix(), self._prompt()
+        before = 0 if prefix is None else prefix[0].shape[1]
+        size += before + (0 if prompt is None else len(prompt))
         shape = (batch, size, config.num_key_value_heads, config.head_dim)
-        empty = {
-            layers.segments.key(group): (jnp.zeros((len(group), *shape), self.dtype), jnp.zeros((len(group), *shape), self.dtype))
-            for group in layers.segments.spans(stored)
+        groups = layers.segments.spans(self.variables["params"])
+        empty: Any = {
+            layers.segments.key(group): tuple(jnp.zeros((len(group), *shape), self.dtype) for _ in ("key", "value")) for group in groups
         }
-        return Cache(empty, jnp.zeros((batch, size), jnp.int32), jnp.zeros((batch, size), jnp.int32), jnp.int32(0))
+        cache: Any = Cache(empty, jnp.zeros((batch, size), jnp.int32), jnp.zeros((batch, size), jnp.int32), jnp.int32(0))
+        if prefix is not None:
+            cache = layers.filled(cache, prefix)
+        if prompt is not None:
+            tokens = layers.virtual_tokens(batch, len(prompt), before)
+            cache = self._forward(jnp.broadcast_to(prompt, (batch, *prompt.shape)), tokens, cache)[1]
+        return cache
+
+    def _prefix(self) -> tuple[jax.Array, jax.Array] | None:
+        """Every layer's keys and values of the site `prefix`, in the compute type."""
+        found = layers.site(self, "prefix")
+        return None if found is None else tuple(part.astype(self.dtype) for part in found.keys_values())
+
+    def _prompt(self) -> jax.Array | None:
+        """The embeddings of the site `prompt`, in the compute type."""
+        found = layers.site(self, "prompt")
+        return None if found is None else found.embeddings().astype(self.dtype)
 
     def _run(
         self,
@@ -304,23 +328,37 @@ class Llama(nn.Module):
         cache: Cache | None,
         neftune_alpha: jax.Array | float,
     ) -> tuple[jax.Array, Cache | None, list[jax.Array]]:
-        config = self.config
         tokens = layers.token_places(input_ids.shape, attention_mask, segment_ids, positions, cache)
         x = self.embed(input_ids).astype(self.dtype)
         if self.has_rng("noise"):
-            x += layers.embedding_noise(self.make_rng("noise"), neftune_alpha, tokens, config.hidden_size).astype(x.dtype)
-        keys, index = tokens, None
+            x += layers.embedding_noise(self.make_rng("noise"), neftune_alpha, tokens, self.config.hidden_size).astype(x.dtype)
+        prompt = self._prompt() if cache is None else None  # a cache has it already
+        if prompt is None:
+            return self._forward(x, tokens, cache)
+        count = len(prompt)
+        x = jnp.concatenate([jnp.broadcast_to(prompt, (len(x), *prompt.shape)), x], axis=1)
+        hidden, _, states = self._forward(x, layers.after_virtual_tokens(tokens, count), None)
+        return hidden[:, count:], None, [state[:, count:] for state in states]
+
+    def _forward(self, x: jax.Array, tokens: attention.Tokens, cache: Cache | None) -> tuple[jax.Array, Cache | None, list[jax.Array]]:
+        """The layers on embeddings x (batch, length, hidden_size): what the head reads, the new cache, the states before it."""
+        config = self.config
+        keys, index, prefix = tokens, None, None
         if cache is not None:
             index = cache.index
             cache, keys = layers.extend(cache, tokens)
+        elif (prefix := self._prefix()) is not None:
+            count = prefix[0].shape[1]
+            keys = layers.after_virtual_tokens(tokens, count)
+            tokens = layers.moved(tokens, count)
         cosine, sine = angles(config.rotary, config.head_dim, config.max_position_embeddings, tokens.positions)
         windows = None
         if config.windows:
             windows = jnp.asarray([_EVERYTHING if window is None else window for window in config.windows], jnp.int32)
-        context = Context(cosine, sine, tokens, keys, index)
-        embedded = x
-        flat, new_layers, outputs = self.layers(x.reshape(-1, config.hidden_size), windows, cache, context)
-        states = [embedded, *[out.reshape(embedded.shape) for group in outputs for out in group][:-1]]
+        flat, new_layers, outputs = self.layers(
+            x.reshape(-1, config.hidden_size), (windows, prefix), cache, Context(cosine, sine, tokens, keys, index)
+        )
+        states = [x, *[out.reshape(x.shape) for group in outputs for out in group][:-1]]
         if cache is not None:
             cache = dataclasses.replace(cache, layers=new_layers)
-        return self.norm(flat).reshape(embedded.shape), cache, states
+        return self.norm(flat).reshape(x.shape), cache, states

@@ -1,7 +1,8 @@
-"""Kernel nodes: pytrees that stand where an array could, and know how to multiply.
+"""Nodes: pytrees that stand where an array could, or at a named site of a layer, and know what to do there.
 
-Models multiply through `dot` and look words up through `take`; they never ask what stands in a parameter's place. A method or a
-number format brings its own subclass of `Node`, and nodes nest: a LoRA around a quantized kernel.
+Models multiply through `linear` and `dot`; they never ask what stands in a parameter's place. A method or a number format brings its own
+subclass of `Node`, and nodes nest: a LoRA around a quantized kernel. What isn't a kernel stands at a site: what a sub-layer's output
+passes through (`Join`), tokens that come before the text (`Prompt`), keys and values that come before the text's (`Prefix`).
 """
 
 import abc
@@ -24,6 +25,10 @@ class Node(abc.ABC):
     def dot(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
         """Returns x (tokens, in) times the kernel, (tokens, out), in x's type; `rng` draws dropout, None is none."""
 
+    def linear(self, x: jax.Array, bias: jax.Array | None, rng: jax.Array | None) -> jax.Array:
+        """Returns x (tokens, in) times the kernel plus the bias (out,), where there is one."""
+        return _plus(self.dot(x, rng), bias)
+
     @abc.abstractmethod
     def dense(self) -> jax.Array:
         """Returns the kernel as one float32 array, with the node folded in."""
@@ -43,6 +48,51 @@ class Node(abc.ABC):
         """Returns the node with a PartitionSpec for each leaf, for a kernel that is placed by `spec`."""
 
 
+class Site:
+    """What stands at a named site of a model. Sites within layers are stacked as kernels are."""
+
+    def placement(self) -> Any:
+        """Returns the node with a PartitionSpec for each leaf: every device holds all of it."""
+        return jax.tree.map(lambda _: PartitionSpec(), self)
+
+
+class Join(Site, abc.ABC):
+    """Stands where a sub-layer's output joins what it is added to: `attention_output`, `mlp_output`."""
+
+    @abc.abstractmethod
+    def join(self, residual: jax.Array, output: jax.Array, rng: jax.Array | None) -> jax.Array:
+        """Returns what goes on, (tokens, hidden_size), in the place of residual + output."""
+
+
+class Prompt(Site, abc.ABC):
+    """Stands at `prompt`: virtual tokens before the text."""
+
+    @abc.abstractmethod
+    def embeddings(self) -> jax.Array:
+        """Returns the virtual tokens' embeddings, (virtual_tokens, hidden_size) float32."""
+
+
+class Prefix(Site, abc.ABC):
+    """Stands at `prefix`: virtual tokens that every layer's attention sees before the text's."""
+
+    @abc.abstractmethod
+    def keys_values(self) -> tuple[jax.Array, jax.Array]:
+        """Returns every layer's keys and values, each (layers, virtual_tokens, key_value_heads, head_dim) float32."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """An array within a stacked node that all layers have in common: it has no layer axis."""
+
+    value: jax.Array
+
+
+def is_shared(value: Any) -> bool:
+    """Returns whether `value` is an array that layers have in common."""
+    return isinstance(value, Shared)
+
+
 def node(cls: type[_T]) -> type[_T]:
     """Class decorator: makes a frozen dataclass, and of it a pytree, every field a child."""
     cls = cls if dataclasses.is_dataclass(cls) else dataclasses.dataclass(frozen=True)(cls)
@@ -51,8 +101,24 @@ def node(cls: type[_T]) -> type[_T]:
 
 
 def is_node(value: Any) -> bool:
-    """Returns whether `value` is a kernel node."""
-    return isinstance(value, Node)
+    """Returns whether `value` is a node: in a kernel's place, or at a site."""
+    return isinstance(value, (Node, Site))
+
+
+def is_site(value: Any) -> bool:
+    """Returns whether `value` is a node at a site."""
+    return isinstance(value, Site)
+
+
+def linear(x: jax.Array, kernel: Kernel, bias: jax.Array | None, rng: jax.Array | None = None) -> jax.Array:
+    """Returns x (tokens, in) times kernel (in, out) plus bias (out,), where there is one: (tokens, out) in x's type."""
+    if isinstance(kernel, Node):
+        return kernel.linear(x, bias, rng)
+    return _plus(dot(x, kernel), bias)
+
+
+def _plus(y: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return y if bias is None else y + bias.astype(y.dtype)
 
 
 def dot(x: jax.Array, kernel: Kernel, rng: jax.Array | None = None) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Layers in storage: neighbours of one structure are stacked, and each stack is one `nn.scan`.
+"""Layers in storage: neighbours of one structure are stacked, and each stack is one scan.
 
 `params["layers"]` maps "first-last" to a subtree whose leaves have a leading layer axis: {"0-15": ..., "16-31": ...}. That is storage
 only: names, patterns, listings and exports speak of `layers/17/attention/q_proj/kernel`.
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxft.models.node import BASE
+from jaxft.models.node import BASE, is_shared
 
 Params = dict[str, Any]
 LAYERS = "layers"
@@ -66,13 +66,28 @@ def layer_slice(params: Params, layers: range) -> Any:
             continue
         stack = params[LAYERS][key(segment)]
         whole = first == segment[0] and last == segment[-1]
-        parts.append(stack if whole else jax.tree.map(lambda leaf, a=first - segment[0], b=last + 1 - segment[0]: leaf[a:b], stack))
-    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+        parts.append(stack if whole else _each(lambda leaf, a=first - segment[0], b=last + 1 - segment[0]: leaf[a:b], stack))
+    return parts[0] if len(parts) == 1 else _each(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
 def one_layer(params: Params, layer: int) -> Any:
     """Returns the subtree of one layer, without the layer axis."""
-    return jax.tree.map(lambda leaf: leaf[0], layer_slice(params, range(layer, layer + 1)))
+    return _each(lambda leaf: leaf[0], layer_slice(params, range(layer, layer + 1)))
+
+
+def _each(function: Callable[..., Any], *stacks: Any) -> Any:
+    """Maps over the leaves that have a layer axis; what layers have in common stays as it is in the first."""
+    return jax.tree.map(lambda *leaves: leaves[0] if is_shared(leaves[0]) else function(*leaves), *stacks, is_leaf=is_shared)
+
+
+def own(stack: Any) -> Any:
+    """Returns a segment's subtree with what a scan goes over, and None for what its layers have in common."""
+    return jax.tree.map(lambda leaf: None if is_shared(leaf) else leaf, stack, is_leaf=is_shared)
+
+
+def with_shared(layer: Any, stack: Any) -> Any:
+    """Returns one layer's subtree of `own`, completed by what the layers of `stack` have in common."""
+    return jax.tree.map(lambda leaf, part: leaf if is_shared(leaf) else part, stack, layer, is_leaf=is_shared)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -114,7 +114,8 @@ class Loop:
     def _compile(self, state: State) -> Any:
         """The step's one program: compiled ahead, so that it can't be compiled again."""
         setup = self._setup
-        function = make_step(setup.model, setup.experiment.task, setup.optimizer, self._train.seed, self._train.neftune_alpha)
+        experiment, train = setup.experiment, self._train
+        function = make_step(setup.model, experiment.task, setup.optimizer, train.seed, train.neftune_alpha, experiment.method.penalty)
         jitted = jax.jit(function, donate_argnums=0, out_shardings=(setup.state_sharding, None))
         return jitted.lower(state, setup.frozen, self._batch(0)).compile()
 

@@ -13,7 +13,7 @@ from jaxft.config import TrainConfig
 from jaxft.errors import UserError
 from jaxft.methods.partition import first_match
 from jaxft.models import segments
-from jaxft.models.node import is_node
+from jaxft.models.node import is_node, is_site
 from jaxft.train.state import State
 
 AXES = ("data", "fsdp", "tensor")
@@ -44,12 +44,15 @@ def make_mesh(config: TrainConfig) -> Mesh:
 def shardings(params: Any, table: Table, mesh: Mesh) -> Any:
     """Returns a NamedSharding for each leaf; raises `ValueError` for a leaf that no pattern of the table covers."""
 
-    def place(leaf: segments.Leaf) -> Any:
+    def kernel(leaf: segments.Leaf) -> Any:
         found = first_match([pattern for pattern, _ in table], leaf.names[0])
         if found is None:
             raise ValueError(f"The placement table covers no '{leaf.names[0]}'.")
         spec = table[found][1]
-        specs = leaf.value.placement(spec) if is_node(leaf.value) else spec
+        return leaf.value.placement(spec) if is_node(leaf.value) else spec
+
+    def place(leaf: segments.Leaf) -> Any:
+        specs = leaf.value.placement() if is_site(leaf.value) else kernel(leaf)
         stacked = leaf.layers is not None
 
         def fit(spec: P, value: Any) -> NamedSharding:

@@ -61,6 +61,15 @@ def adapter_command(folder: pathlib.Path, source: str) -> str:
     )
 
 
+def model_command(folder: pathlib.Path) -> str:
+    """Returns where the model is, and how transformers uses it."""
+    return (
+        f"The model is in {folder}. With transformers:\n\n"
+        "    from transformers import AutoModelForCausalLM\n\n"
+        f'    model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
+    )
+
+
 def card(experiment: Experiment, summary: Mapping[str, Any], format: str) -> str:
     """Returns a model card with the measured figures, as the hub reads it."""
     source = experiment.model.source

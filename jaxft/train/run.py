@@ -20,14 +20,15 @@ from jaxft.data.tokenize import prompt_tokens
 from jaxft.errors import UserError, unknown
 from jaxft.generation import generate as generate_tokens
 from jaxft.hub.folder import check_replaceable
-from jaxft.hub.peft import save_adapter
+from jaxft.hub.peft import format_of, save_adapter
 from jaxft.hub.save import save_pretrained
+from jaxft.methods.base import Method
 from jaxft.methods.partition import size
 from jaxft.train.checkpoint import Checkpoints, Progress, check_same, fingerprint, newest_step
 from jaxft.train.evaluate import Evaluation, Evaluator, make_sampling
 from jaxft.train.logs import peak_memory_bytes
 from jaxft.train.loop import Loop, Outcome
-from jaxft.train.report import adapter_command, card, print_answers, print_comparison
+from jaxft.train.report import adapter_command, card, model_command, print_answers, print_comparison
 from jaxft.train.setup import Setup, set_up
 from jaxft.train.state import State
 
@@ -118,6 +119,11 @@ def export(experiment: Experiment, workdir: pathlib.Path, format: str, output: p
     setup, state, _, _ = _load_best(experiment, workdir)
     _export(setup, state, format, folder, _summary_of(workdir))
     console.say(f"{folder} holds the {'adapter' if format == 'peft' else 'merged model'}.")
+
+
+def own_format(method: Method) -> str:
+    """Returns the format that a run is exported in: the adapter alone where PEFT has such, else the whole model."""
+    return "hf" if format_of(method) is None else "peft"
 
 
 def versions() -> dict[str, str]:
@@ -248,8 +254,9 @@ def _finish(
     after = evaluator.full(state, split, "After training")
     summary = _summarize(setup, outcome, after, time.perf_counter() - began)
     summary["eval"]["majority"] = evaluator.majority(split) if after.answers else {}
-    folder = workdir / "export" / "peft"
-    _export(setup, state, "peft", folder, summary)
+    format = own_format(setup.experiment.method)
+    folder = workdir / "export" / format
+    _export(setup, state, format, folder, summary)
     summary["seconds"] = time.perf_counter() - began
     _write_json(workdir / SUMMARY, summary)
     rows = len(evaluator.chosen(split))
@@ -259,7 +266,7 @@ def _finish(
         f"{summary['seconds']:.0f} s in all, {summary['compile_seconds']:.1f} s of them compiling; "
         f"{summary['tokens_per_second']:,.0f} tokens/s, peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB.\n"
     )
-    console.say(adapter_command(folder, setup.experiment.model.source))
+    console.say(adapter_command(folder, setup.experiment.model.source) if format == "peft" else model_command(folder))
     return summary
 
 

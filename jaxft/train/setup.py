@@ -126,7 +126,7 @@ def set_up(experiment: Experiment) -> Setup:
     params = experiment.method.init(key_for(train.seed, "method"), model, params)
     mask = experiment.method.mask(params)
     print_trainable(params, mask)
-    optimizer = optimizers.make_optimizer(experiment.optimizer, steps)
+    optimizer = experiment.method.optimizer(optimizers.make_optimizer(experiment.optimizer, steps), steps)
     places = placement.shardings(params, family_of(model.config.architecture).module.PLACEMENT, mesh)
     params = jax.device_put(params, places)
     trainable, frozen = partition(params, mask)

@@ -17,12 +17,18 @@ Metrics = dict[str, jax.Array]
 
 
 def make_step(
-    model: nn.Module, task: Any, optimizer: optax.GradientTransformation, seed: int, neftune_alpha: float = 0.0
+    model: nn.Module,
+    task: Any,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    neftune_alpha: float = 0.0,
+    penalty: Callable[[Any], jax.Array] | None = None,
 ) -> Callable[[State, Any, Batch], tuple[State, Metrics]]:
     """Returns step(state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
 
     A batch's leaves have leading axes (accumulation, batch). The loss is the sum over every scored token of the step divided by their
-    weight, so how a step is cut into micro-batches, rows and devices changes nothing but rounding. Where the loss, the gradient or the
+    weight, so how a step is cut into micro-batches, rows and devices changes nothing but rounding; `penalty`, a function of the whole
+    parameters, is added to that mean once. Where the loss, the gradient or the
     update isn't finite, the state comes back as it was, and metrics["finite"] is False.
     """
 
@@ -56,6 +62,9 @@ def make_step(
         gradients, sums = total
         weight = jnp.maximum(sums.weight, 1e-9)  # a batch without a scored token has no gradient either
         gradients = jax.tree.map(lambda leaf: leaf / weight, gradients)
+        if penalty is not None:
+            more = jax.grad(lambda trainable: penalty(combine(trainable, frozen)))(state.trainable)
+            gradients = jax.tree.map(jnp.add, gradients, more)
         norm = optax.tree.norm(gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
         finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))

@@ -15,7 +15,7 @@ from conftest import TOLERANCE, difference, make_model
 
 import jaxft
 from jaxft.errors import UserError
-from jaxft.hub import peft_config
+from jaxft.hub import peft_lora_config
 from jaxft.models.node import is_node
 
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -151,7 +151,7 @@ def test_the_configuration_has_the_keys_that_peft_writes(base, folder, tmp_path)
     jaxft.save_adapter(folder, model, method.init(jax.random.key(0), model, params), method, base_model="owner/base")
     _peft_model(reference, r=4, lora_alpha=16, target_modules=["q_proj"]).save_pretrained(tmp_path / "peft")
     ours, theirs = (json.loads((place / "adapter_config.json").read_text()) for place in (folder, tmp_path / "peft"))
-    assert ours == theirs | {"base_model_name_or_path": "owner/base", "peft_version": peft_config.VERSION}
+    assert ours == theirs | {"base_model_name_or_path": "owner/base", "peft_version": peft_lora_config.VERSION}
 
 
 def test_the_file_is_marked_as_peft_marks_it(base, folder):
