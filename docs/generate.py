@@ -24,6 +24,9 @@ all of them as they were. This page is written by `docs/generate.py`.
 A text stands as it is, with quotes of the shell around one that has spaces. A tuple is its parts with commas between them, pairs with
 colons: `--config.method.targets=q_proj,v_proj`, `--config.method.rank_pattern=q_proj:16,v_proj:4`. A switch is `true` or `false`, or
 stands alone: `--config.data.packing`, `--noconfig.data.packing`. Given twice, the last one holds.
+
+`--config.method="LoRA(rank=4)"` puts another method in the experiment's place, `--config.method="LoRA(rank=4) + BitFit()"` a sum of
+methods: all of them train, and what two of them would train is refused.
 """
 GROUPS = {
     "model": config.ModelConfig,
@@ -41,7 +44,7 @@ def page() -> str:
         parts.append(_section(f"config.{name}", kind))
     for name, module in (("method", jaxft.methods), ("task", jaxft.tasks)):
         for title in module.__all__:
-            if dataclasses.is_dataclass(kind := getattr(module, title)):
+            if title != "Compose" and dataclasses.is_dataclass(kind := getattr(module, title)):  # a sum has no fields that flags give
                 parts.append(_section(f"config.{name}, {title}", kind))
     return "\n".join(parts)
 

@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -53,15 +53,15 @@ class SafetensorsFolder:
             return file.get_tensor(name)
 
 
-def header(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of every tensor in a safetensors file; raises `UserError` for a broken file or weights that aren't floating."""
+def header(path: pathlib.Path, types: Collection[str] = FLOATS) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every tensor in a safetensors file; raises `UserError` for a broken file or weights of other `types`."""
     shapes = {}
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118 (it is no mapping)
                 part = file.get_slice(name)
-                if part.get_dtype() not in FLOATS:
-                    raise UserError(f"{path}: '{name}' is stored as {part.get_dtype()}; jaxft reads {', '.join(FLOATS)}.")
+                if part.get_dtype() not in types:
+                    raise UserError(f"{path}: '{name}' is stored as {part.get_dtype()}; jaxft reads {', '.join(types)}.")
                 shapes[name] = tuple(part.get_shape())
     except FileNotFoundError as error:
         raise UserError(f"There is no {path}, which the model's index names. Download the model again.") from error

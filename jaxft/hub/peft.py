@@ -7,14 +7,14 @@ from flax import linen as nn
 
 from jaxft.errors import UserError, nearest
 from jaxft.hub import folder as folders
-from jaxft.hub import peft_lora
+from jaxft.hub import peft_ia3, peft_lora, peft_norm_tuning, peft_shira, peft_vera
 from jaxft.hub.checkpoint import ADAPTER_CONFIG, read_json
 from jaxft.hub.peft_format import WEIGHTS, Format, Params
 from jaxft.hub.save import CARD
 from jaxft.hub.sources import PICKLE_SUFFIXES, pickle_refusal
 from jaxft.methods.base import Method
 
-FORMATS: tuple[Any, ...] = (peft_lora,)  # modules that follow peft_format.Format
+FORMATS: tuple[Any, ...] = (peft_lora, peft_norm_tuning, peft_ia3, peft_shira, peft_vera)  # modules that follow peft_format.Format
 _CARD = """---
 library_name: peft
 ---
@@ -25,6 +25,18 @@ An adapter written by jaxft. `peft.PeftModel.from_pretrained(base_model, FOLDER)
 def format_of(method: Method) -> Format | None:
     """Returns what writes the method's leaves as PEFT does, or None where PEFT has no such thing."""
     return next((found for found in FORMATS if type(method) is found.METHOD), None)
+
+
+def has_form(model: nn.Module, params: Params, method: Method) -> bool:
+    """Returns whether PEFT's files can hold the method as it is in `params`."""
+    found = format_of(method)
+    if found is None:
+        return False
+    try:
+        found.write(model, params, method)  # makes no tensor yet
+    except UserError:
+        return False
+    return True
 
 
 def save_adapter(

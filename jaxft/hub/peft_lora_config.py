@@ -103,17 +103,15 @@ def check(config: Mapping[str, Any], where: str) -> None:
             raise UserError(f"{where}: '{pattern}' is no regular expression: {error}.") from error
 
 
-def targets(config: Mapping[str, Any], modules: Iterable[str], where: str) -> list[str]:
-    """Returns which of `modules`, a model's linear layers, a configuration chooses, as peft chooses them.
+def targets(config: Mapping[str, Any], modules: Iterable[str], where: str, kind: str = "linear layers") -> list[str]:
+    """Returns which of `modules`, a model's modules of one `kind`, a configuration chooses, as peft chooses them.
 
     Raises `UserError` where it chooses none.
     """
     modules = list(modules)
     chosen = [module for module in modules if not _matches(config.get("exclude_modules"), module) and _is_target(config, module)]
     if not chosen:
-        raise UserError(
-            f"{where}: target_modules {config['target_modules']!r} choose none of the model's linear layers: {_kinds(modules)}."
-        )
+        raise UserError(f"{where}: target_modules {config['target_modules']!r} choose none of the model's {kind}: {_kinds(modules)}.")
     return chosen
 
 

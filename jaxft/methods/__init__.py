@@ -3,8 +3,11 @@
 from jaxft.methods.base import Compose, Method
 from jaxft.methods.bitfit import BitFit
 from jaxft.methods.full import Full
+from jaxft.methods.ia3 import IA3
 from jaxft.methods.lora import LoRA
 from jaxft.methods.norm_tuning import NormTuning
 from jaxft.methods.partial import Partial
+from jaxft.methods.sparse_mask import SparseMask
+from jaxft.methods.vera import VeRA
 
-__all__ = ["BitFit", "Compose", "Full", "LoRA", "Method", "NormTuning", "Partial"]
+__all__ = ["IA3", "BitFit", "Compose", "Full", "LoRA", "Method", "NormTuning", "Partial", "SparseMask", "VeRA"]

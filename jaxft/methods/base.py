@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +14,9 @@ from jaxft.errors import UserError
 from jaxft.models import segments
 
 Params = dict[str, Any]
+# scores(params, chosen, kind, batches): how much each weight of the kernels whose names are chosen matters, by gradients of training
+# batches; jaxft.train.scores says more
+Scores = Callable[[Params, Callable[[str], bool], str, int], Params]
 
 
 class Method(abc.ABC):
@@ -24,6 +28,10 @@ class Method(abc.ABC):
     @abc.abstractmethod
     def init(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
         """Returns `params` with the method's leaves added, or with some leaves stored in another form."""
+
+    def start(self, rng: jax.Array, model: nn.Module, params: Params, scores: Scores) -> Params:
+        """Returns what `init` does, for methods that look at training batches first: a run begins with this."""
+        return self.init(rng, model, params)
 
     @abc.abstractmethod
     def mask(self, params: Params) -> Any:
@@ -41,6 +49,11 @@ class Method(abc.ABC):
           steps: of the whole run.
         """
         return inner
+
+    @property
+    def title(self) -> str:
+        """What reports call the method."""
+        return type(self).__name__
 
     def penalty(self, params: Params) -> jax.Array:
         """Returns what the method adds to the mean loss of a step, () float32."""
@@ -68,6 +81,18 @@ class Compose(Method):
             params = method.init(jax.random.fold_in(rng, number), model, params)
         self._check_disjoint(params)
         return params
+
+    def start(self, rng: jax.Array, model: nn.Module, params: Params, scores: Scores) -> Params:
+        """Returns what `init` does, each method after a look at training batches where it takes one."""
+        for number, method in enumerate(self.methods):
+            params = method.start(jax.random.fold_in(rng, number), model, params, scores)
+        self._check_disjoint(params)
+        return params
+
+    @property
+    def title(self) -> str:
+        """The names of the methods."""
+        return " + ".join(method.title for method in self.methods)
 
     def mask(self, params: Params) -> Any:
         """Returns True where any of the methods trains."""

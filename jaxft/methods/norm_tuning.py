@@ -22,22 +22,23 @@ class NormTuning(Method):
 
     def init(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
         """Returns `params`, layers grouped by what trains; raises `UserError` where a pattern matches no norm."""
-        check_patterns(self.targets, [name for name in names_of(params) if _is_norm(name)], "method.targets")
-        return separate(params, self._trains)
+        check_patterns(self.targets, [name for name in names_of(params) if is_norm(name)], "method.targets")
+        return separate(params, self.trains)
 
     def mask(self, params: Params) -> Any:
         """Returns True at the norms' leaves."""
-        return mask_by_name(params, self._trains)
+        return mask_by_name(params, self.trains)
 
     def merge(self, model: nn.Module, params: Params) -> Params:
         """Returns `params` in their compute type."""
         return cast(params, self.mask(params), model.dtype)
 
-    def _trains(self, name: str) -> bool:
-        return _is_norm(name) and first_match(self.targets, name) is not None
+    def trains(self, name: str) -> bool:
+        """Returns whether the leaf of this name trains."""
+        return is_norm(name) and first_match(self.targets, name) is not None
 
 
-def _is_norm(name: str) -> bool:
-    """Whether a leaf is a norm's: the families name them so."""
+def is_norm(name: str) -> bool:
+    """Returns whether a leaf of this name is a norm's: the families name them so."""
     *_, module, _ = ("", *name.split("/"))
     return module.endswith("norm")

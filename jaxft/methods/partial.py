@@ -73,7 +73,7 @@ class Partial(Method):
 
         def start(name: str, tree: Any) -> int:
             match = _LAYER.match(name)
-            return 0 if match is None or first_match(self.targets, name) is not None else starts(tree)[int(match[1])]
+            return 0 if match is None or first_match(self.targets, name) is not None else starts(tree).get(int(match[1]), 0)
 
         return train_from(inner, start)
 

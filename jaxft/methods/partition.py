@@ -120,17 +120,21 @@ def trainable_leaves(params: Params, mask: Any) -> list[Leaf]:
 
 
 def size(params: Params) -> int:
-    """Returns the number of parameters.
+    """Returns the number of parameters; an array that stands in several places counts once.
 
     >>> size({"a": np.zeros((2, 3)), "b": None})
     6
     """
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+    return sum(int(np.prod(leaf.shape)) for leaf in _distinct(params))
 
 
 def size_in_bytes(params: Params) -> int:
-    """Returns the bytes of the parameters as they are stored."""
-    return sum(int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(params))
+    """Returns the bytes of the parameters as they are stored; an array that stands in several places counts once."""
+    return sum(int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in _distinct(params))
+
+
+def _distinct(params: Params) -> Iterable[Any]:
+    return {id(leaf): leaf for leaf in jax.tree.leaves(params)}.values()
 
 
 def listing(params: Params, mask: Any) -> list[tuple[str, str, str, int, int]]:

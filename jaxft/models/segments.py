@@ -50,11 +50,16 @@ def regroup(params: Params, signature: Callable[[int], Hashable]) -> Params:
     structures: dict[int, Hashable] = {}
     for segment in spans(params):
         stack = params[LAYERS][key(segment)]
-        form = (jax.tree.structure(stack), tuple((leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(stack)))
+        form = (jax.tree.structure(stack), tuple(map(_form, jax.tree.leaves(stack, is_leaf=is_shared))))
         structures |= dict.fromkeys(segment, form)
     groups = [list(group) for _, group in groupby(sorted(structures), key=lambda layer: (structures[layer], signature(layer)))]
     ranges = [range(group[0], group[-1] + 1) for group in groups]
     return params | {LAYERS: {key(layers): layer_slice(params, layers) for layers in ranges}}
+
+
+def _form(leaf: Any) -> Hashable:
+    """What a leaf must have in common with another layer's to be stacked with it."""
+    return id(leaf.value) if is_shared(leaf) else (leaf.shape[1:], leaf.dtype)
 
 
 def layer_slice(params: Params, layers: range) -> Any:

@@ -13,7 +13,7 @@ from jaxft.config import TrainConfig
 from jaxft.errors import UserError
 from jaxft.methods.partition import first_match
 from jaxft.models import segments
-from jaxft.models.node import is_node, is_site
+from jaxft.models.node import Shared, is_node, is_shared, is_site
 from jaxft.train.state import State
 
 AXES = ("data", "fsdp", "tensor")
@@ -55,15 +55,32 @@ def shardings(params: Any, table: Table, mesh: Mesh) -> Any:
         specs = leaf.value.placement() if is_site(leaf.value) else kernel(leaf)
         stacked = leaf.layers is not None
 
-        def fit(spec: P, value: Any) -> NamedSharding:
-            full = P(None, *spec) if stacked else spec
+        def fit(spec: Any, value: Any) -> Any:
+            if is_shared(value):
+                held: Any = place_one(spec.value, value.value)
+                return Shared(held)
+            return place_one(P(None, *spec) if stacked else spec, value)
+
+        def place_one(full: P, value: Any) -> NamedSharding:
             return NamedSharding(
                 mesh, P(*(axis if _divides(mesh, axis, size) else None for axis, size in zip(full, value.shape, strict=False)))
             )
 
-        return jax.tree.map(fit, specs, leaf.value, is_leaf=lambda value: isinstance(value, P))
+        return jax.tree.map(fit, specs, leaf.value, is_leaf=lambda value: isinstance(value, P) or is_shared(value))
 
     return segments.map_leaves(place, params, is_leaf=is_node)
+
+
+def place(params: Any, places: Any) -> Any:
+    """Returns `params` on the devices; an array that stands in several places is put there once, and stays one array."""
+    put: dict[tuple[int, NamedSharding], jax.Array] = {}
+
+    def once(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        if (found := put.get((id(leaf), sharding))) is None:
+            found = put[id(leaf), sharding] = jax.device_put(leaf, sharding)
+        return found
+
+    return jax.tree.map(once, params, places)
 
 
 def _divides(mesh: Mesh, axis: Any, size: int) -> bool:

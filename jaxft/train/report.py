@@ -77,7 +77,7 @@ def card(experiment: Experiment, summary: Mapping[str, Any], format: str) -> str
     if "/" in source and not pathlib.Path(source).exists() and ":" not in source:
         head.append(f"base_model: {source}")
     lines = [*head, "---", f"# {experiment.name}", ""]
-    lines.append(f"{source}, fine-tuned by jaxft with {type(experiment.method).__name__} on {experiment.data.train}.")
+    lines.append(f"{source}, fine-tuned by jaxft with {experiment.method.title} on {experiment.data.train}.")
     if summary:
         lines += ["", "| set | metric | value |", "|---|---|---|"]
         for when, figures in summary["eval"].items():

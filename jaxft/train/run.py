@@ -20,9 +20,8 @@ from jaxft.data.tokenize import prompt_tokens
 from jaxft.errors import UserError, unknown
 from jaxft.generation import generate as generate_tokens
 from jaxft.hub.folder import check_replaceable
-from jaxft.hub.peft import format_of, save_adapter
+from jaxft.hub.peft import has_form, save_adapter
 from jaxft.hub.save import save_pretrained
-from jaxft.methods.base import Method
 from jaxft.methods.partition import size
 from jaxft.train.checkpoint import Checkpoints, Progress, check_same, fingerprint, newest_step
 from jaxft.train.evaluate import Evaluation, Evaluator, make_sampling
@@ -121,9 +120,9 @@ def export(experiment: Experiment, workdir: pathlib.Path, format: str, output: p
     console.say(f"{folder} holds the {'adapter' if format == 'peft' else 'merged model'}.")
 
 
-def own_format(method: Method) -> str:
+def own_format(setup: Setup, state: State) -> str:
     """Returns the format that a run is exported in: the adapter alone where PEFT has such, else the whole model."""
-    return "hf" if format_of(method) is None else "peft"
+    return "peft" if has_form(setup.model, setup.params(state), setup.experiment.method) else "hf"
 
 
 def versions() -> dict[str, str]:
@@ -254,7 +253,7 @@ def _finish(
     after = evaluator.full(state, split, "After training")
     summary = _summarize(setup, outcome, after, time.perf_counter() - began)
     summary["eval"]["majority"] = evaluator.majority(split) if after.answers else {}
-    format = own_format(setup.experiment.method)
+    format = own_format(setup, state)
     folder = workdir / "export" / format
     _export(setup, state, format, folder, summary)
     summary["seconds"] = time.perf_counter() - began
@@ -275,7 +274,7 @@ def _summarize(setup: Setup, outcome: Outcome, after: Evaluation, seconds: float
     return {
         "experiment": setup.experiment.name,
         "model": setup.experiment.model.source,
-        "method": type(setup.experiment.method).__name__,
+        "method": setup.experiment.method.title,
         "task": type(setup.experiment.task).__name__,
         "steps": int(outcome.state.step),
         "seed": setup.experiment.train.seed,

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -23,6 +25,7 @@ from jaxft.models.layers import REMAT
 from jaxft.models.registry import family_of
 from jaxft.train import optimizer as optimizers
 from jaxft.train import placement
+from jaxft.train.scores import gradient_scores
 from jaxft.train.state import State, key_for, new_state
 
 
@@ -123,12 +126,17 @@ def set_up(experiment: Experiment) -> Setup:
             "Lower config.data.max_length."
         )
     model = model.clone(remat=train.remat)
-    params = experiment.method.init(key_for(train.seed, "method"), model, params)
+
+    def scores(params: Any, chosen: Callable[[str], bool], kind: str, count: int) -> Any:
+        first = itertools.islice(micro_batches(batches), count)
+        return gradient_scores(model, experiment.task, first, params, chosen, kind)
+
+    params = experiment.method.start(key_for(train.seed, "method"), model, params, scores)
     mask = experiment.method.mask(params)
     print_trainable(params, mask)
     optimizer = experiment.method.optimizer(optimizers.make_optimizer(experiment.optimizer, steps), steps)
     places = placement.shardings(params, family_of(model.config.architecture).module.PLACEMENT, mesh)
-    params = jax.device_put(params, places)
+    params = placement.place(params, places)
     trainable, frozen = partition(params, mask)
     state = new_state(trainable, optimizer)
     sharding = placement.state_shardings(state, partition(places, mask)[0], mesh, optimizer)
@@ -143,6 +151,14 @@ def check_method(experiment: Experiment) -> None:
     key = key_for(experiment.train.seed, "method")
     params = jax.eval_shape(lambda params: method.init(key, model, params), shapes)
     trainable_leaves(params, method.mask(params))
+
+
+def micro_batches(batches: Batches) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the micro-batches that training sees, (batch, length), from the first step on."""
+    for step in itertools.count():
+        batch = batches.batch(step)
+        for index in range(len(batch["tokens"])):
+            yield {name: array[index] for name, array in batch.items()}
 
 
 def pad_token(tokenizer: Any) -> int:

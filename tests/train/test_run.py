@@ -60,7 +60,8 @@ def command(material, workdir, *flags, mode="train"):
             "--config.data.max_length=128",
         ),
         *(f"--config.train.steps={STEPS}", "--config.train.checkpoint_every=3", "--config.train.eval_every=8"),
-        *("--config.method.dropout=0.1", "--config.train.neftune_alpha=5.0", "--config.eval.max_new_tokens=4", *flags),
+        *(() if any(flag.startswith("--config.method=") for flag in flags) else ("--config.method.dropout=0.1",)),
+        *("--config.train.neftune_alpha=5.0", "--config.eval.max_new_tokens=4", *flags),
     ]
 
 
@@ -175,6 +176,47 @@ def test_the_adapter_in_peft_and_the_merged_folder_in_transformers_agree(materia
 
 def _tensors(workdir):
     return safetensors.numpy.load(adapter(workdir))
+
+
+@pytest.mark.slow
+def test_a_sum_of_methods_trains_and_is_exported_merged(material, tmp_path):
+    workdir = tmp_path / "run"
+    code, out, err = finish(start(material, workdir, "--config.method=LoRA(rank=4) + NormTuning()", "--config.eval.generate=false"))
+    assert code == 0, err
+    for text in ("q_proj/kernel/lora_a", "input_norm/scale", "AutoModelForCausalLM"):
+        assert text in out
+    assert not (workdir / "export" / "peft").exists()
+    tuned, base = (transformers.AutoModelForCausalLM.from_pretrained(place) for place in (workdir / "export" / "hf", material / "model"))
+    assert (tuned.model.norm.weight != base.model.norm.weight).any()
+    assert (tuned.model.layers[0].self_attn.q_proj.weight != base.model.layers[0].self_attn.q_proj.weight).any()
+    code, out, err = finish(
+        start(material, workdir, "--config.method=LoRA(rank=4) + NormTuning()", "--config.eval.generate=false", mode="eval")
+    )
+    assert code == 0, err
+    assert f"{json.loads((workdir / 'summary.json').read_text())['eval']['after']['loss']:.4f}" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["SparseMask(rank=1, choice='fisher')", "VeRA(rank=8)"])
+def test_an_adapter_of_every_kind_comes_back_in_another_process_and_in_peft(material, tmp_path, method):
+    workdir, flags = (
+        tmp_path / "run",
+        (f"--config.method={method}", "--config.eval.generate=false", "--config.optimizer.learning_rate=1e-2"),
+    )
+    code, _, err = finish(start(material, workdir, *flags))
+    assert code == 0, err
+    code, out, err = finish(start(material, workdir, *flags, mode="eval"))  # chooses the same weights, or the base would be another
+    assert code == 0, err
+    assert f"{json.loads((workdir / 'summary.json').read_text())['eval']['after']['loss']:.4f}" in out
+    code, _, err = finish(start(material, workdir, *flags, "--format=hf", f"--output={tmp_path / 'merged'}", mode="export"))
+    assert code == 0, err
+    base, merged = (transformers.AutoModelForCausalLM.from_pretrained(place) for place in (material / "model", tmp_path / "merged"))
+    tokens = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        plain = base(tokens).logits
+        tuned = peft.PeftModel.from_pretrained(base, workdir / "export" / "peft")(tokens).logits
+        assert (tuned - merged(tokens).logits).abs().max() < 1e-4  # float32, logits of order 1
+        assert (tuned - plain).abs().max() > 1e-3
 
 
 @pytest.mark.slow

@@ -1,0 +1,28 @@
+"""Full fine-tuning of a Llama model on medical text.
+
+    python launch.py --experiment=full_llama2
+
+The recipe of lora_llama2, with every one of SmolLM2's 135 million parameters in training, each layer at nine tenths of the rate of the
+one above it. What is exported is the whole model.
+
+Hardware: two CPU cores. Not measured yet.
+"""
+
+import dataclasses
+
+from experiments import lora_llama2
+from jaxft.config import Experiment, OptimizerConfig
+from jaxft.errors import unknown
+from jaxft.methods import Full
+
+
+def get_config(variant: str = "") -> Experiment:
+    """Returns the experiment; it has no variants."""
+    if variant:
+        raise unknown("full_llama2 variant", variant, ())
+    return dataclasses.replace(
+        lora_llama2.get_config(),
+        name="full_llama2",
+        method=Full(layer_decay=0.9),
+        optimizer=OptimizerConfig(learning_rate=1e-4),
+    )

@@ -1,0 +1,27 @@
+"""(IA)^3 on a Llama model and medical text.
+
+    python launch.py --experiment=ia3_llama2
+
+The recipe of lora_llama2, with vectors that scale keys, values and the feed-forward layers' inner activations in training.
+
+Hardware: two CPU cores. Not measured yet.
+"""
+
+import dataclasses
+
+from experiments import lora_llama2
+from jaxft.config import Experiment, OptimizerConfig
+from jaxft.errors import unknown
+from jaxft.methods import IA3
+
+
+def get_config(variant: str = "") -> Experiment:
+    """Returns the experiment; it has no variants."""
+    if variant:
+        raise unknown("ia3_llama2 variant", variant, ())
+    return dataclasses.replace(
+        lora_llama2.get_config(),
+        name="ia3_llama2",
+        method=IA3(),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+    )

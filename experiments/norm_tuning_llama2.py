@@ -1,0 +1,27 @@
+"""Tuning of a Llama model's norms on medical text.
+
+    python launch.py --experiment=norm_tuning_llama2
+
+The recipe of lora_llama2, with nothing but the scales of SmolLM2's norms in training.
+
+Hardware: two CPU cores. Not measured yet.
+"""
+
+import dataclasses
+
+from experiments import lora_llama2
+from jaxft.config import Experiment, OptimizerConfig
+from jaxft.errors import unknown
+from jaxft.methods import NormTuning
+
+
+def get_config(variant: str = "") -> Experiment:
+    """Returns the experiment; it has no variants."""
+    if variant:
+        raise unknown("norm_tuning_llama2 variant", variant, ())
+    return dataclasses.replace(
+        lora_llama2.get_config(),
+        name="norm_tuning_llama2",
+        method=NormTuning(),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+    )

@@ -1,0 +1,27 @@
+"""VeRA on a Llama model and medical text.
+
+    python launch.py --experiment=vera_llama2
+
+The recipe of lora_llama2, with two random matrices for all of SmolLM2's layers, and small vectors between them in training.
+
+Hardware: two CPU cores. Not measured yet.
+"""
+
+import dataclasses
+
+from experiments import lora_llama2
+from jaxft.config import Experiment, OptimizerConfig
+from jaxft.errors import unknown
+from jaxft.methods import VeRA
+
+
+def get_config(variant: str = "") -> Experiment:
+    """Returns the experiment; it has no variants."""
+    if variant:
+        raise unknown("vera_llama2 variant", variant, ())
+    return dataclasses.replace(
+        lora_llama2.get_config(),
+        name="vera_llama2",
+        method=VeRA(rank=256),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+    )

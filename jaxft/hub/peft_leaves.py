@@ -1,0 +1,97 @@
+"""Tensors of an adapter's file that are leaves of ours, one for one."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+from jaxft.errors import UserError
+from jaxft.hub.checkpoint import FLOATS, header
+from jaxft.hub.names import Entry, listed
+from jaxft.hub.peft_format import WEIGHTS, Params
+from jaxft.models import segments
+from jaxft.models.node import dense
+from jaxft.models.segments import Leaf
+
+PREFIX = "base_model.model."  # of the names of tensors that belong to a module
+_BASE = PREFIX + "{module}.base_layer.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """One tensor of an adapter's file, and the leaf that holds it, float32."""
+
+    name: str  # theirs: base_model.model.model.layers.3.self_attn.k_proj.ia3_l
+    leaf: Leaf
+    index: int | None  # along the leaf's layer axis; None where it has none
+    shape: tuple[int, ...]  # of their tensor, of as many numbers as ours
+
+    def tensor(self) -> np.ndarray:
+        """Returns their tensor, from the device."""
+        value = self.leaf.value if self.index is None else self.leaf.value[self.index]
+        return np.asarray(jax.device_get(value), np.float32).reshape(self.shape)
+
+
+def by_name(params: Params) -> dict[str, tuple[Leaf, int | None]]:
+    """Returns the leaf of each name, layers/3/attention/k_proj/kernel/scale, and where it stands along the layer axis."""
+    return {
+        name: (leaf, None if leaf.layers is None else index) for leaf in segments.leaves(params) for index, name in enumerate(leaf.names)
+    }
+
+
+def tensors(places: Iterable[Place]) -> Mapping[str, Callable[[], np.ndarray]]:
+    """Returns what gives each tensor."""
+    return {place.name: place.tensor for place in places}
+
+
+def check(folder: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], have: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises `UserError` unless what a folder's weights `have` is exactly what `shapes` say."""
+    problems = []
+    if missing := sorted(set(shapes) - set(have)):
+        problems.append(f"it lacks {listed(missing)}")
+    if left := sorted(set(have) - set(shapes)):
+        problems.append(f"it has tensors that its configuration has no place for: {listed(left)}")
+    if wrong := [f"{name} {have[name]} for {shape}" for name, shape in shapes.items() if have.get(name, shape) != shape]:
+        problems.append(f"shapes are those of another base model, or of another size: {listed(wrong)}")
+    if problems:
+        raise UserError(f"{folder / WEIGHTS} doesn't fit: {'; '.join(problems)}.")
+
+
+def held(folder: pathlib.Path, linear: Iterable[Entry], types: Collection[str] = FLOATS) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a folder's weights that are the adapter's own.
+
+    peft writes the base model's output head too where that is a target; `UserError` is raised where it isn't that of `linear`.
+    """
+    have = header(folder / WEIGHTS, types)
+    for entry in linear:
+        if entry.index is None and have.pop(name := _BASE.format(module=entry.module), None) is not None:
+            _check_base(folder / WEIGHTS, name, entry)
+    return have
+
+
+def _check_base(path: pathlib.Path, name: str, entry: Entry) -> None:
+    with safetensors.safe_open(path, framework="numpy") as file:
+        stored = file.get_tensor(name)
+    dtype = entry.leaf.value.dtype
+    ours = entry.swap(np.asarray(jax.device_get(dense(entry.leaf.value))))
+    if stored.shape != ours.shape or not np.array_equal(stored.astype(dtype), ours.astype(dtype)):
+        raise UserError(f"{path}: {name} isn't this model's {entry.name}: the adapter is of another base model, or trained its head whole.")
+
+
+def read(folder: pathlib.Path, params: Params, places: Iterable[Place], have: Mapping[str, tuple[int, ...]]) -> Params:
+    """Returns `params` with the leaves of `places` from a folder's weights; `have` is what the weights hold, and has to be just that."""
+    places = list(places)
+    check(folder, {place.name: place.shape for place in places}, have)
+    filled: dict[tuple[str, ...], Any] = {}
+    with safetensors.safe_open(folder / WEIGHTS, framework="numpy") as file:
+        for place in places:
+            shape = place.leaf.value.shape
+            host = filled.setdefault(place.leaf.path, np.empty(shape, np.float32))
+            part = shape if place.index is None else shape[1:]
+            host[... if place.index is None else place.index] = file.get_tensor(place.name).reshape(part)
+    return segments.map_leaves(lambda leaf: jnp.asarray(filled[leaf.path]) if leaf.path in filled else leaf.value, params)

@@ -1,0 +1,117 @@
+"""VeRA as PEFT writes and reads it."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from flax import linen as nn
+
+from jaxft.errors import UserError
+from jaxft.hub import peft_config, peft_leaves, peft_lora_config
+from jaxft.hub.checkpoint import ADAPTER_CONFIG
+from jaxft.hub.names import Entry, linear_layers
+from jaxft.hub.peft_format import WEIGHTS, Params, Written
+from jaxft.hub.peft_leaves import PREFIX, Place
+from jaxft.methods.vera import VeRA, VeRAKernel
+from jaxft.models import segments
+from jaxft.models.node import Shared, is_node
+
+METHOD = VeRA
+PEFT_TYPE = "VERA"
+DEFAULTS = peft_config.COMMON | {
+    "bias": "none",
+    "d_initial": 0.1,
+    "fan_in_fan_out": False,
+    "init_weights": True,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "peft_type": PEFT_TYPE,
+    "projection_prng_key": 0,
+    "r": 256,
+    "save_projection": True,
+    "vera_dropout": 0.0,
+}
+_HONOURED = ("d_initial", "init_weights", "projection_prng_key", "r", "save_projection", "vera_dropout")
+_PROJECTIONS = {"base_model.vera_A": "vera_a", "base_model.vera_B": "vera_b"}  # (rank, largest in) and (largest out, rank)
+_VECTORS = ("lambda_b", "lambda_d")
+
+
+def write(model: nn.Module, params: Params, method: VeRA) -> Written:
+    """Returns the configuration and the tensors, the two projections included; raises `UserError` where `params` hold none."""
+    linear = linear_layers(model, params)
+    adapted = [entry for entry in linear if isinstance(entry.leaf.value, VeRAKernel)]
+    if not adapted:
+        raise UserError("These parameters hold no VeRA: params = method.init(rng, model, params) adds one.")
+    first = adapted[0].leaf.value
+    if first.lambda_d.shape[-1] != method.rank:
+        raise UserError(
+            f"These parameters hold a VeRA of rank {first.lambda_d.shape[-1]}, not {method.rank}. Pass the method that made them."
+        )
+    config = DEFAULTS | {
+        "d_initial": method.d_initial,
+        "projection_prng_key": method.seed,
+        "r": method.rank,
+        "target_modules": peft_config.patterns([entry.module for entry in adapted], [entry.module for entry in linear], "."),
+        "vera_dropout": method.dropout,
+    }
+    shared = {name: lambda field=field: np.asarray(getattr(first, field).value).T for name, field in _PROJECTIONS.items()}
+    return Written(config, {**peft_leaves.tensors(_places(params, adapted)), **shared})
+
+
+def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params: Params) -> tuple[Params, VeRA]:
+    """Returns `params` with a folder's VeRA around its targets, and the method that gives the same structure."""
+    where = str(folder / ADAPTER_CONFIG)
+    peft_config.check(config, DEFAULTS, _HONOURED, where)
+    linear = linear_layers(model, params)
+    if any(isinstance(entry.leaf.value, VeRAKernel) for entry in linear):
+        raise UserError("These parameters hold a VeRA already. Load the adapter onto the base model's.")
+    chosen = set(peft_lora_config.targets(config, [entry.module for entry in linear], where))
+    every = [entry.path.rpartition("/")[0] for entry in linear]
+    names = [name for entry, name in zip(linear, every, strict=True) if entry.module in chosen]
+    method = VeRA(
+        rank=peft_config.whole_number(config, "r", DEFAULTS["r"], where),
+        d_initial=peft_config.number(config, "d_initial", DEFAULTS["d_initial"], where),
+        dropout=peft_config.number(config, "vera_dropout", 0.0, where),
+        targets=tuple(peft_config.patterns(names, every, "/")),
+        seed=peft_config.whole_number(config, "projection_prng_key", 0, where),
+    )
+    params = method.init(jax.random.key(0), model, params)
+    adapted = [entry for entry in linear_layers(model, params) if isinstance(entry.leaf.value, VeRAKernel)]
+    have = peft_leaves.held(folder, linear)
+    params = _with_projections(folder, params, have, adapted[0].leaf.value)
+    vectors = {name: shape for name, shape in have.items() if name not in _PROJECTIONS}
+    return peft_leaves.read(folder, params, _places(params, adapted), vectors), method
+
+
+def _with_projections(folder: pathlib.Path, params: Params, have: Mapping[str, tuple[int, ...]], like: VeRAKernel) -> Params:
+    """Returns `params` with the file's own projections, where it has them: who wrote them may have drawn others from that seed."""
+    if missing := sorted(set(_PROJECTIONS) - set(have)):
+        if len(missing) == len(_PROJECTIONS):
+            return params
+        raise UserError(f"{folder / WEIGHTS} doesn't fit: it lacks {missing[0]}.")
+    made: dict[str, Any] = {}
+    with safetensors.safe_open(folder / WEIGHTS, framework="numpy") as file:
+        for name, field in _PROJECTIONS.items():
+            shape = getattr(like, field).value.shape
+            if have[name] != shape[::-1]:
+                raise UserError(f"{folder / WEIGHTS} doesn't fit: {name} is {have[name]}, where the targets take {shape[::-1]}.")
+            made[field] = Shared(jnp.asarray(np.ascontiguousarray(file.get_tensor(name).T, np.float32)))
+
+    def swap(value: Any) -> Any:
+        return dataclasses.replace(value, **made) if isinstance(value, VeRAKernel) else value
+
+    return segments.map_leaves(lambda leaf: swap(leaf.value), params, is_leaf=is_node)
+
+
+def _places(params: Params, adapted: list[Entry]) -> list[Place]:
+    leaves, places = peft_leaves.by_name(params), []
+    for entry in adapted:
+        for field in _VECTORS:
+            leaf, index = leaves[f"{entry.path}/{field}"]
+            places.append(Place(f"{PREFIX}{entry.module}.vera_{field}", leaf, index, leaf.shape))
+    return places

@@ -1,0 +1,128 @@
+"""(IA)^3: learned vectors that scale keys, values and the feed-forward layer's inner activations (Liu et al. 2022, arXiv:2205.05638)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import PartitionSpec as P
+
+from jaxft.methods.base import Method, Params
+from jaxft.methods.kernels import chosen_kernels, mask_of_nodes, wrap
+from jaxft.methods.partition import check_patterns, first_match
+from jaxft.models import segments
+from jaxft.models.node import Kernel, Node, dense, dot, is_node, linear, node
+from jaxft.models.segments import Leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled(Node):
+    """A kernel with a learned vector. Fields, without the layer axis: base (in, out), scale float32."""
+
+    base: Kernel
+    scale: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.base.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
+
+
+@node
+@dataclasses.dataclass(frozen=True)
+class ScaledOutput(Scaled):
+    """scale (out,) times what the layer gives, its bias included."""
+
+    def dot(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
+        return _times(dot(x, self.base, rng), self.scale)
+
+    def linear(self, x: jax.Array, bias: jax.Array | None, rng: jax.Array | None) -> jax.Array:
+        return _times(linear(x, self.base, bias, rng), self.scale)
+
+    def dense(self) -> jax.Array:
+        return dense(self.base) * self.scale[..., None, :]
+
+    def placement(self, spec: P) -> Any:
+        return _placed(ScaledOutput, self.base, spec, axis=1)
+
+
+@node
+@dataclasses.dataclass(frozen=True)
+class ScaledInput(Scaled):
+    """scale (in,) times what the layer gets."""
+
+    def dot(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
+        return dot(_times(x, self.scale), self.base, rng)
+
+    def dense(self) -> jax.Array:
+        return dense(self.base) * self.scale[..., None]
+
+    def placement(self, spec: P) -> Any:
+        return _placed(ScaledInput, self.base, spec, axis=0)
+
+
+def _times(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """x times a float32 scale, rounded to x's type once: near one, a bfloat16 scale would know no steps below 1/128."""
+    return (x.astype(jnp.float32) * scale).astype(x.dtype)
+
+
+def _placed(kind: Any, base: Kernel, spec: P, axis: int) -> Any:
+    return kind(base.placement(spec) if is_node(base) else spec, P((*spec, None, None)[axis]))
+
+
+@dataclasses.dataclass(frozen=True)
+class IA3(Method):
+    """Trains a vector for each target, which scales the layer's output, or its input where `feedforward` matches too.
+
+    Vectors start at one, so the model starts as the base. Weight decay leaves them alone.
+
+    >>> IA3(targets=("k_proj", "v_proj", "down_proj"), feedforward=("down_proj",)).feedforward
+    ('down_proj',)
+    """
+
+    targets: tuple[str, ...] = ("k_proj", "v_proj", "down_proj")  # patterns of kernels
+    feedforward: tuple[str, ...] = ("down_proj",)  # patterns of targets whose input is scaled in the output's stead
+
+    def init(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
+        """Returns `params` with a vector beside each target's kernel; raises `UserError` where a pattern matches nothing."""
+        chosen = chosen_kernels(params, self.targets)
+        check_patterns(self.feedforward, chosen, "method.feedforward")
+        return wrap(params, self._kind, self._around)
+
+    def mask(self, params: Params) -> Any:
+        """Returns True at the targets' vectors."""
+        return mask_of_nodes(params, Scaled, ("scale",), self.targets)
+
+    def merge(self, model: nn.Module, params: Params) -> Params:
+        """Returns plain kernels and biases, each times its vector in float32, cast once to the base's type."""
+        scales = {
+            leaf.path[:-1]: leaf.value.scale
+            for leaf in segments.leaves(params, is_leaf=is_node)
+            if isinstance(leaf.value, ScaledOutput) and self._kind(leaf.names[0])
+        }
+
+        def fold(leaf: Leaf) -> Any:
+            if isinstance(leaf.value, Scaled) and self._kind(leaf.names[0]):
+                return leaf.value.dense().astype(leaf.value.dtype)
+            if leaf.path[-1] == "bias" and leaf.path[:-1] in scales:
+                return (leaf.value.astype(jnp.float32) * scales[leaf.path[:-1]]).astype(leaf.value.dtype)
+            return leaf.value
+
+        return segments.map_leaves(fold, params, is_leaf=is_node)
+
+    def _kind(self, name: str) -> str | None:
+        """Which side of a kernel is scaled, None where it is no target."""
+        if first_match(self.targets, name) is None:
+            return None
+        return "output" if first_match(self.feedforward, name) is None else "input"
+
+    def _around(self, leaf: Leaf) -> Scaled:
+        rows, columns = leaf.shape
+        layers = () if leaf.layers is None else (len(leaf.layers),)
+        if self._kind(leaf.names[0]) == "input":
+            return ScaledInput(leaf.value, jnp.ones((*layers, rows), jnp.float32))
+        return ScaledOutput(leaf.value, jnp.ones((*layers, columns), jnp.float32))

@@ -1,0 +1,94 @@
+"""Nodes around kernels that patterns choose."""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.methods.base import Params
+from jaxft.methods.partition import check_patterns, first_match
+from jaxft.models import segments
+from jaxft.models.node import BASE, is_node
+from jaxft.models.segments import Leaf
+
+KERNEL = "kernel"  # what the families call a linear layer's weight
+
+
+def is_kernel(leaf: Leaf) -> bool:
+    """Returns whether a leaf, or a whole node, is a linear layer's kernel."""
+    return leaf.path[-1] == KERNEL
+
+
+def kernel_names(params: Params) -> list[str]:
+    """Returns the name of every linear layer's kernel."""
+    return [name for leaf in segments.leaves(params, is_leaf=is_node) if is_kernel(leaf) for name in leaf.names]
+
+
+def chosen_kernels(params: Params, targets: Sequence[str], field: str = "method.targets") -> list[str]:
+    """Returns the names of the kernels that `targets` choose; raises `UserError` for a pattern that matches none."""
+    names = kernel_names(params)
+    check_patterns(targets, names, field)
+    return [name for name in names if first_match(targets, name) is not None]
+
+
+def wrap(params: Params, kind: Callable[[str], Hashable], around: Callable[[Leaf], Any]) -> Params:
+    """Returns `params` with `around(leaf)` in the place of each kernel whose `kind`, a function of its name, isn't None.
+
+    Layers are grouped so that the kernels of a stored leaf are all of one kind.
+    """
+    per_layer: dict[int, list[Hashable]] = {}
+    for leaf in segments.leaves(params, is_leaf=is_node):
+        if leaf.layers is not None and is_kernel(leaf):
+            for layer, name in zip(leaf.layers, leaf.names, strict=True):
+                per_layer.setdefault(layer, []).append((leaf.path[2:], kind(name)))
+    params = segments.regroup(params, lambda layer: tuple(per_layer.get(layer, ())))
+
+    def replace(leaf: Leaf) -> Any:
+        return around(leaf) if is_kernel(leaf) and kind(leaf.names[0]) is not None else leaf.value
+
+    return segments.map_leaves(replace, params, is_leaf=is_node)
+
+
+def stacked(leaf: Leaf, parts: Sequence[Any]) -> jax.Array:
+    """Returns an array for each layer of a stored leaf as one, with a layer axis where the leaf has one."""
+    return jnp.asarray(parts[0]) if leaf.layers is None else jnp.stack(parts)
+
+
+def key_of(rng: jax.Array, name: str) -> jax.Array:
+    """Returns a key that depends on the kernel's name alone, not on how layers are grouped."""
+    return jax.random.fold_in(rng, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+
+
+def mask_of_nodes(params: Params, kind: type[Any], fields: Sequence[str], targets: Sequence[str]) -> Any:
+    """Returns True at those fields of the nodes of one class that stand around the target kernels."""
+
+    def mark(leaf: Leaf) -> Any:
+        return _marked(leaf.value, kind, fields if first_match(targets, leaf.names[0]) is not None else ())
+
+    return segments.map_leaves(mark, params, is_leaf=is_node)
+
+
+def _marked(value: Any, kind: type[Any], fields: Sequence[str]) -> Any:
+    """A node's mask; what it wraps may be a node too."""
+    if not is_node(value):
+        return jax.tree.map(lambda _: False, value)
+
+    def mark(field: str) -> Any:
+        part = getattr(value, field)
+        if field == BASE:
+            return _marked(part, kind, fields)
+        return jax.tree.map(lambda _: isinstance(value, kind) and field in fields, part)
+
+    return dataclasses.replace(value, **{field.name: mark(field.name) for field in dataclasses.fields(value)})
+
+
+def fold(params: Params, kind: type[Any]) -> Params:
+    """Returns `params` with the nodes of one class as plain kernels: folded in float32, cast once to the base's type."""
+
+    def dense(value: Any) -> Any:
+        return value.dense().astype(value.dtype) if isinstance(value, kind) else value
+
+    return jax.tree.map(dense, params, is_leaf=is_node)

@@ -1,0 +1,121 @@
+"""Sums of methods: order, overlaps, and the ways to write them."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from method_checks import base, check_merge, check_start, check_what_moves
+from tiny_models import largest_difference
+
+import experiments
+import jaxft
+from jaxft import overrides
+from jaxft.errors import UserError
+from jaxft.methods import BitFit, Compose, Full, LoRA, NormTuning, Partial
+from jaxft.models import segments
+
+SUM = LoRA(rank=2, targets=("q_proj", "layers/1/mlp")) + BitFit()
+
+
+def trains(method, family="qwen2"):
+    model, params = base(family)
+    params = method.init(jax.random.key(0), model, params)
+    return {name for leaf in segments.leaves(jaxft.partition(params, method.mask(params))[0]) for name in leaf.names}
+
+
+def test_masks_unite():
+    assert trains(SUM) == trains(SUM.methods[0]) | trains(BitFit())
+    assert trains(BitFit() + SUM.methods[0]) == trains(SUM)
+
+
+def test_its_title_names_its_parts():
+    assert (SUM.title, BitFit().title) == ("LoRA + BitFit", "BitFit")
+
+
+def test_it_starts_as_the_base_and_differs_once_moved():
+    check_start(SUM, "qwen2")
+
+
+def test_both_parts_move_and_nothing_else():
+    check_what_moves(SUM, "qwen2")
+
+
+def test_merged_is_unmerged():
+    check_merge(SUM, "qwen2")
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (LoRA(rank=2, targets=("q_proj",)) + LoRA(rank=2, targets=("layers",)), "LoRA and LoRA both train layers/0-2/attention/q_proj"),
+        (NormTuning() + Partial(last=1), "NormTuning and Partial both train layers/2-2/input_norm/scale. Leave one of them out"),
+        (Full() + BitFit(), "Full and BitFit both train layers/0-2/attention/k_proj/bias"),
+    ],
+)
+def test_what_two_methods_would_train_is_refused(method, message):
+    model, params = base("qwen2")
+    with pytest.raises(UserError, match=message):
+        method.init(jax.random.key(0), model, params)
+
+
+def test_methods_of_other_layers_go_together():
+    found = trains(Partial(last=1) + LoRA(rank=2, targets=("layers/[01]/mlp",)))
+    assert {name for name in found if "layers/2/" in name} == trains(Partial(last=1))
+    assert all("lora_" in name for name in found if "layers/2/" not in name)
+
+
+def test_gradual_unfreezing_leaves_other_methods_alone():
+    model, params = base("qwen2")
+    method = Partial(layers=(1, 2), unfreeze_every=2) + LoRA(rank=2, targets=("layers/0/mlp",))
+    params = method.init(jax.random.key(0), model, params)
+    trainable, _ = jaxft.partition(params, method.mask(params))
+    optimizer = method.optimizer(optax.scale(-1.0), 10)
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, trainable), optimizer.init(trainable), trainable)
+    moves = {layer: {bool(leaf.any()) for leaf in jax.tree.leaves(segments.one_layer(updates, layer))} for layer in range(3)}
+    assert moves == {0: {True}, 1: {False}, 2: {True}}
+
+
+def test_the_parts_of_a_sum_draw_from_keys_of_their_own():
+    model, params = base()
+    one, other = LoRA(rank=2, targets=("q_proj",)), LoRA(rank=2, targets=("o_proj",))
+    both = (one + other).init(jax.random.key(0), model, params)["layers"]["0-2"]["attention"]
+    assert largest_difference(both["q_proj"]["kernel"].lora_a, both["o_proj"]["kernel"].lora_a) > 0
+
+
+@pytest.mark.parametrize("method", [SUM, SUM + NormTuning(targets=("input_norm",)), Partial(layers=(0, 2), targets=("norm",))], ids=repr)
+def test_json_gives_back_the_same_sum(method):
+    experiment = dataclasses.replace(experiments.load("lora_llama2"), method=method)
+    written = json.loads(json.dumps(overrides.to_dict(experiment)))
+    assert overrides.from_dict(written) == experiment
+
+
+def flag(text, *more):
+    return overrides.parse_flags(experiments.load("lora_llama2"), [f"--config.method={text}", *more]).method
+
+
+def test_the_command_line_takes_sums():
+    assert flag("LoRA(rank=2, targets=('q_proj', 'layers/1/mlp')) + BitFit()") == SUM
+    assert flag("LoRA(rank=4)+NormTuning()+BitFit") == Compose((LoRA(rank=4), NormTuning(), BitFit()))
+    assert flag("Partial(last=2)") == Partial(last=2)
+    assert flag("LoRA(alpha=8)", "--config.method.rank=2") == LoRA(alpha=8.0, rank=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("LoRA(rank=4", "is no method. Write NAME"),
+        ("LoRA(4)", "is no method. Write NAME"),
+        ("LoRA(rank=4)-BitFit()", "is no method. Write NAME"),
+        ("LoRA(rank=x)", "is no method. Write NAME"),
+        ("LoRAA()", "There is no method 'LoRAA'. Did you mean 'LoRA'"),
+        ("LoRA(rnk=4)", "Did you mean 'config.method.rank'"),
+        ("LoRA(rank=4.5)", "config.method.rank: expected a whole number, found 4.5"),
+        ("LoRA(rank=0)", "at least 1, not 0"),
+    ],
+)
+def test_an_expression_that_is_none_is_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        flag(text)
