@@ -65,10 +65,14 @@ def entries(family: ModuleType, params: Any) -> list[Entry]:
     return found
 
 
+def tensors_of(model: nn.Module, params: Any) -> list[Entry]:
+    """Returns the entries of all that the model's own files hold."""
+    return entries(family_of(model.config.architecture).module, params)
+
+
 def linear_layers(model: nn.Module, params: Any) -> list[Entry]:
     """Returns the entries of the model's linear layers."""
-    family = family_of(model.config.architecture).module
-    return [entry for entry in entries(family, params) if entry.path.endswith("/kernel")]
+    return [entry for entry in tensors_of(model, params) if entry.path.endswith("/kernel")]
 
 
 def _general(path: str, layer: int | None) -> str:

@@ -7,14 +7,21 @@ from flax import linen as nn
 
 from jaxft.errors import UserError, nearest
 from jaxft.hub import folder as folders
-from jaxft.hub import peft_ia3, peft_lora, peft_norm_tuning, peft_shira, peft_vera
+from jaxft.hub import peft_adalora, peft_ia3, peft_lora, peft_norm_tuning, peft_shira, peft_vera
 from jaxft.hub.checkpoint import ADAPTER_CONFIG, read_json
 from jaxft.hub.peft_format import WEIGHTS, Format, Params
 from jaxft.hub.save import CARD
 from jaxft.hub.sources import PICKLE_SUFFIXES, pickle_refusal
 from jaxft.methods.base import Method
 
-FORMATS: tuple[Any, ...] = (peft_lora, peft_norm_tuning, peft_ia3, peft_shira, peft_vera)  # modules that follow peft_format.Format
+FORMATS: tuple[Any, ...] = (
+    peft_lora,
+    peft_adalora,
+    peft_norm_tuning,
+    peft_ia3,
+    peft_shira,
+    peft_vera,
+)  # modules that follow peft_format.Format
 _CARD = """---
 library_name: peft
 ---

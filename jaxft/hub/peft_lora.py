@@ -1,67 +1,107 @@
 """LoRA as PEFT writes and reads it."""
 
-import dataclasses
-import itertools
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import safetensors
 from flax import linen as nn
 
 from jaxft.errors import UserError
-from jaxft.hub import peft_lora_config
-from jaxft.hub.checkpoint import ADAPTER_CONFIG, header
-from jaxft.hub.names import Entry, linear_layers, listed
+from jaxft.hub import peft_lora_config, peft_tensors
+from jaxft.hub.checkpoint import ADAPTER_CONFIG
+from jaxft.hub.names import Entry, tensors_of
 from jaxft.hub.peft_format import WEIGHTS, Params, Written
-from jaxft.methods.lora import KERNEL, LoRA, LoRAKernel
-from jaxft.models import segments
-from jaxft.models.node import dense, is_node
+from jaxft.hub.peft_tensors import PREFIX, Slot, module_of
+from jaxft.methods.lora import EMBEDDING, KERNEL, LoRA, LoRAKernel
+from jaxft.methods.partition import first_match
 
 METHOD = LoRA
 PEFT_TYPE = "LORA"
-_KEY = "base_model.model.{module}.lora_{side}.weight"  # A is (rank, in), B is (out, rank)
-_BASE = "base_model.model.{module}.base_layer.weight"
-_SIDES = {"A": "lora_a", "B": "lora_b"}
+_KEYS = {  # of linear layers, of embeddings
+    "lora_a": ("{module}.lora_A.weight", "{module}.lora_embedding_A"),  # (rank, in)
+    "lora_b": ("{module}.lora_B.weight", "{module}.lora_embedding_B"),  # (out, rank)
+    "magnitude": ("{module}.lora_magnitude_vector", "{module}.lora_magnitude_vector"),  # (out,)
+}
 
 
 def write(model: nn.Module, params: Params, method: LoRA) -> Written:
-    """Returns the configuration and the tensors of a LoRA; raises `UserError` where `params` hold none, or another one."""
-    linear = linear_layers(model, params)
-    adapted = [entry for entry in linear if isinstance(entry.leaf.value, LoRAKernel)]
+    """Returns the configuration and the tensors of a LoRA; raises `UserError` where `params` hold none, or another one.
+
+    One that started from a part of the base is written for the original base, as peft converts it: beside lora_a and lora_b stand those
+    it started from, their product taken off, at twice the rank.
+    """
+    every = tensors_of(model, params)
+    adapted = [entry for entry in every if isinstance(entry.leaf.value, LoRAKernel)]
     if not adapted:
         raise UserError("These parameters hold no LoRA: params = method.init(rng, model, params) adds one.")
     for entry in adapted:
         _check_made_by(method, entry)
-    tensors = {_KEY.format(module=entry.module, side=side): _reader(entry, field) for entry in adapted for side, field in _SIDES.items()}
-    return Written(_config(method, linear, adapted), tensors)
+    return Written(_config(method, every, adapted), {slot.key: _reader(slot) for slot in _slots(method, every)})
 
 
 def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params: Params) -> tuple[Params, LoRA]:
     """Returns `params` with a folder's LoRA around its targets, and the method that gives the same structure."""
     where = str(folder / ADAPTER_CONFIG)
     peft_lora_config.check(config, where)
-    linear = linear_layers(model, params)
-    if any(isinstance(entry.leaf.value, LoRAKernel) for entry in linear):
+    every = tensors_of(model, params)
+    if any(isinstance(entry.leaf.value, LoRAKernel) for entry in every):
         raise UserError("These parameters hold a LoRA already. Load the adapter onto the base model's.")
-    chosen = set(peft_lora_config.targets(config, [entry.module for entry in linear], where))
-    method = _method(config, linear, chosen)
+    kernels = kernels_of(every)
+    linear = [entry.module for entry in kernels if entry.path.endswith(KERNEL)]
+    chosen = set(peft_lora_config.targets(config, [entry.module for entry in kernels], where, "linear layers and embeddings", linear))
+    method = _method(config, every, chosen, where)
     params = method.init(jax.random.key(0), model, params)
-    adapted = [entry for entry in linear_layers(model, params) if isinstance(entry.leaf.value, LoRAKernel)]
-    _check_weights(folder, adapted, linear)
-    return _fill(folder / WEIGHTS, params, adapted), method
+    made = tensors_of(model, params)
+    slots = _slots(method, made)
+    peft_tensors.check(folder / WEIGHTS, slots, kernels)
+    return peft_tensors.fill(folder / WEIGHTS, params, slots), method
 
 
-def _name(entry: Entry) -> str:
-    """layers/3/attention/q_proj"""
-    return entry.path.removesuffix(f"/{KERNEL}")
+def kernels_of(every: list[Entry]) -> list[Entry]:
+    """Returns the entries that can have a LoRA: linear layers, and embeddings."""
+    return [entry for entry in every if entry.path.endswith((f"/{KERNEL}", f"/{EMBEDDING}"))]
 
 
-def _rank(entry: Entry) -> int:
-    return entry.leaf.value.lora_a.shape[-1]
+def place(entry: Entry) -> str:
+    """Returns our name of the module that holds a tensor: layers/3/attention/q_proj."""
+    return entry.path.rpartition("/")[0]
+
+
+def _slots(method: LoRA, every: list[Entry]) -> list[Slot]:
+    """What an adapter's file holds: the low-rank leaves, what trains whole, and biases."""
+    found = []
+    adapted = {entry.module for entry in every if isinstance(entry.leaf.value, LoRAKernel)}
+    saved = {module_of(entry) for entry in every if _is_saved(method, entry)}
+    for entry in every:
+        if isinstance(entry.leaf.value, LoRAKernel):
+            for field, keys in _KEYS.items():
+                if getattr(entry.leaf.value, field) is not None:
+                    key = PREFIX + keys[entry.path.endswith(EMBEDDING)].format(module=entry.module)
+                    found.append(peft_tensors.matrix(key, entry, field))
+        elif module_of(entry) in saved:
+            found.append(peft_tensors.whole(PREFIX + entry.name, entry))
+        elif method.trains_whole(entry.path):  # a bias
+            module = module_of(entry)
+            found.append(peft_tensors.whole(f"{PREFIX}{module}{'.base_layer' if module in adapted else ''}.bias", entry))
+    return found
+
+
+def _is_saved(method: LoRA, entry: Entry) -> bool:
+    """Whether an entry's module is one of modules_to_save."""
+    return not isinstance(entry.leaf.value, LoRAKernel) and first_match(method.modules_to_save, entry.path) is not None
+
+
+def _reader(slot: Slot) -> Callable[[], np.ndarray]:
+    """What gives a tensor of the file; of a LoRA that took a part of the base, what it started from too, taken off."""
+    starts = {"lora_a": "start_a", "lora_b": "start_b"}
+    if slot.field not in starts or slot.entry.leaf.value.start_a is None:
+        return slot.read
+    start = peft_tensors.matrix(slot.key, slot.entry, starts[slot.field])
+    if slot.field == "lora_a":
+        return lambda: np.concatenate([slot.read(), start.read()], axis=0)
+    return lambda: np.concatenate([slot.read(), -start.read()], axis=1)
 
 
 def _part(entry: Entry, field: str) -> jax.Array:
@@ -69,99 +109,78 @@ def _part(entry: Entry, field: str) -> jax.Array:
     return value if entry.index is None else value[entry.index]
 
 
-def _reader(entry: Entry, field: str) -> Callable[[], np.ndarray]:
-    return lambda: np.asarray(jax.device_get(_part(entry, field)), np.float32).T
-
-
 def _check_made_by(method: LoRA, entry: Entry) -> None:
-    scale = np.float32(method.scale_of(entry.path))
-    if _rank(entry) != method.rank_of(entry.path) or not np.isclose(_part(entry, "scale"), scale, rtol=1e-6):
+    scale, rank = np.float32(method.scale_of(entry.path)), entry.leaf.value.lora_a.shape[-1]
+    if rank != method.rank_of(entry.path) or not np.isclose(_part(entry, "scale"), scale, rtol=1e-6):
         raise UserError(
-            f"{entry.path} has rank {_rank(entry)} and scale {float(_part(entry, 'scale')):g}; this method gives it rank "
+            f"{entry.path} has rank {rank} and scale {float(_part(entry, 'scale')):g}; this method gives it rank "
             f"{method.rank_of(entry.path)} and scale {scale:g}. Pass the method that made the parameters."
         )
+    if method.dora != (entry.leaf.value.magnitude is not None):
+        raise UserError(f"{entry.path} and this method differ in dora. Pass the method that made the parameters.")
 
 
-def _config(method: LoRA, linear: list[Entry], adapted: list[Entry]) -> dict[str, Any]:
+def _config(method: LoRA, every: list[Entry], adapted: list[Entry]) -> dict[str, Any]:
     modules = [entry.module for entry in adapted]
-    every = [entry.module for entry in linear]
-    ranks = {entry.module: method.rank_of(entry.path) for entry in adapted}
-    alphas = {entry.module: method.alpha_of(entry.path) for entry in adapted}
+    twice = 1 if adapted[0].leaf.value.start_a is None else 2
+    grown = twice**0.5 if method.rslora else twice  # of alpha, so that the scale stays
+    ranks = {entry.module: twice * method.rank_of(entry.path) for entry in adapted}
+    alphas = {entry.module: grown * method.alpha_of(entry.path) for entry in adapted}
+    rank, alpha = twice * method.rank, grown * method.alpha
     return peft_lora_config.DEFAULTS | {
-        "r": method.rank,
-        "lora_alpha": _whole(method.alpha),
+        "r": rank,
+        "lora_alpha": _number(alpha),
         "lora_dropout": method.dropout,
         "use_rslora": method.rslora,
-        "rank_pattern": peft_lora_config.summarize({name: rank for name, rank in ranks.items() if rank != method.rank}, modules, "."),
-        "alpha_pattern": peft_lora_config.summarize({name: _whole(a) for name, a in alphas.items() if a != method.alpha}, modules, "."),
-        "target_modules": sorted(peft_lora_config.summarize(dict.fromkeys(modules, True), every, ".")),
+        "use_dora": method.dora,
+        "init_lora_weights": method.start if method.start == "gaussian" else True,
+        "bias": method.bias,
+        "modules_to_save": _modules_to_save(method, every),
+        "rank_pattern": peft_lora_config.summarize({name: found for name, found in ranks.items() if found != rank}, modules, "."),
+        "alpha_pattern": peft_lora_config.summarize({name: _number(a) for name, a in alphas.items() if a != alpha}, modules, "."),
+        "target_modules": sorted(
+            peft_lora_config.summarize(dict.fromkeys(modules, True), [entry.module for entry in kernels_of(every)], ".")
+        ),
     }
 
 
-def _whole(number: float) -> float | int:
+def _modules_to_save(method: LoRA, every: list[Entry]) -> list[str] | None:
+    """Names that peft, which takes each module that ends with one, understands as these and no others."""
+    modules = {module_of(entry) for entry in every}
+    saved = {module_of(entry) for entry in every if _is_saved(method, entry)}
+
+    def short(module: str) -> str:
+        tail = module.rpartition(".")[2]
+        return tail if all(other in saved for other in modules if other.endswith(tail)) else module
+
+    return sorted({short(module) for module in saved}) or None
+
+
+def _number(number: float) -> float | int:
     return int(number) if number == int(number) else number
 
 
-def _method(config: dict[str, Any], linear: list[Entry], chosen: set[str]) -> LoRA:
+def _method(config: dict[str, Any], every: list[Entry], chosen: set[str], where: str) -> LoRA:
     """The LoRA of a configuration, its patterns over our names."""
+    kernels = kernels_of(every)
     rank, alpha = config.get("r", 8), float(config.get("lora_alpha", 8))
-    adapted = [entry for entry in linear if entry.module in chosen]
-    names = [_name(entry) for entry in adapted]
-    ranks = {_name(e): peft_lora_config.pattern_value(config.get("rank_pattern") or {}, e.module, rank) for e in adapted}
-    alphas = {_name(e): float(peft_lora_config.pattern_value(config.get("alpha_pattern") or {}, e.module, alpha)) for e in adapted}
+    adapted = [entry for entry in kernels if entry.module in chosen]
+    names = [place(entry) for entry in adapted]
+    ranks = {place(e): peft_lora_config.pattern_value(config.get("rank_pattern") or {}, e.module, rank) for e in adapted}
+    alphas = {place(e): float(peft_lora_config.pattern_value(config.get("alpha_pattern") or {}, e.module, alpha)) for e in adapted}
+    saved = peft_lora_config.saved_modules(config, dict.fromkeys(module_of(entry) for entry in every), where)
+    whole = dict.fromkeys([place(entry) for entry in every if module_of(entry) in saved], True)
+    start = config.get("init_lora_weights", True)
     return LoRA(
         rank=rank,
         alpha=alpha,
         dropout=float(config.get("lora_dropout") or 0.0),
-        targets=tuple(peft_lora_config.summarize(dict.fromkeys(names, True), [_name(entry) for entry in linear], "/")),
+        targets=tuple(peft_lora_config.summarize(dict.fromkeys(names, True), [place(entry) for entry in kernels], "/")),
         rslora=bool(config.get("use_rslora")),
         rank_pattern=tuple(peft_lora_config.summarize({name: r for name, r in ranks.items() if r != rank}, names, "/").items()),
         alpha_pattern=tuple(peft_lora_config.summarize({name: a for name, a in alphas.items() if a != alpha}, names, "/").items()),
+        dora=bool(config.get("use_dora")),
+        start=start if start in peft_lora_config.OUR_STARTS else "default",
+        bias=config.get("bias") or "none",
+        modules_to_save=tuple(peft_lora_config.summarize(whole, [place(entry) for entry in every], "/")),
     )
-
-
-def _check_weights(folder: pathlib.Path, adapted: list[Entry], linear: list[Entry]) -> None:
-    have = header(folder / WEIGHTS)
-    for entry in linear:  # peft writes the base's output head too where that is a target
-        if (name := _BASE.format(module=entry.module)) in have and entry.index is None:
-            _check_base(folder / WEIGHTS, name, entry)
-            del have[name]
-    shapes = {}
-    for entry in adapted:
-        rows, columns = entry.leaf.shape
-        shapes[_KEY.format(module=entry.module, side="A")] = (_rank(entry), rows)
-        shapes[_KEY.format(module=entry.module, side="B")] = (columns, _rank(entry))
-    problems = []
-    if missing := sorted(set(shapes) - set(have)):
-        problems.append(f"it lacks {listed(missing)}")
-    if left := sorted(set(have) - set(shapes)):
-        problems.append(f"it has tensors that its configuration has no place for: {listed(left)}")
-    if wrong := [f"{name} {have[name]} for {shape}" for name, shape in shapes.items() if have.get(name, shape) != shape]:
-        problems.append(f"shapes are those of another base model, or another rank: {listed(wrong)}")
-    if problems:
-        raise UserError(f"{folder / WEIGHTS} doesn't fit: {'; '.join(problems)}.")
-
-
-def _check_base(path: pathlib.Path, name: str, entry: Entry) -> None:
-    with safetensors.safe_open(path, framework="numpy") as file:
-        stored = file.get_tensor(name)
-    held = entry.swap(np.asarray(jax.device_get(dense(entry.leaf.value))))
-    if stored.shape != held.shape or not np.array_equal(stored.astype(entry.leaf.value.dtype), held.astype(entry.leaf.value.dtype)):
-        raise UserError(f"{path}: {name} isn't this model's {entry.name}: the adapter is of another base model, or trained its head whole.")
-
-
-def _fill(path: pathlib.Path, params: Params, adapted: list[Entry]) -> Params:
-    """Returns `params` with lora_a and lora_b from the file."""
-    nodes: dict[tuple[str, ...], list[Entry]] = {}
-    for entry in adapted:
-        nodes.setdefault(entry.leaf.path, []).append(entry)
-    filled = {}
-    with safetensors.safe_open(path, framework="numpy") as file:
-        for place, parts in nodes.items():
-            made = parts[0].leaf.value
-            sides = {field: np.empty(getattr(made, field).shape, np.float32) for field in _SIDES.values()}
-            for entry, (side, field) in itertools.product(parts, _SIDES.items()):
-                tensor = file.get_tensor(_KEY.format(module=entry.module, side=side))
-                sides[field][... if entry.index is None else entry.index] = tensor.T
-            filled[place] = dataclasses.replace(made, **{field: jnp.asarray(host) for field, host in sides.items()})
-    return segments.map_leaves(lambda leaf: filled.get(leaf.path, leaf.value), params, is_leaf=is_node)

@@ -51,36 +51,43 @@ DEFAULTS: dict[str, Any] = {
     "velora_config": None,
 }
 HONOURED = frozenset({"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout"}) | frozenset(
-    {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+    {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "use_dora", "bias", "modules_to_save"}
 )
 # What changes nothing in what an adapter that is written already computes.
 _WITHOUT_EFFECT = frozenset({"auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version", "revision"}) | (
     frozenset({"eva_config", "ensure_weight_tying", "qalora_group_size"})
 )
-_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # of init_lora_weights; the others change the base model too
+OUR_STARTS = ("gaussian", "pissa", "olora")  # of init_lora_weights
+_STARTS = (True, False, "eva", "orthogonal", *OUR_STARTS)  # the others change the base model too, by random or by data
 ALL_LINEAR = "all-linear"
 
 
-def check(config: Mapping[str, Any], where: str) -> None:
-    """Raises `UserError` for a configuration that isn't plain LoRA, naming the key.
+def check(
+    config: Mapping[str, Any],
+    where: str,
+    peft_type: str = "LORA",
+    defaults: Mapping[str, Any] = DEFAULTS,
+    honoured: frozenset[str] = HONOURED,
+) -> None:
+    """Raises `UserError` for a configuration of `peft_type` with options that jaxft doesn't have, naming the key.
 
     A key that jaxft doesn't know passes where its value is off (null, false, empty): newer versions of peft write such.
     """
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{where}: peft_type is {config.get('peft_type')!r}; jaxft reads LORA.")
+    if config.get("peft_type") != peft_type:
+        raise UserError(f"{where}: peft_type is {config.get('peft_type')!r}, not {peft_type}.")
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         raise UserError(f"{where}: task_type is {config['task_type']!r}; jaxft reads adapters of CAUSAL_LM.")
     if config.get("init_lora_weights", True) not in _STARTS:
         raise UserError(
-            f"{where}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base model too. "
+            f"{where}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base model by chance or by data. "
             "Save the adapter as plain LoRA (peft: save_pretrained(..., path_initial_model_for_weight_conversion=...))."
         )
     for key, value in config.items():
-        if key in HONOURED | _WITHOUT_EFFECT | {"peft_type", "task_type", "init_lora_weights"} or value == DEFAULTS.get(key) or not value:
+        if key in honoured | _WITHOUT_EFFECT | {"peft_type", "task_type", "init_lora_weights"} or value == defaults.get(key) or not value:
             continue
-        if key in DEFAULTS:
-            raise UserError(f"{where}: {key} is {value!r}, which jaxft doesn't have. It reads plain LoRA: {key} {DEFAULTS[key]!r}.")
-        raise UserError(f"{where} has a key that jaxft doesn't know, '{key}'.{nearest(key, DEFAULTS)}")
+        if key in defaults:
+            raise UserError(f"{where}: {key} is {value!r}, which jaxft doesn't have. It reads {key} {defaults[key]!r}.")
+        raise UserError(f"{where} has a key that jaxft doesn't know, '{key}'.{nearest(key, defaults)}")
     if not config.get("target_modules"):
         raise UserError(f"{where} has no target_modules.")
     kinds: dict[str, Any] = {
@@ -89,6 +96,7 @@ def check(config: Mapping[str, Any], where: str) -> None:
         "rank_pattern": dict,
         "alpha_pattern": dict,
         "target_modules": (str, list),
+        "modules_to_save": list,
     }
     for key, kind in kinds.items():
         if config.get(key) and not isinstance(config[key], kind):
@@ -103,16 +111,47 @@ def check(config: Mapping[str, Any], where: str) -> None:
             raise UserError(f"{where}: '{pattern}' is no regular expression: {error}.") from error
 
 
-def targets(config: Mapping[str, Any], modules: Iterable[str], where: str, kind: str = "linear layers") -> list[str]:
+def targets(
+    config: Mapping[str, Any], modules: Iterable[str], where: str, kind: str = "linear layers", linear: Iterable[str] | None = None
+) -> list[str]:
     """Returns which of `modules`, a model's modules of one `kind`, a configuration chooses, as peft chooses them.
+
+    `linear` are those of them that all-linear means; None is all.
 
     Raises `UserError` where it chooses none.
     """
-    modules = list(modules)
+    modules, wanted = list(modules), config["target_modules"]
+    if linear is not None and isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
+        modules = [module for module in modules if module in set(linear)]
     chosen = [module for module in modules if not _matches(config.get("exclude_modules"), module) and _is_target(config, module)]
     if not chosen:
         raise UserError(f"{where}: target_modules {config['target_modules']!r} choose none of the model's {kind}: {_kinds(modules)}.")
     return chosen
+
+
+def saved_modules(config: Mapping[str, Any], modules: Iterable[str], where: str) -> set[str]:
+    """Returns which of `modules` are trained whole: peft takes each that ends with one of the names, and all within it.
+
+    Raises `UserError` for a name that is no module's.
+    """
+    modules = list(modules)
+    saved: set[str] = set()
+    for name in config.get("modules_to_save") or ():
+        found = {module for module in modules if any(outer.endswith(name) for outer in _and_outer(module))}
+        if not found:
+            raise UserError(f"{where}: modules_to_save: no module is called '{name}'. There are: {_kinds(modules)}.")
+        saved |= found
+    return saved
+
+
+def _and_outer(module: str) -> list[str]:
+    """The names of a module and of those around it.
+
+    >>> _and_outer("model.norm")
+    ['model', 'model.norm']
+    """
+    parts = module.split(".")
+    return [".".join(parts[: count + 1]) for count in range(len(parts))]
 
 
 def _kinds(modules: Iterable[str]) -> str:

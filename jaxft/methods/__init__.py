@@ -1,5 +1,6 @@
 """Fine-tuning methods: each one file, two pure functions."""
 
+from jaxft.methods.adalora import AdaLoRA
 from jaxft.methods.base import Compose, Method
 from jaxft.methods.bitfit import BitFit
 from jaxft.methods.full import Full
@@ -10,4 +11,4 @@ from jaxft.methods.partial import Partial
 from jaxft.methods.sparse_mask import SparseMask
 from jaxft.methods.vera import VeRA
 
-__all__ = ["IA3", "BitFit", "Compose", "Full", "LoRA", "Method", "NormTuning", "Partial", "SparseMask", "VeRA"]
+__all__ = ["IA3", "AdaLoRA", "BitFit", "Compose", "Full", "LoRA", "Method", "NormTuning", "Partial", "SparseMask", "VeRA"]

@@ -6,21 +6,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
-from jaxft.errors import UserError
+from jaxft.errors import UserError, unknown
+from jaxft.methods import dora, lora_start
 from jaxft.methods.base import Method
 from jaxft.methods.partition import check_patterns, first_match
+from jaxft.methods.rates import scaled
 from jaxft.models import segments
-from jaxft.models.node import Kernel, Node, dense, dot, is_node, node
+from jaxft.models.node import Kernel, Node, dense, dot, is_node, node, take
 
 Params = dict[str, Any]
 KERNEL = "kernel"  # what the families call a linear layer's weight
+EMBEDDING = "embedding"  # and a table's
+BIASES = ("none", "all", "lora_only")
+_FAST = ("lora_b", "magnitude", "bias", "scale")  # what LoRA+'s ratio reaches in peft: B and everything of one axis
 
 
 @jax.custom_vjp
-def _narrow(x: jax.Array, matrix: jax.Array) -> jax.Array:
+def narrow(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """x (tokens, in) times a narrow matrix (in, rank).
 
     The matrix's gradient is made as (rank, in), long rows that vector units fill, and then turned; measured on CPU, that takes a third
@@ -39,16 +45,24 @@ def _narrow_backward(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> 
     return gradient @ matrix.T, turned.T
 
 
-_narrow.defvjp(_narrow_forward, _narrow_backward)
+narrow.defvjp(_narrow_forward, _narrow_backward)
+
+
+def dropped(x: jax.Array, rate: jax.Array | None, rng: jax.Array | None) -> jax.Array:
+    """Returns x with a share `rate` of it zero and the rest scaled up, or x itself without a rate or a key."""
+    if rate is None or rng is None:
+        return x
+    return jnp.where(jax.random.bernoulli(rng, 1.0 - rate, x.shape), x / (1.0 - rate).astype(x.dtype), 0)
 
 
 @node
 @dataclasses.dataclass(frozen=True)
 class LoRAKernel(Node):
-    """base + scale * lora_a @ lora_b, never formed while training.
+    """base + scale * lora_a @ lora_b, never formed while training; with a magnitude, its columns brought to those lengths (DoRA).
 
-    Fields, without the layer axis: base (in, out), lora_a (in, rank), lora_b (rank, out) float32, scale () float32, and dropout, the
-    rate () float32 on the low-rank branch's input, or None for none.
+    Fields, without the layer axis: base (in, out), lora_a (in, rank), lora_b (rank, out) float32, scale () float32, and what is None
+    where it isn't used: dropout, the rate () float32 on the low-rank branch's input; magnitude (out,) float32; start_a and start_b, the
+    lora_a and lora_b whose product was taken out of the base.
     """
 
     base: Kernel
@@ -56,18 +70,38 @@ class LoRAKernel(Node):
     lora_b: jax.Array
     scale: jax.Array
     dropout: jax.Array | None
+    magnitude: jax.Array | None = None
+    start_a: jax.Array | None = None
+    start_b: jax.Array | None = None
 
     def dot(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
-        low = x
-        if self.dropout is not None and rng is not None:
-            keep = jax.random.bernoulli(rng, 1.0 - self.dropout, x.shape)
-            low = jnp.where(keep, x / (1.0 - self.dropout).astype(x.dtype), 0)
-        low = _narrow(low, self.lora_a.astype(x.dtype)) * self.scale.astype(x.dtype)
-        return dot(x, self.base, rng) + low @ self.lora_b.astype(x.dtype)
+        low = dropped(x, self.dropout, rng)
+        difference = narrow(low, self.lora_a.astype(x.dtype)) * self.scale.astype(x.dtype) @ self.lora_b.astype(x.dtype)
+        if self.magnitude is None:
+            return dot(x, self.base, rng) + difference
+        factor = self._factor(x.dtype)
+        if low is x:
+            return factor * (dot(x, self.base, rng) + difference)
+        # As peft: the base's product keeps its whole input, what DoRA changes of it sees the dropped one.
+        return dot(x, self.base, rng) + (factor - 1) * dot(low, self.base, rng) + factor * difference
+
+    def take(self, ids: jax.Array, dtype: Any) -> jax.Array:
+        low = self.lora_a.astype(dtype)[ids] * self.scale.astype(dtype)
+        rows = take(ids, self.base, dtype) + low @ self.lora_b.astype(dtype)
+        return rows if self.magnitude is None else self._factor(dtype) * rows
+
+    def tied(self) -> Kernel:
+        """The base: peft changes a tied embedding where it is looked up, not the head."""
+        return self.base
 
     def dense(self) -> jax.Array:
         difference = jnp.matmul(self.lora_a, self.lora_b, precision="highest")
-        return dense(self.base) + self.scale[..., None, None] * difference
+        whole = dense(self.base) + self.scale[..., None, None] * difference
+        return whole if self.magnitude is None else self._factor(jnp.float32)[..., None, :] * whole
+
+    def _factor(self, dtype: Any) -> jax.Array:
+        assert self.magnitude is not None
+        return dora.factor(self.magnitude, self.base, self.lora_a, self.lora_b, self.scale).astype(dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -80,15 +114,18 @@ class LoRAKernel(Node):
     def placement(self, spec: P) -> Any:
         rows, columns = (*spec, None, None)[:2]
         base = self.base.placement(spec) if is_node(self.base) else spec
+        places = {"lora_a": P(rows, None), "lora_b": P(None, columns), "scale": P(), "dropout": P(), "magnitude": P(columns)}
+        places |= {"start_a": P(rows, None), "start_b": P(None, columns)}
         made: Any = LoRAKernel  # a node of specs, not of arrays
-        return made(base, P(rows, None), P(None, columns), P(), None if self.dropout is None else P())
+        return made(base, **{field: None if getattr(self, field) is None else place for field, place in places.items()})
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRA(Method):
     """Trains lora_a and lora_b beside the kernels that `targets` choose; everything else is frozen.
 
-    With lora_b zero the model starts as the base. lora_a starts uniform in +-1/sqrt(in), as peft's does.
+    With the default start the model starts as the base. So it does, but for rounding, with those that take a part of each kernel for
+    lora_a and lora_b and leave the rest as the base: such an adapter is exported for the original base, with twice the rank.
 
     >>> LoRA(rank=8, alpha=16.0, targets=("q_proj", "v_proj")).rank
     8
@@ -97,10 +134,16 @@ class LoRA(Method):
     rank: int = 8  # columns of lora_a, rows of lora_b
     alpha: float = 16.0  # the difference is scaled by alpha / rank
     dropout: float = 0.0  # on the low-rank branch's input
-    targets: tuple[str, ...] = ("layers",)  # patterns of kernels; layers: every linear layer but the output head
+    targets: tuple[str, ...] = ("layers",)  # patterns of kernels; layers: every linear layer but the output head; embed: the embeddings
+    layers: tuple[int, ...] = ()  # only targets in these layers, 0 is the lowest; empty: all
     rslora: bool = False  # scale by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732)
     rank_pattern: tuple[tuple[str, int], ...] = ()  # (pattern, rank) for some of the targets, first match wins
     alpha_pattern: tuple[tuple[str, float], ...] = ()  # (pattern, alpha) for some of the targets, first match wins
+    dora: bool = False  # train the length of each column by itself (Liu et al. 2024, arXiv:2402.09353)
+    lora_plus_ratio: float = 1.0  # lora_b's learning rate, as a multiple of lora_a's (Hayou et al. 2024, arXiv:2402.12354)
+    start: str = lora_start.DEFAULT  # default, gaussian, pissa, pissa_niter_N (N steps of a randomized SVD) or olora
+    bias: str = "none"  # which biases train too: none, all, or lora_only, those of the targets
+    modules_to_save: tuple[str, ...] = ()  # patterns of what trains whole beside the targets: lm_head, norm
 
     def __post_init__(self) -> None:
         for rank in (self.rank, *(rank for _, rank in self.rank_pattern)):
@@ -111,35 +154,56 @@ class LoRA(Method):
                 raise UserError(f"method.alpha: a LoRA's alpha is above 0, not {alpha}: the difference is scaled by it.")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"method.dropout is a rate from 0 up to, not including, 1, not {self.dropout}.")
+        if not self.lora_plus_ratio > 0.0:
+            raise UserError(f"method.lora_plus_ratio is above 0, not {self.lora_plus_ratio}.")
+        if self.bias not in BIASES:
+            raise unknown("method.bias", self.bias, BIASES)
+        lora_start.check(self.start)
 
     def init(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
         """Returns `params` with a LoRA around each target's kernel; raises `UserError` where a pattern matches nothing."""
-        self._check(params)
+        self._check(model, params)
         depth = sum(len(layers) for layers in segments.spans(params))
-        per_layer: list[list[tuple[str, int]]] = [[] for _ in range(depth)]
+        per_layer: list[list[tuple[str, int, bool]]] = [[] for _ in range(depth)]
         for leaf in segments.leaves(params, is_leaf=is_node):
             if leaf.layers is not None:
                 for layer, name in zip(leaf.layers, leaf.names, strict=True):
-                    per_layer[layer].append((leaf.path[-2], self._rank_of(leaf, name)))
+                    per_layer[layer].append((leaf.path[-2], self._rank_of(leaf, name), self.trains_whole(name)))
         params = segments.regroup(params, lambda layer: tuple(per_layer[layer]))
         return segments.map_leaves(lambda leaf: self._around(rng, leaf), params, is_leaf=is_node)
 
     def mask(self, params: Params) -> Any:
-        """Returns True at the lora_a and lora_b of each target."""
-
-        def trains(leaf: segments.Leaf) -> bool:
-            *_, field = leaf.path
-            return field in ("lora_a", "lora_b") and first_match(self.targets, leaf.names[0].removesuffix(f"/{field}")) is not None
-
-        return segments.map_leaves(trains, params)
+        """Returns True at the low-rank leaves of each target, and at what trains whole."""
+        return segments.map_leaves(lambda leaf: self._trains(leaf.names[0]), params)
 
     def merge(self, model: nn.Module, params: Params) -> Params:
-        """Returns plain kernels: base + scale * lora_a @ lora_b in float32, cast once to the base's type."""
+        """Returns plain kernels: base + scale * lora_a @ lora_b in float32, cast once to the base's type.
 
-        def fold(value: Any) -> Any:
-            return value.dense().astype(value.dtype) if isinstance(value, LoRAKernel) else value
+        Raises `UserError` for embeddings that are the output head too: only one of the two has the LoRA.
+        """
 
-        return jax.tree.map(fold, params, is_leaf=is_node)
+        def fold(leaf: segments.Leaf) -> Any:
+            if not isinstance(leaf.value, LoRAKernel):
+                return leaf.value.astype(model.dtype) if self.trains_whole(leaf.names[0]) else leaf.value
+            if leaf.path[-1] == EMBEDDING and model.config.tie_word_embeddings:
+                raise UserError(
+                    f"A LoRA on {leaf.title} can't be merged: this model's output head is the same table, and it has no LoRA. "
+                    "Save the adapter alone: jaxft.save_adapter(folder, model, params, method)."
+                )
+            return leaf.value.dense().astype(leaf.value.dtype)
+
+        return segments.map_leaves(fold, params, is_leaf=is_node)
+
+    def optimizer(self, inner: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
+        """Returns the optimizer, lora_b's rate `lora_plus_ratio` times lora_a's; so are a magnitude's, biases' and norms', as in peft."""
+        if self.lora_plus_ratio == 1.0:
+            return inner
+
+        def factor(name: str) -> float:
+            fast = name.rsplit("/", 1)[-1] in _FAST and f"/{EMBEDDING}/" not in name
+            return self.lora_plus_ratio if fast and self._trains(name) else 1.0
+
+        return optax.chain(inner, optax.stateless(lambda updates, params: scaled(updates, factor)))
 
     def rank_of(self, name: str) -> int:
         """Returns the rank at the target of this name."""
@@ -159,38 +223,89 @@ class LoRA(Method):
         found = first_match([pattern for pattern, _ in pairs], name)
         return default if found is None else pairs[found][1]
 
-    def _check(self, params: Params) -> None:
-        kernels = [name for leaf in segments.leaves(params, is_leaf=is_node) if leaf.path[-1] == KERNEL for name in leaf.names]
+    def is_target(self, name: str) -> bool:
+        """Returns whether the kernel or table of this name gets a LoRA."""
+        if name.rsplit("/", 1)[-1] not in (KERNEL, EMBEDDING) or first_match(self.targets, name) is None:
+            return False
+        return not self.layers or any(name.startswith(f"{segments.LAYERS}/{layer}/") for layer in self.layers)
+
+    def _trains(self, name: str) -> bool:
+        kernel, _, field = name.rpartition("/")
+        if field in ("lora_a", "lora_b", "magnitude"):
+            return self.is_target(kernel)
+        return self.trains_whole(name)
+
+    def trains_whole(self, name: str) -> bool:
+        """Returns whether the leaf of this name trains as it is: a bias, or one of the modules to save."""
+        if first_match(self.modules_to_save, name) is not None:
+            return not self.is_target(name) and not self.is_target(name.rpartition("/")[0])
+        if self.bias == "none" or not name.endswith("/bias"):
+            return False
+        return self.bias == "all" or self.is_target(name.removesuffix("bias") + KERNEL)
+
+    def _check(self, model: nn.Module, params: Params) -> None:
+        names = [name for leaf in segments.leaves(params, is_leaf=is_node) for name in leaf.names]
+        kernels = [name for name in names if name.rsplit("/", 1)[-1] in (KERNEL, EMBEDDING)]
+        depth = sum(len(layers) for layers in segments.spans(params))
+        for layer in self.layers:
+            if not 0 <= layer < depth:
+                raise UserError(f"method.layers: there is no layer {layer}; the model's are numbered 0 to {depth - 1}.")
         check_patterns(self.targets, kernels, "method.targets")
-        chosen = [name for name in kernels if first_match(self.targets, name) is not None]
+        chosen = [name for name in kernels if self.is_target(name)]
+        if not chosen:
+            raise UserError(f"method.layers: no target of {', '.join(self.targets)} lies in the layers {self.layers}.")
         check_patterns([pattern for pattern, _ in self.rank_pattern], chosen, "method.rank_pattern")
         check_patterns([pattern for pattern, _ in self.alpha_pattern], chosen, "method.alpha_pattern")
+        check_patterns(self.modules_to_save, names, "method.modules_to_save")
+        for name in chosen:
+            if first_match(self.modules_to_save, name) is not None:
+                raise UserError(f"{name} is in method.targets and in method.modules_to_save: it gets a LoRA, or trains whole.")
+        tables = [name for name in names if name.endswith(f"/{EMBEDDING}") and self.trains_whole(name)]
+        if tables and model.config.tie_word_embeddings:
+            raise UserError(f"method.modules_to_save: {tables[0]} is the output head too in this model, which PEFT can't train as one.")
+        if lora_start.changes_base(self.start) and any(name.endswith(f"/{EMBEDDING}") for name in chosen):
+            raise UserError(f"method.start: {self.start} is for linear layers; embeddings start at 'default'.")
 
     def _rank_of(self, leaf: segments.Leaf, name: str) -> int:
         """The rank at a leaf's layer, 0 where it isn't a target."""
-        if leaf.path[-1] != KERNEL or first_match(self.targets, name) is None:
+        if not self.is_target(name):
             return 0
         rank = self.rank_of(name)
-        if rank > min(leaf.shape):
-            raise UserError(f"method.rank: {name} is {leaf.shape[0]} x {leaf.shape[1]}; a rank of {rank} is more than it can have.")
+        if rank > min(leaf.shape) and lora_start.changes_base(self.start):
+            raise UserError(f"method.rank: {name} is {leaf.shape[0]} x {leaf.shape[1]}; '{self.start}' finds no rank of {rank} in it.")
         return rank
 
     def _around(self, rng: jax.Array, leaf: segments.Leaf) -> Any:
         rank = self._rank_of(leaf, leaf.names[0])
         if not rank:
             return leaf.value
-        rows, columns = leaf.shape
-        bound = rows**-0.5
-        lora_a = jnp.stack([jax.random.uniform(_key(rng, name), (rows, rank), jnp.float32, -bound, bound) for name in leaf.names])
-        lora_b = jnp.zeros((len(leaf.names), rank, columns), jnp.float32)
+        starts = [self._start(key_of(rng, name), leaf, index, rank) for index, name in enumerate(leaf.names)]
+        lora_a, lora_b = jnp.stack([start.lora_a for start in starts]), jnp.stack([start.lora_b for start in starts])
         scale = jnp.asarray([self.scale_of(name) for name in leaf.names], jnp.float32)
-        dropout = jnp.full(len(leaf.names), self.dropout, jnp.float32) if self.dropout else None
-        made = LoRAKernel(leaf.value, lora_a, lora_b, scale, dropout)
+        dropout = jnp.full(len(leaf.names), self.dropout, jnp.float32) if self.dropout and leaf.path[-1] == KERNEL else None
+        base = leaf.value
         if leaf.layers is None:
-            made = dataclasses.replace(jax.tree.map(lambda part: part[0], dataclasses.replace(made, base=None)), base=leaf.value)
+            lora_a, lora_b, scale, dropout = jax.tree.map(lambda part: part[0], (lora_a, lora_b, scale, dropout))
+        made = LoRAKernel(base, lora_a, lora_b, scale, dropout)
+        if lora_start.changes_base(self.start):
+            rest = dense(base) - scale[..., None, None] * jnp.matmul(lora_a, lora_b, precision="highest")
+            kept = {"start_a": jnp.copy(lora_a), "start_b": jnp.copy(lora_b)}  # a step donates what trains, and these stay
+            made = dataclasses.replace(made, base=rest.astype(base.dtype), **kept)
+        if self.dora:
+            made = dataclasses.replace(made, magnitude=dora.column_norms(made.base, lora_a, lora_b, scale))
         return made
 
+    def _start(self, rng: jax.Array, leaf: segments.Leaf, index: int, rank: int) -> lora_start.Start:
+        if leaf.path[-1] == EMBEDDING:
+            return lora_start.embedding(rng, leaf.shape, rank)
+        if not lora_start.changes_base(self.start):
+            return lora_start.linear(self.start, rng, leaf.shape, rank)
+        if is_node(leaf.value):
+            raise UserError(f"method.start: '{self.start}' takes a part out of the base, which {type(leaf.value).__name__} isn't made for.")
+        kernel = leaf.value if leaf.layers is None else leaf.value[index]
+        return lora_start.from_kernel(self.start, rng, dense(kernel), rank, self.scale_of(leaf.names[index]))
 
-def _key(rng: jax.Array, name: str) -> jax.Array:
+
+def key_of(rng: jax.Array, name: str) -> jax.Array:
     """A key that depends on the kernel's name alone, not on how layers are grouped."""
     return jax.random.fold_in(rng, zlib.crc32(name.encode()) & 0x7FFFFFFF)

@@ -29,6 +29,14 @@ class Node(abc.ABC):
         """Returns x (tokens, in) times the kernel plus the bias (out,), where there is one."""
         return _plus(self.dot(x, rng), bias)
 
+    def take(self, ids: jax.Array, dtype: Any) -> jax.Array:
+        """Returns the rows `ids` (...) of a table, (..., out) in `dtype`."""
+        return self.dense().astype(dtype)[ids]
+
+    def tied(self) -> Kernel:
+        """Returns what an output head that is tied to this table multiplies with, (vocabulary, features)."""
+        return self.dense()
+
     @abc.abstractmethod
     def dense(self) -> jax.Array:
         """Returns the kernel as one float32 array, with the node folded in."""
@@ -126,6 +134,14 @@ def dot(x: jax.Array, kernel: Kernel, rng: jax.Array | None = None) -> jax.Array
     if isinstance(kernel, Node):
         return kernel.dot(x, rng)
     return x @ kernel.astype(x.dtype)
+
+
+def take(ids: jax.Array, table: Kernel, dtype: Any = None) -> jax.Array:
+    """Returns the rows `ids` (...) of a table (vocabulary, features), (..., features) in `dtype`, the table's own where it is None."""
+    if isinstance(table, Node):
+        return table.take(ids, table.dtype if dtype is None else dtype)
+    rows = table[ids]
+    return rows if dtype is None else rows.astype(dtype)
 
 
 def dense(kernel: Kernel) -> jax.Array:

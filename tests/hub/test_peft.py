@@ -188,10 +188,11 @@ def _pickled(folder):
 
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 BROKEN = {
-    "dora": (lambda folder: _edit_config(folder, use_dora=True), "use_dora is True"),
-    "bias": (lambda folder: _edit_config(folder, bias="lora_only"), "bias is 'lora_only'"),
+    "dora": (lambda folder: _edit_config(folder, use_dora=True), "lacks .*lora_magnitude_vector"),
+    "bias": (lambda folder: _edit_config(folder, bias="lora_only"), r"lacks .*q_proj\.base_layer\.bias"),
     "lora_bias": (lambda folder: _edit_config(folder, lora_bias=True), "lora_bias is True"),
-    "modules": (lambda folder: _edit_config(folder, modules_to_save=["lm_head"]), "modules_to_save is"),
+    "modules": (lambda folder: _edit_config(folder, modules_to_save=["lm_head"]), r"lacks base_model\.model\.lm_head\.weight"),
+    "no module": (lambda folder: _edit_config(folder, modules_to_save=["score"]), "no module is called 'score'"),
     "replication": (lambda folder: _edit_config(folder, layer_replication=[[0, 2]]), "layer_replication is"),
     "fan": (lambda folder: _edit_config(folder, fan_in_fan_out=True), "fan_in_fan_out is True"),
     "tokens": (lambda folder: _edit_config(folder, trainable_token_indices=[1]), "trainable_token_indices is"),

@@ -14,7 +14,7 @@ import jaxft
 from jaxft.config import DataConfig, OptimizerConfig, TrainConfig
 from jaxft.data.batches import evaluation_batches
 from jaxft.errors import UserError
-from jaxft.methods import LoRA
+from jaxft.methods import AdaLoRA, LoRA
 from jaxft.models.llama import PLACEMENT
 from jaxft.models.registry import FAMILIES
 from jaxft.tasks import SFT
@@ -24,6 +24,11 @@ from jaxft.train.state import new_state
 from jaxft.train.step import make_step
 
 METHOD = LoRA(rank=4, targets=("q_proj", "up_proj", "down_proj", "lm_head"), dropout=0.2)
+OTHERS = (
+    LoRA(rank=4, targets=("q_proj", "down_proj", "lm_head", "embed"), dropout=0.2, dora=True, lora_plus_ratio=2.0, bias="lora_only"),
+    LoRA(rank=4, targets=("q_proj", "lm_head"), start="pissa"),
+    AdaLoRA(init_rank=4, target_rank=2, targets=("q_proj", "down_proj", "lm_head"), dropout=0.2),
+)
 # a large epsilon: AdamW's division by the gradient's size makes nothing of rounding
 OPTIMIZER = OptimizerConfig(learning_rate=0.01, schedule="constant", warmup=0, eps=1e-3)
 EXAMPLES = make_examples([9, 14, 21, 12, 30, 7, 16, 11], answer=3)
@@ -58,12 +63,12 @@ def placed(mesh, optimizer, method=METHOD):
 
 
 @functools.cache
-def run(name):
+def run(name, method=METHOD):
     """Returns the losses of two steps and the state after them."""
     mesh = mesh_of(name)
-    optimizer = make_optimizer(OPTIMIZER, 10)
-    state, sharding, frozen = placed(mesh, optimizer)
-    step = jax.jit(make_step(base()[0], SFT(), optimizer, seed=0), donate_argnums=0, out_shardings=(sharding, None))
+    optimizer = method.optimizer(make_optimizer(OPTIMIZER, 10), 10)
+    state, sharding, frozen = placed(mesh, optimizer, method)
+    step = jax.jit(make_step(base()[0], SFT(), optimizer, seed=0, penalty=method.penalty), donate_argnums=0, out_shardings=(sharding, None))
     (batch,) = evaluation_batches(EXAMPLES, DataConfig(max_length=64, packing=False), 8, False)
     batch = placement.place_batch({key: value.reshape(2, 4, -1) for key, value in batch.items()}, mesh, placement.BATCH)
     losses = []
@@ -87,6 +92,15 @@ def test_two_devices_give_the_losses_and_the_leaves_of_one(name):
 def test_the_state_stays_where_it_was_placed(name):
     _, state, sharding = run(name)
     assert jax.tree.all(jax.tree.map(lambda leaf, place: leaf.sharding.is_equivalent_to(place, leaf.ndim), state, sharding))
+
+
+@pytest.mark.parametrize("method", OTHERS, ids=("dora", "pissa", "adalora"))
+def test_loras_relatives_too(method):
+    losses, state, _ = run("one device", method)
+    found_losses, found, _ = run("tensor", method)
+    np.testing.assert_allclose(found_losses, losses, rtol=1e-5)
+    assert largest_difference(found.trainable, state.trainable) <= 1e-5
+    assert losses[1] < losses[0]
 
 
 def shard(array):

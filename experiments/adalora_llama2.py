@@ -1,0 +1,26 @@
+"""AdaLoRA fine-tuning of the Llama model of lora_llama2, on its data.
+
+    python launch.py --experiment=adalora_llama2
+
+Ranks fall from 12 to 8 on average, where they matter least first (Zhang et al. 2023, arXiv:2303.10512).
+
+Hardware: as lora_llama2: two CPU cores. Not measured yet.
+"""
+
+import dataclasses
+
+from experiments import lora_llama2
+from jaxft.config import Experiment
+from jaxft.errors import unknown
+from jaxft.methods import AdaLoRA
+
+VARIANTS = ()
+
+
+def get_config(variant: str = "") -> Experiment:
+    """Returns lora_llama2's experiment, with AdaLoRA."""
+    if variant:
+        raise unknown("adalora_llama2 variant", variant, VARIANTS)
+    return dataclasses.replace(
+        lora_llama2.get_config(), name="adalora_llama2", method=AdaLoRA(init_rank=12, target_rank=8, alpha=16.0, tinit=5, tfinal=15)
+    )

@@ -1,0 +1,24 @@
+"""DoRA fine-tuning of the Llama model of lora_llama2, on its data.
+
+    python launch.py --experiment=dora_llama2
+
+Beside the low-rank difference, the length of each kernel's column is trained by itself (Liu et al. 2024, arXiv:2402.09353).
+
+Hardware: as lora_llama2: two CPU cores. Not measured yet.
+"""
+
+import dataclasses
+
+from experiments import lora_llama2
+from jaxft.config import Experiment
+from jaxft.errors import unknown
+from jaxft.methods import LoRA
+
+VARIANTS = ()
+
+
+def get_config(variant: str = "") -> Experiment:
+    """Returns lora_llama2's experiment, with DoRA."""
+    if variant:
+        raise unknown("dora_llama2 variant", variant, VARIANTS)
+    return dataclasses.replace(lora_llama2.get_config(), name="dora_llama2", method=LoRA(rank=8, alpha=16.0, dora=True))

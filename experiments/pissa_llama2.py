@@ -1,0 +1,24 @@
+"""PiSSA fine-tuning of the Llama model of lora_llama2, on its data.
+
+    python launch.py --experiment=pissa_llama2
+
+The low-rank difference starts as each kernel's largest singular values, taken out of the base (Meng et al. 2024, arXiv:2404.02948).
+
+Hardware: as lora_llama2: two CPU cores. Not measured yet.
+"""
+
+import dataclasses
+
+from experiments import lora_llama2
+from jaxft.config import Experiment
+from jaxft.errors import unknown
+from jaxft.methods import LoRA
+
+VARIANTS = ()
+
+
+def get_config(variant: str = "") -> Experiment:
+    """Returns lora_llama2's experiment, with PiSSA, by the fast randomized SVD."""
+    if variant:
+        raise unknown("pissa_llama2 variant", variant, VARIANTS)
+    return dataclasses.replace(lora_llama2.get_config(), name="pissa_llama2", method=LoRA(rank=8, alpha=8.0, start="pissa_niter_4"))

@@ -1,0 +1,24 @@
+"""LoRA fine-tuning with the rank-stabilized scale of the Llama model of lora_llama2, on its data.
+
+    python launch.py --experiment=rslora_llama2
+
+The difference is scaled by alpha / sqrt(rank), so that larger ranks learn as fast (Kalajdzievski 2023, arXiv:2312.03732).
+
+Hardware: as lora_llama2: two CPU cores. Not measured yet.
+"""
+
+import dataclasses
+
+from experiments import lora_llama2
+from jaxft.config import Experiment
+from jaxft.errors import unknown
+from jaxft.methods import LoRA
+
+VARIANTS = ()
+
+
+def get_config(variant: str = "") -> Experiment:
+    """Returns lora_llama2's experiment, with rsLoRA of rank 32."""
+    if variant:
+        raise unknown("rslora_llama2 variant", variant, VARIANTS)
+    return dataclasses.replace(lora_llama2.get_config(), name="rslora_llama2", method=LoRA(rank=32, alpha=16.0, rslora=True))

@@ -1,0 +1,113 @@
+"""Which tensor of an adapter's file is which array of ours: written, checked and filled in alike for all of PEFT's LoRAs."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+from jaxft.errors import UserError
+from jaxft.hub.checkpoint import header
+from jaxft.hub.names import Entry, listed
+from jaxft.hub.peft_format import Params
+from jaxft.models import segments
+from jaxft.models.node import dense, is_node
+
+PREFIX = "base_model.model."
+_ITSELF = "itself"  # in the place of a node's field
+BASE = PREFIX + "{module}.base_layer.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """One tensor of an adapter's file, and its place."""
+
+    key: str  # theirs: base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
+    entry: Entry  # the kernel, or what is trained whole
+    field: str | None  # of the kernel's node; None is the entry's leaf itself
+    shape: tuple[int, ...]  # theirs
+    turn: Callable[[np.ndarray], np.ndarray]  # ours to theirs
+    back: Callable[[np.ndarray], np.ndarray]  # theirs to ours
+
+    @property
+    def stored(self) -> Any:
+        """The array that holds ours, of all layers where they are stacked."""
+        value = self.entry.leaf.value
+        return value if self.field is None else getattr(value, self.field)
+
+    def read(self) -> np.ndarray:
+        """Returns ours as theirs, float32."""
+        value = self.stored if self.entry.index is None else self.stored[self.entry.index]
+        return self.turn(np.asarray(jax.device_get(value), np.float32))
+
+
+def matrix(key: str, entry: Entry, field: str) -> Slot:
+    """Returns the slot of a node's matrix, which they hold transposed; a vector is the same on both sides."""
+    shape = getattr(entry.leaf.value, field).shape[0 if entry.index is None else 1 :]
+    return Slot(key, entry, field, shape[::-1], np.transpose, np.transpose)
+
+
+def whole(key: str, entry: Entry) -> Slot:
+    """Returns the slot of a parameter that is trained whole."""
+    return Slot(key, entry, None, entry.shape, entry.swap, entry.swap)
+
+
+def module_of(entry: Entry) -> str:
+    """Returns the name of their module that holds a weight or a bias."""
+    return entry.name.rpartition(".")[0]
+
+
+def check(path: pathlib.Path, slots: Sequence[Slot], kernels: Sequence[Entry], ignored: Collection[str] = ()) -> None:
+    """Raises `UserError` for tensors of the file that are missing, left over, or of another shape.
+
+    peft writes the base's own weight of a targeted head or embedding beside the adapter: it must be this model's.
+    """
+    have = header(path)
+    for entry in kernels:
+        if (name := BASE.format(module=entry.module)) in have and entry.index is None:
+            _check_base(path, name, entry)
+            del have[name]
+    for name in ignored:
+        have.pop(name, None)
+    shapes = {slot.key: slot.shape for slot in slots}
+    problems = []
+    if missing := sorted(set(shapes) - set(have)):
+        problems.append(f"it lacks {listed(missing)}")
+    if left := sorted(set(have) - set(shapes)):
+        problems.append(f"it has tensors that its configuration has no place for: {listed(left)}")
+    if wrong := [f"{name} {have[name]} for {shape}" for name, shape in shapes.items() if have.get(name, shape) != shape]:
+        problems.append(f"shapes are those of another base model, or another rank: {listed(wrong)}")
+    if problems:
+        raise UserError(f"{path} doesn't fit: {'; '.join(problems)}.")
+
+
+def _check_base(path: pathlib.Path, name: str, entry: Entry) -> None:
+    with safetensors.safe_open(path, framework="numpy") as file:
+        stored = file.get_tensor(name)
+    held = entry.swap(np.asarray(jax.device_get(dense(entry.leaf.value))))
+    if stored.shape != held.shape or not np.array_equal(stored.astype(entry.leaf.value.dtype), held.astype(entry.leaf.value.dtype)):
+        raise UserError(f"{path}: {name} isn't this model's {entry.name}: the adapter is of another base model, or trained its head whole.")
+
+
+def fill(path: pathlib.Path, params: Params, slots: Sequence[Slot]) -> Params:
+    """Returns `params` with every slot from the file, float32."""
+    hosts: dict[tuple[str, ...], dict[str, np.ndarray]] = {}
+    with safetensors.safe_open(path, framework="numpy") as file:
+        for slot in slots:
+            fields = hosts.setdefault(slot.entry.leaf.path, {})
+            name = slot.field or _ITSELF
+            if name not in fields:
+                fields[name] = np.array(jax.device_get(slot.stored), np.float32)
+            fields[name][... if slot.entry.index is None else slot.entry.index] = slot.back(file.get_tensor(slot.key))
+
+    def filled(leaf: segments.Leaf) -> Any:
+        fields = {name: jnp.asarray(host) for name, host in hosts.get(leaf.path, {}).items()}
+        if _ITSELF in fields:
+            return fields[_ITSELF]
+        return dataclasses.replace(leaf.value, **fields) if fields else leaf.value
+
+    return segments.map_leaves(filled, params, is_leaf=is_node)
