@@ -7,21 +7,22 @@ from flax import linen as nn
 
 from jaxft.errors import UserError, nearest
 from jaxft.hub import folder as folders
-from jaxft.hub import peft_adalora, peft_ia3, peft_lora, peft_norm_tuning, peft_shira, peft_vera
+from jaxft.hub import peft_adalora, peft_ia3, peft_lora, peft_norm_tuning, peft_shira, peft_vera, peft_virtual
 from jaxft.hub.checkpoint import ADAPTER_CONFIG, read_json
 from jaxft.hub.peft_format import WEIGHTS, Format, Params
 from jaxft.hub.save import CARD
 from jaxft.hub.sources import PICKLE_SUFFIXES, pickle_refusal
 from jaxft.methods.base import Method
 
-FORMATS: tuple[Any, ...] = (
+FORMATS: tuple[Any, ...] = (  # what follows peft_format.Format
     peft_lora,
     peft_adalora,
     peft_norm_tuning,
     peft_ia3,
     peft_shira,
     peft_vera,
-)  # modules that follow peft_format.Format
+    *peft_virtual.FORMATS,
+)
 _CARD = """---
 library_name: peft
 ---

@@ -23,7 +23,7 @@ class Written:
 
 
 class Format(Protocol):
-    """A module that writes and reads one kind of PEFT's adapters."""
+    """What writes and reads one kind of PEFT's adapters: a module, or an object where several kinds share one module."""
 
     METHOD: type[Method]
     PEFT_TYPE: str

@@ -29,7 +29,7 @@ class Method(abc.ABC):
     def init(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
         """Returns `params` with the method's leaves added, or with some leaves stored in another form."""
 
-    def start(self, rng: jax.Array, model: nn.Module, params: Params, scores: Scores) -> Params:
+    def begin(self, rng: jax.Array, model: nn.Module, params: Params, scores: Scores) -> Params:
         """Returns what `init` does, for methods that look at training batches first: a run begins with this."""
         return self.init(rng, model, params)
 
@@ -40,6 +40,10 @@ class Method(abc.ABC):
     @abc.abstractmethod
     def merge(self, model: nn.Module, params: Params) -> Params:
         """Returns `params` with the method folded into the base; raises `UserError` where that isn't possible."""
+
+    def tokenized(self, tokenizer: Any) -> "Method":
+        """Returns the method with the tokens of what it has as text; a run does this before `init`."""
+        return self
 
     def optimizer(self, inner: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
         """Returns the run's optimizer with what the method adds to it: rates of its own, a schedule of what trains, a budget.
@@ -82,10 +86,10 @@ class Compose(Method):
         self._check_disjoint(params)
         return params
 
-    def start(self, rng: jax.Array, model: nn.Module, params: Params, scores: Scores) -> Params:
+    def begin(self, rng: jax.Array, model: nn.Module, params: Params, scores: Scores) -> Params:
         """Returns what `init` does, each method after a look at training batches where it takes one."""
         for number, method in enumerate(self.methods):
-            params = method.start(jax.random.fold_in(rng, number), model, params, scores)
+            params = method.begin(jax.random.fold_in(rng, number), model, params, scores)
         self._check_disjoint(params)
         return params
 
@@ -104,6 +108,10 @@ class Compose(Method):
         for method in reversed(self.methods):
             params = method.merge(model, params)
         return params
+
+    def tokenized(self, tokenizer: Any) -> "Compose":
+        """Returns the methods with the tokens of what they have as text."""
+        return Compose(tuple(method.tokenized(tokenizer) for method in self.methods))
 
     def optimizer(self, inner: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
         """Returns the run's optimizer with what every method adds."""

@@ -132,7 +132,7 @@ class SparseMask(Method):
         self._check(params)
         return wrap(params, self._kind, lambda leaf: self._around(rng, leaf, None))
 
-    def start(self, rng: jax.Array, model: nn.Module, params: Params, scores: Scores) -> Params:
+    def begin(self, rng: jax.Array, model: nn.Module, params: Params, scores: Scores) -> Params:
         """Returns what `init` does, or `init_from_scores` where the choice goes by gradients."""
         if self.choice not in FROM_GRADIENTS:
             return self.init(rng, model, params)

@@ -79,6 +79,11 @@ class Prompt(Site, abc.ABC):
     def embeddings(self) -> jax.Array:
         """Returns the virtual tokens' embeddings, (virtual_tokens, hidden_size) float32."""
 
+    @property
+    def virtual_tokens(self) -> int:
+        """How many there are."""
+        return int(jax.eval_shape(self.embeddings).shape[0])
+
 
 class Prefix(Site, abc.ABC):
     """Stands at `prefix`: virtual tokens that every layer's attention sees before the text's."""
@@ -86,6 +91,11 @@ class Prefix(Site, abc.ABC):
     @abc.abstractmethod
     def keys_values(self) -> tuple[jax.Array, jax.Array]:
         """Returns every layer's keys and values, each (layers, virtual_tokens, key_value_heads, head_dim) float32."""
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many there are."""
+        return int(jax.eval_shape(self.keys_values)[0].shape[1])
 
 
 @jax.tree_util.register_dataclass

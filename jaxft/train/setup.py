@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
@@ -20,8 +21,10 @@ from jaxft.data.tokenize import COLUMNS, Examples, describe, tokenize
 from jaxft.errors import UserError, unknown
 from jaxft.hub.load import compute_type, describe_pretrained, load_pretrained
 from jaxft.hub.tokenizer import load_tokenizer
+from jaxft.methods.base import Method
 from jaxft.methods.partition import combine, listing, partition, size, trainable_leaves
 from jaxft.models.layers import REMAT
+from jaxft.models.node import Prefix, Prompt
 from jaxft.models.registry import family_of
 from jaxft.train import optimizer as optimizers
 from jaxft.train import placement
@@ -109,9 +112,12 @@ def set_up(experiment: Experiment) -> Setup:
         raise UserError("There is nothing to train on: set config.data.train to a hub data set, a file, or bundled:NAME.")
     if not experiment.model.source:
         raise UserError("There is no model: set config.model.source to a hub id, a local folder, a .gguf file, or bundled:NAME.")
-    check_method(experiment)
+    model, shapes = describe_pretrained(experiment.model.source, "causal_lm", experiment.model.dtype, experiment.model.revision)
     tokenizer = load_tokenizer(experiment.model.source, experiment.model.revision)
+    method = experiment.method.tokenized(tokenizer)
+    virtual = check_method(method, model, shapes, train.seed)
     examples, rows = load_data(experiment, tokenizer)
+    check_positions(examples, experiment, model, virtual)
     share_prefix = not train.neftune_alpha  # its noise follows each example's length
     batches = Batches(
         examples["train"], data, train.batch_size, train.accumulation, train.seed, share_prefix, pad_token_id=pad_token(tokenizer)
@@ -119,22 +125,16 @@ def set_up(experiment: Experiment) -> Setup:
     steps = train.steps or max(round(train.epochs * batches.steps_per_epoch), 1)
     placing = functools.partial(placement.shardings, mesh=mesh)
     model, params = load_pretrained(experiment.model.source, "causal_lm", experiment.model.dtype, experiment.model.revision, placing)
-    longest = max(int(found.lengths.max()) for found in examples.values())
-    if longest > model.config.max_position_embeddings:
-        raise UserError(
-            f"The longest row has {longest} tokens; {experiment.model.source} has {model.config.max_position_embeddings} positions. "
-            "Lower config.data.max_length."
-        )
     model = model.clone(remat=train.remat)
 
     def scores(params: Any, chosen: Callable[[str], bool], kind: str, count: int) -> Any:
         first = itertools.islice(micro_batches(batches), count)
         return gradient_scores(model, experiment.task, first, params, chosen, kind)
 
-    params = experiment.method.start(key_for(train.seed, "method"), model, params, scores)
-    mask = experiment.method.mask(params)
+    params = method.begin(key_for(train.seed, "method"), model, params, scores)
+    mask = method.mask(params)
     print_trainable(params, mask)
-    optimizer = experiment.method.optimizer(optimizers.make_optimizer(experiment.optimizer, steps), steps)
+    optimizer = method.optimizer(optimizers.make_optimizer(experiment.optimizer, steps), steps)
     places = placement.shardings(params, family_of(model.config.architecture).module.PLACEMENT, mesh)
     params = placement.place(params, places)
     trainable, frozen = partition(params, mask)
@@ -144,13 +144,16 @@ def set_up(experiment: Experiment) -> Setup:
     return Setup(experiment, mesh, model, tokenizer, examples, rows, batches, steps, optimizer, state, sharding, frozen)
 
 
-def check_method(experiment: Experiment) -> None:
-    """Raises `UserError` where the model isn't one of jaxft's or the method doesn't fit it, from the model's configuration alone."""
-    source, method = experiment.model, experiment.method
-    model, shapes = describe_pretrained(source.source, "causal_lm", source.dtype, source.revision)
-    key = key_for(experiment.train.seed, "method")
-    params = jax.eval_shape(lambda params: method.init(key, model, params), shapes)
+def check_method(method: Method, model: Any, shapes: Any, seed: int) -> int:
+    """Raises `UserError` where the method doesn't fit the model, by its shapes alone; returns how many virtual tokens it puts first."""
+    key = key_for(seed, "method")
+
+    def like(params: Any, *_: Any) -> Any:  # in the place of scores
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+
+    params = jax.eval_shape(lambda params: method.begin(key, model, params, like), shapes)
     trainable_leaves(params, method.mask(params))
+    return virtual_tokens(params)
 
 
 def micro_batches(batches: Batches) -> Iterator[dict[str, np.ndarray]]:
@@ -159,6 +162,24 @@ def micro_batches(batches: Batches) -> Iterator[dict[str, np.ndarray]]:
         batch = batches.batch(step)
         for index in range(len(batch["tokens"])):
             yield {name: array[index] for name, array in batch.items()}
+
+
+def check_positions(examples: dict[str, Examples], experiment: Experiment, model: Any, before: int = 0) -> None:
+    """Raises `UserError` where the longest row, after so many virtual tokens, has more tokens than the model has positions."""
+    longest, positions = max(int(found.lengths.max()) for found in examples.values()), model.config.max_position_embeddings
+    if longest + before <= positions:
+        return
+    after = f" after {before} virtual tokens" if before else ""
+    fewer = ", or the method's virtual_tokens" if before else ""
+    raise UserError(
+        f"The longest row has {longest} tokens{after}; {experiment.model.source} has {positions} positions. "
+        f"Lower config.data.max_length{fewer}."
+    )
+
+
+def virtual_tokens(params: Any) -> int:
+    """Returns how many virtual tokens stand before every text."""
+    return sum(site.virtual_tokens for site in params.values() if isinstance(site, (Prefix, Prompt)))
 
 
 def pad_token(tokenizer: Any) -> int:

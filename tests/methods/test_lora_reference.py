@@ -11,6 +11,7 @@ import safetensors.numpy
 import torch
 from lenient_optax import make_optimizer
 from tiny_models import make_examples, make_pair, with_adapter
+from torch_loss import torch_loss
 
 import jaxft
 from jaxft.config import DataConfig, OptimizerConfig
@@ -32,18 +33,6 @@ ADAPTERS = {
     },
 }
 EXAMPLES = make_examples([21, 9, 14, 30], answer=6)
-
-
-def torch_loss(tuned):
-    """The mean over all scored tokens of four padded rows, by torch."""
-    longest = int(EXAMPLES.lengths.max())
-    ids, mask, labels = (np.full((len(EXAMPLES), longest), fill) for fill in (0, 0, -100))
-    for i in range(len(EXAMPLES)):
-        tokens, scored = EXAMPLES[i]
-        ids[i, : len(tokens)], mask[i, : len(tokens)] = tokens, 1
-        labels[i, : len(tokens)] = np.where(scored, tokens, -100)
-    ids, mask, labels = (torch.tensor(array) for array in (ids, mask, labels))
-    return tuned(ids, attention_mask=mask, labels=labels).loss  # transformers shifts the labels
 
 
 def make_tuned(reference, **settings):
@@ -80,7 +69,7 @@ class Pair:
 def first_gradients(name):
     """Returns (loss, gradients by name) of peft and of jaxft."""
     pair = Pair(name)
-    theirs = torch_loss(pair.tuned)
+    theirs = torch_loss(pair.tuned, EXAMPLES)
     theirs.backward()
 
     def mean(trainable):
@@ -104,7 +93,7 @@ def trained():
         state, metrics = step(state, pair.frozen, {key: array[None] for key, array in pair.rows.items()})
         losses.append(float(metrics["loss"]))
         theirs.zero_grad()
-        loss = torch_loss(pair.tuned)
+        loss = torch_loss(pair.tuned, EXAMPLES)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(pair.leaves.values(), CLIP)
         theirs.step()

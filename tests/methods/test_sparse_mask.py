@@ -201,7 +201,7 @@ def test_gradients_of_training_batches_choose_the_weights(choice, gradients):
     np.testing.assert_allclose(found["layers"]["0-2"]["attention"]["q_proj"]["kernel"][1], expected, rtol=1e-3, atol=1e-7)
     assert found["layers"]["0-2"]["mlp"]["up_proj"]["kernel"] is None
     method = SparseMask(rank=1, choice=choice, score_batches=2, targets=("q_proj",))
-    made = method.start(jax.random.key(0), model, params, scores)
+    made = method.begin(jax.random.key(0), model, params, scores)
     kernel = kernels(made)["layers/1/attention/q_proj/kernel"]
     taken = np.zeros(kernel.shape, bool)
     taken[kernel.rows, kernel.columns] = True
@@ -212,8 +212,8 @@ def test_gradients_of_training_batches_choose_the_weights(choice, gradients):
 def test_a_sum_passes_the_scores_on_of_kernels_as_they_act():
     model, params = base()
     method = LoRA(rank=2, targets=("q_proj",)) + SparseMask(rank=1, choice="fisher", score_batches=1, targets=("layers/1/attention",))
-    made = method.start(jax.random.key(0), model, params, scores)
-    alone = method.methods[1].start(jax.random.key(0), model, params, scores)
+    made = method.begin(jax.random.key(0), model, params, scores)
+    alone = method.methods[1].begin(jax.random.key(0), model, params, scores)
     one, other = kernels(made)["layers/1/attention/o_proj/kernel"], kernels(alone)["layers/1/attention/o_proj/kernel"]
     assert same_bits((one.rows, one.columns), (other.rows, other.columns))
     check_merged = method.merge(model, made)
