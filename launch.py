@@ -23,7 +23,9 @@ flags.DEFINE_string("mode", "train", f"What to do: {', '.join(MODES)}.", flag_va
 flags.DEFINE_string("workdir", None, "The run's folder. Default: runs/NAME, or runs/NAME-VARIANT.", flag_values=FLAGS)
 flags.DEFINE_string("prompt", None, "generate: one prompt.", flag_values=FLAGS)
 flags.DEFINE_string("prompts", None, "generate: a file of prompts, one {'prompt': ...} or row of the data a line.", flag_values=FLAGS)
-flags.DEFINE_string("format", None, "export: peft (the adapter; default) or hf (the merged model).", flag_values=FLAGS)
+flags.DEFINE_string(
+    "format", None, "export: peft, adapterhub (the adapter) or hf (the merged model); default: the method's.", flag_values=FLAGS
+)
 flags.DEFINE_string("output", None, "generate: the file for the answers. export: the folder.", flag_values=FLAGS)
 flags.DEFINE_boolean("list", False, "List the experiments.", flag_values=FLAGS)
 flags.DEFINE_boolean("help", False, "Show this.", flag_values=FLAGS)
@@ -88,7 +90,7 @@ def run(arguments: Sequence[str]) -> None:
     elif FLAGS.mode == "generate":
         modes.generate(found, workdir, prompts(), output)
     else:
-        modes.export(found, workdir, FLAGS.format or "peft", output)
+        modes.export(found, workdir, FLAGS.format, output)
 
 
 def prompts() -> list[dict[str, str]]:

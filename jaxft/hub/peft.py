@@ -1,13 +1,15 @@
-"""Adapters as PEFT writes and reads them: adapter_config.json and adapter_model.safetensors."""
+"""Adapters as PEFT and AdapterHub write and read them: adapter_config.json and its safetensors."""
 
 import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from flax import linen as nn
 
 from jaxft.errors import UserError, nearest
+from jaxft.hub import adapterhub, peft_adalora, peft_ia3, peft_lora, peft_norm_tuning, peft_shira, peft_vera, peft_virtual
 from jaxft.hub import folder as folders
-from jaxft.hub import peft_adalora, peft_ia3, peft_lora, peft_norm_tuning, peft_shira, peft_vera, peft_virtual
 from jaxft.hub.checkpoint import ADAPTER_CONFIG, read_json
 from jaxft.hub.peft_format import WEIGHTS, Format, Params
 from jaxft.hub.save import CARD
@@ -30,6 +32,26 @@ An adapter written by jaxft. `peft.PeftModel.from_pretrained(base_model, FOLDER)
 """
 
 
+_HUB_CARD = """---
+library_name: adapter-transformers
+---
+An adapter written by jaxft. With `adapters`: `adapters.init(model)`, then `model.load_adapter(FOLDER, set_active=True,
+use_safetensors=True)`.
+"""
+
+
+def adapter_format(method: Method) -> str | None:
+    """Returns the name of the format that the method's leaves have alone, peft or adapterhub, or None where they have none.
+
+    >>> from jaxft.methods import Bottleneck, Full, LoRA
+    >>> adapter_format(LoRA()), adapter_format(Bottleneck()), adapter_format(Full())
+    ('peft', 'adapterhub', None)
+    """
+    if type(method) is adapterhub.METHOD:
+        return "adapterhub"
+    return None if format_of(method) is None else "peft"
+
+
 def format_of(method: Method) -> Format | None:
     """Returns what writes the method's leaves as PEFT does, or None where PEFT has no such thing."""
     return next((found for found in FORMATS if type(method) is found.METHOD), None)
@@ -48,9 +70,17 @@ def has_form(model: nn.Module, params: Params, method: Method) -> bool:
 
 
 def save_adapter(
-    folder: str | pathlib.Path, model: nn.Module, params: Params, method: Method, base_model: str = "", card: str = ""
+    folder: str | pathlib.Path,
+    model: nn.Module,
+    params: Params,
+    method: Method,
+    base_model: str = "",
+    card: str = "",
+    name: str = adapterhub.NAME,
 ) -> None:
     """Writes a method's leaves as a folder that `peft.PeftModel.from_pretrained` loads; each tensor is read back and compared.
+
+    A bottleneck adapter becomes a folder that AdapterHub's `model.load_adapter` loads.
 
     Args:
       folder: where; what is there is replaced if jaxft wrote it.
@@ -59,10 +89,15 @@ def save_adapter(
       method: the method that made them.
       base_model: what the adapter belongs to, a hub id or a folder, for peft to find it.
       card: README.md, Markdown; empty is a short one.
+      name: of the adapter, in AdapterHub's form alone; PEFT's has none.
 
     Raises:
       UserError: `params` don't hold this method; PEFT has no such method; a folder that isn't ours, or can't be written.
     """
+    if isinstance(method, adapterhub.METHOD):
+        config, tensors = adapterhub.write(model, params, method, name)
+        _write(pathlib.Path(folder), config, adapterhub.WEIGHTS, tensors, card or _HUB_CARD)
+        return
     found = format_of(method)
     if found is None:
         raise UserError(
@@ -71,17 +106,23 @@ def save_adapter(
         )
     written = found.write(model, params, method)
     config = {**written.config, "base_model_name_or_path": base_model or None}
-    with folders.written(pathlib.Path(folder).expanduser(), "adapter") as temporary:
-        folders.write_tensors(temporary / WEIGHTS, written.tensors)
+    _write(pathlib.Path(folder), config, WEIGHTS, written.tensors, card or _CARD)
+
+
+def _write(
+    folder: pathlib.Path, config: Mapping[str, Any], weights: str, tensors: Mapping[str, Callable[[], np.ndarray]], card: str
+) -> None:
+    with folders.written(folder.expanduser(), "adapter") as temporary:
+        folders.write_tensors(temporary / weights, tensors)
         folders.write_json(temporary / ADAPTER_CONFIG, config)
-        (temporary / CARD).write_text(card or _CARD, encoding="utf-8")
+        (temporary / CARD).write_text(card, encoding="utf-8")
 
 
 def load_adapter(folder: str | pathlib.Path, model: nn.Module, params: Params) -> tuple[Params, Any]:
     """Returns `params` with a folder's adapter, and the method that gives the same structure.
 
     Args:
-      folder: with adapter_config.json and adapter_model.safetensors.
+      folder: with adapter_config.json and adapter_model.safetensors (PEFT) or adapter.safetensors (AdapterHub).
       model: the adapter's base model.
       params: its parameters.
 
@@ -90,8 +131,10 @@ def load_adapter(folder: str | pathlib.Path, model: nn.Module, params: Params) -
     """
     folder = pathlib.Path(folder).expanduser()
     if not (folder / ADAPTER_CONFIG).exists():
-        raise UserError(f"{folder} has no {ADAPTER_CONFIG}: it is no PEFT adapter.")
+        raise UserError(f"{folder} has no {ADAPTER_CONFIG}: it is no adapter of PEFT or AdapterHub.")
     config = read_json(folder / ADAPTER_CONFIG)
+    if adapterhub.is_adapterhub(config):
+        return adapterhub.read(folder, config, model, params)
     kinds = {found.PEFT_TYPE: found for found in FORMATS}
     kind = config.get("peft_type")
     if kind not in kinds:

@@ -3,6 +3,7 @@
 from jaxft.methods.adalora import AdaLoRA
 from jaxft.methods.base import Compose, Method
 from jaxft.methods.bitfit import BitFit
+from jaxft.methods.bottleneck import Bottleneck
 from jaxft.methods.full import Full
 from jaxft.methods.ia3 import IA3
 from jaxft.methods.lora import LoRA
@@ -18,6 +19,7 @@ __all__ = [
     "IA3",
     "AdaLoRA",
     "BitFit",
+    "Bottleneck",
     "Compose",
     "Full",
     "LoRA",

@@ -10,6 +10,7 @@ from jaxft.data.tokenize import Examples
 from jaxft.hub.sources import BUNDLED, find
 from jaxft.train.evaluate import Evaluation
 
+_LIBRARIES = {"peft": "peft", "adapterhub": "adapter-transformers", "hf": "transformers"}  # the hub's names
 _SHOWN = 3  # answers
 _PROMPT_CHARACTERS = 400
 
@@ -46,12 +47,21 @@ def _one_line(text: str) -> str:
     return " | ".join(text.strip().splitlines())
 
 
-def adapter_command(folder: pathlib.Path, source: str) -> str:
-    """Returns where the adapter is, and how peft uses it."""
+def adapter_command(folder: pathlib.Path, source: str, format: str) -> str:
+    """Returns where the adapter is, and how peft, or adapters, uses it."""
     base = f'"{source}"'
     if source.startswith(BUNDLED) or pathlib.Path(source).is_file():
         found = find(source, "", ())
         base = f'"{found.folder}", gguf_file="{found.gguf.name}"' if found.gguf else f'"{found.folder}"'
+    if format == "adapterhub":
+        return (
+            f"The adapter is in {folder}. With adapters, for Llama and Mistral:\n\n"
+            "    import adapters\n"
+            "    from transformers import AutoModelForCausalLM\n\n"
+            f"    base = AutoModelForCausalLM.from_pretrained({base})\n"
+            "    adapters.init(base)\n"
+            f'    base.load_adapter("{folder}", with_head=False, set_active=True, use_safetensors=True)\n'
+        )
     return (
         f"The adapter is in {folder}. With peft:\n\n"
         "    from peft import PeftModel\n"
@@ -73,7 +83,7 @@ def model_command(folder: pathlib.Path) -> str:
 def card(experiment: Experiment, summary: Mapping[str, Any], format: str) -> str:
     """Returns a model card with the measured figures, as the hub reads it."""
     source = experiment.model.source
-    head = ["---", f"library_name: {'peft' if format == 'peft' else 'transformers'}", "tags: [jaxft]"]
+    head = ["---", f"library_name: {_LIBRARIES[format]}", "tags: [jaxft]"]
     if "/" in source and not pathlib.Path(source).exists() and ":" not in source:
         head.append(f"base_model: {source}")
     lines = [*head, "---", f"# {experiment.name}", ""]

@@ -20,8 +20,9 @@ from jaxft.data.tokenize import prompt_tokens
 from jaxft.errors import UserError, unknown
 from jaxft.generation import generate as generate_tokens
 from jaxft.hub.folder import check_replaceable
-from jaxft.hub.peft import has_form, save_adapter
+from jaxft.hub.peft import adapter_format, has_form, save_adapter
 from jaxft.hub.save import save_pretrained
+from jaxft.methods.base import Compose, Method
 from jaxft.methods.partition import size
 from jaxft.train.checkpoint import Checkpoints, Progress, check_same, fingerprint, newest_step
 from jaxft.train.evaluate import Evaluation, Evaluator, make_sampling
@@ -31,7 +32,7 @@ from jaxft.train.report import adapter_command, card, model_command, print_answe
 from jaxft.train.setup import Setup, set_up
 from jaxft.train.state import State
 
-FORMATS = ("peft", "hf")
+FORMATS = ("peft", "adapterhub", "hf")
 CONFIG, SUMMARY = "config.json", "summary.json"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 
@@ -109,20 +110,47 @@ def generate(experiment: Experiment, workdir: pathlib.Path, rows: Sequence[Mappi
     console.say(f"{len(answers)} answers are in {output}.")
 
 
-def export(experiment: Experiment, workdir: pathlib.Path, format: str, output: pathlib.Path | None) -> None:
-    """Writes the best checkpoint of `workdir` as `peft` (the adapter) or `hf` (the merged model) to `output`."""
+def export(experiment: Experiment, workdir: pathlib.Path, format: str | None, output: pathlib.Path | None) -> None:
+    """Writes the best checkpoint of `workdir` to `output`.
+
+    Args:
+      experiment: the run's configuration.
+      workdir: the run's folder.
+      format: `peft` or `adapterhub`, the adapter; `hf`, the merged model; None, what a run ends with.
+      output: a folder, or None for one in `workdir`.
+    """
+    own = adapter_format(experiment.method) or "hf"
+    format = format or own
     if format not in FORMATS:
         raise unknown("export format", format, FORMATS)
+    if format not in ("hf", own):
+        raise UserError(f"{experiment.method.title} has no form in {format}. Give --format={own}.")
     folder = output or workdir / "export" / format
     check_replaceable(folder)
     setup, state, _, _ = _load_best(experiment, workdir)
-    _export(setup, state, format, folder, _summary_of(workdir))
-    console.say(f"{folder} holds the {'adapter' if format == 'peft' else 'merged model'}.")
+    _export(setup, state, format, experiment.method, folder, _summary_of(workdir))
+    console.say(f"{folder} holds the {'merged model' if format == 'hf' else 'adapter'}.")
 
 
-def own_format(setup: Setup, state: State) -> str:
-    """Returns the format that a run is exported in: the adapter alone where PEFT has such, else the whole model."""
-    return "peft" if has_form(setup.model, setup.params(state), setup.experiment.method) else "hf"
+def own_exports(setup: Setup, state: State) -> list[tuple[str, str, Method]]:
+    """Returns what a run is exported as: folder's name, format, method.
+
+    The adapter alone where PEFT or AdapterHub has such, each of a sum's parts where they have them all, else the whole model.
+    """
+    method, params = setup.experiment.method, setup.params(state)
+
+    def form(part: Method) -> str | None:
+        found = adapter_format(part)
+        return found if found != "peft" or has_form(setup.model, params, part) else None
+
+    if not isinstance(method, Compose):
+        format = form(method) or "hf"
+        return [(format, format, method)]
+    forms = [form(part) for part in method.methods]
+    if None in forms:
+        return [("hf", "hf", method)]
+    pairs = enumerate(zip(forms, method.methods, strict=True), start=1)
+    return [(f"{number}-{part.title}", str(format), part) for number, (format, part) in pairs]
 
 
 def versions() -> dict[str, str]:
@@ -253,9 +281,9 @@ def _finish(
     after = evaluator.full(state, split, "After training")
     summary = _summarize(setup, outcome, after, time.perf_counter() - began)
     summary["eval"]["majority"] = evaluator.majority(split) if after.answers else {}
-    format = own_format(setup, state)
-    folder = workdir / "export" / format
-    _export(setup, state, format, folder, summary)
+    exports = own_exports(setup, state)
+    for name, format, method in exports:
+        _export(setup, state, format, method, workdir / "export" / name, summary)
     summary["seconds"] = time.perf_counter() - began
     _write_json(workdir / SUMMARY, summary)
     rows = len(evaluator.chosen(split))
@@ -265,7 +293,9 @@ def _finish(
         f"{summary['seconds']:.0f} s in all, {summary['compile_seconds']:.1f} s of them compiling; "
         f"{summary['tokens_per_second']:,.0f} tokens/s, peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB.\n"
     )
-    console.say(adapter_command(folder, setup.experiment.model.source) if format == "peft" else model_command(folder))
+    for name, format, _ in exports:
+        folder = workdir / "export" / name
+        console.say(model_command(folder) if format == "hf" else adapter_command(folder, setup.experiment.model.source, format))
     return summary
 
 
@@ -289,13 +319,13 @@ def _summarize(setup: Setup, outcome: Outcome, after: Evaluation, seconds: float
     }
 
 
-def _export(setup: Setup, state: State, format: str, folder: pathlib.Path, summary: Mapping[str, Any]) -> None:
+def _export(setup: Setup, state: State, format: str, method: Method, folder: pathlib.Path, summary: Mapping[str, Any]) -> None:
     experiment, params = setup.experiment, setup.params(state)
     text = card(experiment, summary, format)
-    if format == "peft":
-        save_adapter(folder, setup.model, params, experiment.method, base_model=experiment.model.source, card=text)
+    if format != "hf":
+        save_adapter(folder, setup.model, params, method, base_model=experiment.model.source, card=text)
     else:
-        save_pretrained(folder, setup.model, experiment.method.merge(setup.model, params), setup.tokenizer, card=text)
+        save_pretrained(folder, setup.model, method.merge(setup.model, params), setup.tokenizer, card=text)
 
 
 def _summary_of(workdir: pathlib.Path) -> dict[str, Any]:

@@ -20,8 +20,9 @@ from jaxft.data.sources import Rows, load_splits
 from jaxft.data.tokenize import COLUMNS, Examples, describe, tokenize
 from jaxft.errors import UserError, unknown
 from jaxft.hub.load import compute_type, describe_pretrained, load_pretrained
+from jaxft.hub.peft import adapter_format
 from jaxft.hub.tokenizer import load_tokenizer
-from jaxft.methods.base import Method
+from jaxft.methods.base import Compose, Method
 from jaxft.methods.partition import combine, listing, partition, size, trainable_leaves
 from jaxft.models.layers import REMAT
 from jaxft.models.node import Prefix, Prompt
@@ -153,6 +154,9 @@ def check_method(method: Method, model: Any, shapes: Any, seed: int) -> int:
 
     params = jax.eval_shape(lambda params: method.begin(key, model, params, like), shapes)
     trainable_leaves(params, method.mask(params))
+    parts = method.methods if isinstance(method, Compose) else (method,)
+    if None in map(adapter_format, parts):  # then the merged model is what the run ends with
+        jax.eval_shape(lambda params: method.merge(model, params), params)
     return virtual_tokens(params)
 
 

@@ -1,0 +1,135 @@
+"""Makes tests/hub/adapterhub: adapters that AdapterHub's library wrote, with its logits, gradients and losses.
+
+`adapters` pins an older transformers, so it has an environment of its own, and its answers are kept:
+
+    python -m venv ENVIRONMENT
+    ENVIRONMENT/bin/pip install torch==2.13.0 adapters==1.3.0
+    ENVIRONMENT/bin/python tests/hub/make_adapterhub.py
+
+Weights depend on their names alone, so that both libraries have the same ones without a file. To see whether the library reads a
+folder as jaxft does, `make_adapterhub.py read CASE FOLDER OUTPUT.npy` writes the logits that it gives with the adapter of FOLDER,
+and `OUTPUT.npy.dir`, the adapter as the library writes it again.
+"""
+
+import json
+import pathlib
+import sys
+import zlib
+
+import numpy as np
+
+HERE = pathlib.Path(__file__).parent / "adapterhub"
+NAME = "medical"
+VOCABULARY, STEPS, RATE, DECAY = 31, 20, 3e-3, 0.05
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "attn_implementation": "eager",
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+CASES = {  # family, preset, what differs from it
+    "double_seq_bn": ("llama", "double_seq_bn", {"reduction_factor": 4}),
+    "seq_bn": ("mistral", "seq_bn", {"reduction_factor": 3, "leave_out": [1], "non_linearity": "gelu", "dropout": 0.1}),
+    "par_bn": ("llama", "par_bn", {"reduction_factor": 4, "mh_adapter": True}),
+    "learned": ("llama", "double_seq_bn", {"scaling": "learned", "reduction_factor": {"0": 2, "default": 8}, "non_linearity": "tanh"}),
+    "channel": (
+        "llama",
+        "seq_bn",
+        {
+            "scaling": "channel",
+            "reduction_factor": 5.5,
+            "original_ln_after": False,
+            "residual_before_ln": False,
+            "non_linearity": "leakyrelu",
+            "init_weights": "houlsby",
+        },
+    ),
+}
+IDS = np.random.default_rng(0).integers(1, VOCABULARY, (2, 9))
+
+
+def weight(name, shape, size=0.2):
+    """Returns a random tensor that depends on its name: norms about 1, nothing zero."""
+    drawn = np.random.default_rng(zlib.crc32(name.encode())).normal(size=tuple(shape)) * size
+    return (drawn + ("norm" in name or name.endswith("scaling"))).astype(np.float32)
+
+
+def base_model(family):
+    """Returns a model of transformers with these weights."""
+    import torch
+    import transformers
+
+    settings = SHAPE | ({"sliding_window": 5} if family == "mistral" else {})
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.tensor(weight(name, parameter.shape)))
+    return model.eval()
+
+
+def _logits(model):
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(IDS)).logits.numpy()
+
+
+def _make(case):
+    import adapters
+    import safetensors.numpy
+    import torch
+
+    family, preset, changes = CASES[case]
+    model = base_model(family)
+    adapters.init(model)
+    model.add_adapter(NAME, config=adapters.AdapterConfig.load(preset, **changes))
+    model.train_adapter(NAME)
+    leaves = {name: leaf for name, leaf in model.named_parameters() if leaf.requires_grad}
+    with torch.no_grad():
+        for name, parameter in leaves.items():
+            parameter.copy_(torch.tensor(weight(name, parameter.shape)))
+    model.eval()
+    folder = HERE / case
+    model.save_adapter(str(folder), NAME, with_head=False, use_safetensors=True)
+    found = {"logits": _logits(model)}
+    ids = torch.tensor(IDS)
+    model(ids, labels=ids).loss.backward()
+    found |= {f"gradient.{name}": leaf.grad.numpy().copy() for name, leaf in leaves.items()}
+    optimizer = torch.optim.AdamW(leaves.values(), lr=RATE, weight_decay=DECAY)
+    losses = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    found["losses"] = np.asarray(losses, np.float64)
+    safetensors.numpy.save_file({name: np.ascontiguousarray(value) for name, value in found.items()}, HERE / f"{case}.safetensors")
+
+
+def _read(case, folder, output):
+    import adapters
+
+    model = base_model(CASES[case][0])
+    adapters.init(model)
+    info = {}
+    name = model.load_adapter(folder, with_head=False, set_active=True, loading_info=info, use_safetensors=True)
+    if info.get("missing_keys") or info.get("unexpected_keys"):
+        sys.exit(json.dumps(info))
+    model.eval()
+    np.save(output, _logits(model))
+    model.save_adapter(f"{output}.dir", name, with_head=False, use_safetensors=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["read"]:
+        _read(*sys.argv[2:5])
+    else:
+        for each in CASES:
+            _make(each)

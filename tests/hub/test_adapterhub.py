@@ -1,0 +1,193 @@
+"""Bottleneck adapters between jaxft and AdapterHub's library, both ways.
+
+The library's answers are kept in tests/hub/adapterhub (make_adapterhub.py says how they are made). With JAXFT_ADAPTERS_PYTHON, an
+interpreter that has the library, it also reads what jaxft writes.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+
+import jax
+import numpy as np
+import optax
+import pytest
+import safetensors.numpy
+import torch
+from conftest import TOLERANCE
+from lenient_optax import lenient
+from make_adapterhub import CASES, DECAY, HERE, IDS, NAME, RATE, base_model
+from tiny_models import largest_difference, load, make_pair, moved, same_bits
+
+import jaxft
+from jaxft.errors import UserError
+from jaxft.methods import Bottleneck, LoRA
+
+PYTHON = os.environ.get("JAXFT_ADAPTERS_PYTHON")
+
+
+@functools.cache
+def base(family):
+    return load(base_model(family))
+
+
+def adapted(case):
+    model, params = base(CASES[case][0])
+    return model, *jaxft.load_adapter(HERE / case, model, params)
+
+
+@functools.cache
+def answers(case):
+    return safetensors.numpy.load_file(HERE / f"{case}.safetensors")
+
+
+@functools.cache
+def program(case):
+    """Returns the logits, the loss and its gradients, of the trainable leaves."""
+    model, params, method = adapted(case)
+    frozen = jaxft.partition(params, method.mask(params))[1]
+
+    def loss(trainable):
+        logits = model.apply({"params": jaxft.combine(trainable, frozen)}, IDS).logits
+        scored = jax.nn.log_softmax(logits[:, :-1])
+        return -np.float32(1.0) * jax.numpy.take_along_axis(scored, IDS[:, 1:, None], axis=-1).mean(), logits
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def named(case, trainable, folder):
+    """Returns the trainable leaves by their names in AdapterHub's file."""
+    model, params, method = adapted(case)
+    jaxft.save_adapter(folder, model, jaxft.combine(trainable, jaxft.partition(params, method.mask(params))[1]), method, name=NAME)
+    return safetensors.numpy.load_file(folder / "adapter.safetensors")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_gradients_are_those_of_the_library(case, tmp_path):
+    _, params, method = adapted(case)
+    trainable = jaxft.partition(params, method.mask(params))[0]
+    (_, logits), gradients = program(case)(trainable)
+    assert largest_difference(logits, answers(case)["logits"]) <= TOLERANCE
+    found = named(case, gradients, tmp_path / "gradients")
+    expected = {name.removeprefix("gradient."): value for name, value in answers(case).items() if name.startswith("gradient.")}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert np.linalg.norm(gradient) > 0, name
+        assert np.linalg.norm(found[name] - gradient) <= 1e-4 * np.linalg.norm(gradient), name
+
+
+@pytest.mark.parametrize("case", ["double_seq_bn", "learned", "par_bn"])
+def test_twenty_steps_have_the_losses_of_torch(case):
+    _, params, method = adapted(case)
+    trainable = jaxft.partition(params, method.mask(params))[0]
+    optimizer = lenient(optax.adamw(RATE, weight_decay=DECAY))
+    state, losses = optimizer.init(trainable), []
+    update = jax.jit(optimizer.update)
+    for _ in answers(case)["losses"]:
+        (loss, _), gradients = program(case)(trainable)
+        losses.append(float(loss))
+        updates, state = update(gradients, state, trainable)
+        trainable = optax.apply_updates(trainable, updates)
+    assert np.abs(losses - answers(case)["losses"]).max() <= 1e-4
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_written_again_it_holds_the_same_bytes_and_settings(case, tmp_path):
+    model, params, method = adapted(case)
+    jaxft.save_adapter(tmp_path / "again", model, params, method, name=NAME)
+    first, again = (safetensors.numpy.load_file(place / "adapter.safetensors") for place in (HERE / case, tmp_path / "again"))
+    assert {key: value.tobytes() for key, value in first.items()} == {key: value.tobytes() for key, value in again.items()}
+    first, again = (json.loads((place / "adapter_config.json").read_text()) for place in (HERE / case, tmp_path / "again"))
+    if case == "channel":  # the same sums by other settings
+        first["config"] |= {"original_ln_after": True, "residual_before_ln": True}
+    assert first == again
+    loaded, same = jaxft.load_adapter(tmp_path / "again", model, base(CASES[case][0])[1])
+    assert same == method
+    assert same_bits(loaded, params)
+
+
+OURS = {
+    "double_seq_bn": ("double_seq_bn", Bottleneck(size=5, activation="gelu_new", leave_out=(0,), dropout=0.25)),
+    "seq_bn": ("seq_bn", Bottleneck.seq_bn(reduction=4.0, scaling=2.5)),
+    "par_bn": ("par_bn", Bottleneck.par_bn(trained_scale="channel", scaling=1.0, layer_reductions=((1, 8.0),))),
+}
+
+
+@pytest.mark.skipif(not PYTHON, reason="JAXFT_ADAPTERS_PYTHON names no interpreter")
+@pytest.mark.parametrize("name", OURS)
+def test_the_library_gives_our_logits_and_writes_our_bytes(name, tmp_path):
+    case, method = OURS[name]
+    model, params = base(CASES[case][0])
+    params = moved(method, model, params)
+    jaxft.save_adapter(tmp_path / "ours", model, params, method)
+    script, out = pathlib.Path(HERE.parent, "make_adapterhub.py"), tmp_path / "logits.npy"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run([PYTHON, script, "read", case, tmp_path / "ours", out], check=True, capture_output=True, timeout=120, env=environment)
+    logits = jax.jit(lambda params: model.apply({"params": params}, IDS).logits)(params)
+    assert largest_difference(logits, np.load(out)) <= TOLERANCE
+    first, again = (safetensors.numpy.load_file(place / "adapter.safetensors") for place in (tmp_path / "ours", pathlib.Path(f"{out}.dir")))
+    assert {key: value.tobytes() for key, value in first.items()} == {key: value.tobytes() for key, value in again.items()}
+
+
+def test_both_parts_of_a_sum_go_to_their_own_formats(tmp_path):
+    model, params = base("llama")
+    lora, bottleneck = LoRA(rank=2, alpha=3.0, targets=("q_proj",)), Bottleneck.par_bn()
+    tuned = moved(lora + bottleneck, model, params)
+    jaxft.save_adapter(tmp_path / "lora", model, tuned, lora)
+    jaxft.save_adapter(tmp_path / "bottleneck", model, tuned, bottleneck)
+    loaded = jaxft.load_adapter(tmp_path / "lora", model, params)[0]
+    loaded = jaxft.load_adapter(tmp_path / "bottleneck", model, loaded)[0]
+    assert same_bits(loaded, tuned)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ln_after": True}, "ln_after is True"),
+        ({"phm_layer": True}, "phm_layer"),
+        ({"inv_adapter": "nice"}, "inv_adapter"),
+        ({"original_ln_after": False}, "don't add the residual once"),
+        ({"non_linearity": "softplus"}, "non_linearity is 'softplus'"),
+        ({"scalling": 2.0}, "Did you mean 'scaling'"),
+        ({"architecture": "prefix_tuning"}, "jaxft reads bottleneck adapters"),
+        ({"reduction_factor": {"0": 2}}, "no 'default'"),
+        ({"reduction_factor": 2}, "another reduction"),
+        ({"output_adapter": False}, "no place for"),
+        ({"scaling": "learned"}, "it lacks"),
+    ],
+)
+def test_what_jaxft_has_not_is_refused(changes, message, tmp_path):
+    shutil.copytree(HERE / "double_seq_bn", tmp_path / "copy")
+    path = tmp_path / "copy" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"config": config["config"] | changes}))
+    with pytest.raises(UserError, match=message):
+        jaxft.load_adapter(tmp_path / "copy", *base("llama"))
+
+
+def test_pickle_is_refused_with_the_remedy(tmp_path):
+    shutil.copytree(HERE / "double_seq_bn", tmp_path / "copy")
+    (tmp_path / "copy" / "adapter.safetensors").unlink()
+    torch.save({}, tmp_path / "copy" / "pytorch_adapter.bin")
+    with pytest.raises(UserError, match="use_safetensors=True"):
+        jaxft.load_adapter(tmp_path / "copy", *base("llama"))
+
+
+def test_an_adapter_of_another_base_is_refused():
+    with pytest.raises(UserError, match="another base model"):
+        jaxft.load_adapter(HERE / "seq_bn", *base("llama"))
+    with pytest.raises(UserError, match="hidden_size"):
+        jaxft.load_adapter(HERE / "double_seq_bn", *make_pair("llama")[1:])
+
+
+def test_another_methods_parameters_are_refused(tmp_path):
+    model, params = base("llama")
+    with pytest.raises(UserError, match="hold no bottleneck"):
+        jaxft.save_adapter(tmp_path / "a", model, params, Bottleneck())
+    tuned = Bottleneck().init(jax.random.key(0), model, params)
+    for other in (Bottleneck(size=3), Bottleneck(leave_out=(1,)), Bottleneck(activation="relu"), Bottleneck(scaling=2.0)):
+        with pytest.raises(UserError, match="Pass the method"):
+            jaxft.save_adapter(tmp_path / "a", model, tuned, other)
