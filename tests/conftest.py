@@ -8,3 +8,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import jax
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+LONGEST = ("train/test_run.py", "benchmarks/test_sft.py", "train/test_placement.py", "hub/test_peft.py")  # files, the longest first
+
+
+def pytest_collection_modifyitems(items):
+    """Starts with the files that take longest, so that no worker is left with one of them at the end."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: next((place for name, place in places.items() if item.path.as_posix().endswith(name)), len(places)))

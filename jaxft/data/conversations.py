@@ -79,8 +79,8 @@ def question(row: Mapping[str, Any], config: DataConfig, place: str) -> tuple[Me
     Raises:
         UserError: no prompt in it.
 
-    >>> question({"instruction": "Add.", "input": "2 + 2"}, DataConfig(), "prompt 1")
-    ({'role': 'user', 'content': 'Add.\n\n2 + 2'},)
+    >>> question({"instruction": "Add.", "output": "4"}, DataConfig(), "prompt 1")
+    ({'role': 'user', 'content': 'Add.'},)
     """
     columns = [column for _, column, _, _ in string.Formatter().parse(config.prompt) if column]
     if config.prompt and (set(columns) <= row.keys() or "prompt" not in row):

@@ -101,7 +101,7 @@ def check(
     for key, kind in kinds.items():
         if config.get(key) and not isinstance(config[key], kind):
             raise UserError(f"{where}: {key} is {config[key]!r}, which PEFT wouldn't take.")
-    for key, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
+    for key, kind in (("rank_pattern", (int, list)), ("alpha_pattern", (int, float))):  # AdaLoRA's rank_pattern has lists
         if wrong := [value for value in (config.get(key) or {}).values() if not isinstance(value, kind)]:
             raise UserError(f"{where}: {key} has the value {wrong[0]!r}, which PEFT wouldn't take.")
     for pattern in (*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {}), *_expressions(config)):

@@ -57,9 +57,10 @@ class VirtualTokens:
         node: Any = params.get(self.site)
         if node is None:
             raise UserError(f"These parameters hold no {self._name}: params = method.init(rng, model, params) adds one.")
-        if type(node) is not self.node(method) or node.virtual_tokens != method.virtual_tokens:
+        kind, count = type(node), node.virtual_tokens
+        if kind is not self.node(method) or count != method.virtual_tokens:
             raise UserError(
-                f"The {self.site} of these parameters is {type(node).__name__} with {node.virtual_tokens} virtual tokens, not what "
+                f"The {self.site} of these parameters is {kind.__name__} with {count} virtual tokens, not what "
                 f"{method} gives. Pass the method that made the parameters."
             )
         base: Any = model

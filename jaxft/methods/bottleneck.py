@@ -106,7 +106,7 @@ class Bottleneck(Method):
     @classmethod
     def par_bn(cls, **changes: Any) -> "Bottleneck":
         """Returns He's scaled parallel adapter: beside the MLP, relu, half the width, times 4."""
-        preset = {"sites": ("mlp_output",), "input": "residual", "activation": "relu", "reduction": 2.0, "scaling": 4.0}
+        preset: dict[str, Any] = {"sites": ("mlp_output",), "input": "residual", "activation": "relu", "reduction": 2.0, "scaling": 4.0}
         return cls(**(preset | changes))
 
     def __post_init__(self) -> None:
@@ -137,7 +137,8 @@ class Bottleneck(Method):
         depth = sum(len(layers) for layers in segments.spans(params))
         hidden = model.config.hidden_size
         self._check_layers(depth)
-        params = segments.regroup(params, lambda layer: self.size_at(layer, hidden))
+        cut = {layer: layers[0] for layers in segments.spans(params) for layer in layers}  # another method's cuts stay
+        params = segments.regroup(params, lambda layer: (cut[layer], self.size_at(layer, hidden)))
         stacks = {}
         for layers in segments.spans(params):
             stack = params[segments.LAYERS][segments.key(layers)]

@@ -75,15 +75,15 @@ class LoRAKernel(Node):
     start_b: jax.Array | None = None
 
     def dot(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
-        low = dropped(x, self.dropout, rng)
-        difference = narrow(low, self.lora_a.astype(x.dtype)) * self.scale.astype(x.dtype) @ self.lora_b.astype(x.dtype)
+        inputs = dropped(x, self.dropout, rng)
+        low = narrow(inputs, self.lora_a.astype(x.dtype)) * self.scale.astype(x.dtype)
         if self.magnitude is None:
-            return dot(x, self.base, rng) + difference
-        factor = self._factor(x.dtype)
-        if low is x:
+            return dot(x, self.base, rng) + low @ self.lora_b.astype(x.dtype)
+        factor, difference = self._factor(x.dtype), low @ self.lora_b.astype(x.dtype)
+        if inputs is x:
             return factor * (dot(x, self.base, rng) + difference)
         # As peft: the base's product keeps its whole input, what DoRA changes of it sees the dropped one.
-        return dot(x, self.base, rng) + (factor - 1) * dot(low, self.base, rng) + factor * difference
+        return dot(x, self.base, rng) + (factor - 1) * dot(inputs, self.base, rng) + factor * difference
 
     def take(self, ids: jax.Array, dtype: Any) -> jax.Array:
         low = self.lora_a.astype(dtype)[ids] * self.scale.astype(dtype)

@@ -29,7 +29,7 @@ from jaxft.train.evaluate import Evaluation, Evaluator, make_sampling
 from jaxft.train.logs import peak_memory_bytes
 from jaxft.train.loop import Loop, Outcome
 from jaxft.train.report import adapter_command, card, model_command, print_answers, print_comparison
-from jaxft.train.setup import Setup, set_up
+from jaxft.train.setup import Setup, can_merge, set_up
 from jaxft.train.state import State
 
 FORMATS = ("peft", "adapterhub", "hf")
@@ -135,7 +135,8 @@ def export(experiment: Experiment, workdir: pathlib.Path, format: str | None, ou
 def own_exports(setup: Setup, state: State) -> list[tuple[str, str, Method]]:
     """Returns what a run is exported as: folder's name, format, method.
 
-    The adapter alone where PEFT or AdapterHub has such, each of a sum's parts where they have them all, else the whole model.
+    The adapter alone where PEFT or AdapterHub has such, else the whole model; a sum as a whole model too, or as the adapters of its parts
+    where it can't be merged.
     """
     method, params = setup.experiment.method, setup.params(state)
 
@@ -146,11 +147,9 @@ def own_exports(setup: Setup, state: State) -> list[tuple[str, str, Method]]:
     if not isinstance(method, Compose):
         format = form(method) or "hf"
         return [(format, format, method)]
-    forms = [form(part) for part in method.methods]
-    if None in forms:
+    if can_merge(method, setup.model, params):
         return [("hf", "hf", method)]
-    pairs = enumerate(zip(forms, method.methods, strict=True), start=1)
-    return [(f"{number}-{part.title}", str(format), part) for number, (format, part) in pairs]
+    return [(f"{number}-{part.title}", form(part) or "peft", part) for number, part in enumerate(method.methods, start=1)]
 
 
 def versions() -> dict[str, str]:

@@ -152,12 +152,35 @@ def check_method(method: Method, model: Any, shapes: Any, seed: int) -> int:
     def like(params: Any, *_: Any) -> Any:  # in the place of scores
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
 
-    params = jax.eval_shape(lambda params: method.begin(key, model, params, like), shapes)
+    counted = 0
+
+    def begin(params: Any) -> Any:
+        nonlocal counted
+        params = method.begin(key, model, params, like)
+        counted = virtual_tokens(params)
+        return params
+
+    try:
+        params = jax.eval_shape(begin, shapes)
+    except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError):
+        return 0  # it looks at the weights themselves: what doesn't fit is found when they are there
     trainable_leaves(params, method.mask(params))
     parts = method.methods if isinstance(method, Compose) else (method,)
-    if None in map(adapter_format, parts):  # then the merged model is what the run ends with
+    if None in map(adapter_format, parts) and not can_merge(method, model, params):
+        raise UserError(
+            f"What {method.title} trains could be written nowhere: it can't be merged, and not all of it has an adapter's form. "
+            "Leave a part of it out."
+        )
+    return counted
+
+
+def can_merge(method: Method, model: Any, params: Any) -> bool:
+    """Returns whether a method can be folded into the base, by shapes alone."""
+    try:
         jax.eval_shape(lambda params: method.merge(model, params), params)
-    return virtual_tokens(params)
+    except UserError:
+        return False
+    return True
 
 
 def micro_batches(batches: Batches) -> Iterator[dict[str, np.ndarray]]:

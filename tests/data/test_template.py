@@ -141,7 +141,9 @@ def test_marked_spaces_at_the_end_are_scored_though_offsets_leave_them_out(byte_
 def test_the_end_of_turn_token_behind_a_marked_answer_is_scored(byte_level):
     end = "<|im_end|>"
     for inside, outside in (("", end), (end, ""), (end, end)):
-        template = f"{{% for m in messages %}}{{% generation %}}{{{{ m.content }}}}{inside}{{% endgeneration %}}{outside}{{% endfor %}}"
+        answer = f"{{% generation %}}{{{{ m.content }}}}{inside}{{% endgeneration %}}{outside}"
+        turn = f"{{% if m.role == 'assistant' %}}{answer}{{% else %}}<{{{{ m.content }}}}>{{% endif %}}"
+        template = f"{{% for m in messages %}}{turn}{{% endfor %}}"
         assert texts_of(byte_level, template, dialogue("a", "the"))[-1] == f"the{end}"
 
 

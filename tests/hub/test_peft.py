@@ -198,7 +198,7 @@ BROKEN = {
     "tokens": (lambda folder: _edit_config(folder, trainable_token_indices=[1]), "trainable_token_indices is"),
     "pissa": (lambda folder: _edit_config(folder, init_lora_weights="pissa_niter_4"), "init_lora_weights is 'pissa_niter_4'"),
     "unknown": (lambda folder: _edit_config(folder, use_rsloro=True), "doesn't know, 'use_rsloro'. Did you mean 'use_rslora'"),
-    "type": (lambda folder: _edit_config(folder, peft_type="IA3"), "peft_type is 'IA3'"),
+    "type": (lambda folder: _edit_config(folder, peft_type="POLY"), "peft_type is 'POLY'"),
     "task": (lambda folder: _edit_config(folder, task_type="SEQ_CLS"), "task_type is 'SEQ_CLS'"),
     "targets": (lambda folder: _edit_config(folder, target_modules=["query"]), r"choose none.*layers\.N\.self_attn\.q_proj"),
     "more targets": (lambda folder: _edit_config(folder, target_modules=["q_proj", "k_proj"]), r"lacks .*k_proj\.lora_A"),
@@ -211,7 +211,7 @@ BROKEN = {
     "other rank": (lambda folder: _edit_config(folder, r=5), r"\(4, 32\) for \(5, 32\)"),
     "pickle": (_pickled, "pickle files"),
     "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
-    "no config": (lambda folder: (folder / "adapter_config.json").unlink(), "is no PEFT adapter"),
+    "no config": (lambda folder: (folder / "adapter_config.json").unlink(), "it is no adapter of PEFT or AdapterHub"),
     "truncated": (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"\x00" * 30), "no whole safetensors file"),
 }
 

@@ -18,7 +18,7 @@ import jaxft
 from jaxft.errors import UserError
 from jaxft.methods import AdaLoRA
 
-TOLERANCE = 1e-4  # the bound
+TOLERANCE = 1e-4  # the bound everywhere
 IDS = np.random.default_rng(0).integers(1, VOCABULARY, (2, 11)).astype(np.int32)
 TOTAL, RATE = 9, 0.05
 SETTINGS = {

@@ -125,7 +125,7 @@ def test_trainable_leaves_are_float32_on_a_bfloat16_base():
 
 def test_it_adds_up_with_other_methods():
     model, params = base()
-    for other in (LoRA(rank=2, alpha=3.0), Partial(last=1)):
+    for other in (LoRA(rank=2, alpha=3.0), Partial(targets=("layers/2/mlp",))):  # whole layers would take the adapter in
         both = (other + Bottleneck(reduction=8.0)).init(jax.random.key(0), model, params)
         mask = (other + Bottleneck(reduction=8.0)).mask(both)
         assert {"attention_output", "mlp_output"} <= {leaf.path[2] for leaf in segments.leaves(jaxft.partition(both, mask)[0])}

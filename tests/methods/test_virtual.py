@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_models import largest_difference, make_pair, moved, same_bits
 
-import jaxft
+import experiments
 from jaxft import overrides
 from jaxft.config import TrainConfig
 from jaxft.errors import UserError
@@ -163,5 +163,5 @@ def test_two_devices_give_the_same_logits():
 
 @pytest.mark.parametrize("method", [Prefix(4, start="text", tokens=(1, 2)), Prompt(3), PTuning(encoder="lstm") + LoRA()])
 def test_it_goes_through_json(method):
-    experiment = dataclasses.replace(jaxft.Experiment(), method=method)
+    experiment = dataclasses.replace(experiments.load("lora_llama2"), method=method)
     assert overrides.from_dict(overrides.to_dict(experiment)) == experiment

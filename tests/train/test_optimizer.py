@@ -220,6 +220,10 @@ def test_clipping_is_by_the_norm_of_all_trainable_gradients():
         ({"clip_norm": -1.0}, "optimizer.clip_norm is a finite number, 0 or more"),
         ({"warmup": -3}, "optimizer.warmup is a finite number, 0 or more"),
         ({"b1": 1.5}, "optimizer.b1 is from 0 to 1"),
+        ({"b2": 1.0}, "optimizer.b2 is 1: an average that never moves"),
+        ({"learning_rate": 0.0}, "optimizer.learning_rate is 0: nothing would train"),
+        ({"name": "adafactor", "b1": 0.5}, "optimizer.b1 is set, but adafactor has none"),
+        ({"name": "sgd", "eps": 0.5}, "optimizer.eps is set, but sgd has none"),
         ({"decay": 2.0}, "optimizer.decay is from 0 to 1"),
         ({"final_scale": -0.5}, "optimizer.final_scale is from 0 to 1"),
     ],
@@ -234,3 +238,19 @@ def test_values_that_make_no_sense_are_named(fields, message):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_name_is_taken(name, schedule):
     check(OptimizerConfig(name=name, schedule=schedule))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_decay_follows_the_rate(name):
+    """Twenty steps without a gradient take twenty times rate * decay off, by every optimizer."""
+    config = OptimizerConfig(name=name, learning_rate=1e-3, schedule="constant", warmup=0, weight_decay=0.1)
+    optimizer = make_optimizer(config, 20)
+    params = {"kernel": jnp.ones((2, 2))}
+    state = optimizer.init(params)
+    for _ in range(20):
+        updates, state = optimizer.update({"kernel": jnp.zeros((2, 2))}, state, params)
+        params = optax.apply_updates(params, updates)
+    # sgd's decay passes through its momentum, which sums to more of it
+    assert 1 - 20 * 1e-4 * 10 < float(params["kernel"][0, 0]) < 1 - 1e-4
+    if name != "sgd":
+        np.testing.assert_allclose(params["kernel"], (1 - 1e-4) ** 20, rtol=1e-6)

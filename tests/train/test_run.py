@@ -265,7 +265,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(material, tmp_path):
     flags = ("--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=0", "--config.optimizer.name=sgd")
     code, _, err = finish(start(material, tmp_path / "run", *flags))
     assert code == 2
-    assert "training rows" in err
+    assert "rows.jsonl, line" in err
     assert "Traceback" not in err
 
 
@@ -277,7 +277,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(material, tmp_path):
         (("--config.optimizer.name=adam",), "Did you mean 'adamw'"),
         (("--config.train.remat=dot",), "Did you mean 'dots'"),
         (("--config.method.targets=q_prj",), "q_proj"),
-        (("--config.method.rank=33",), "more than it can have"),
+        (("--config.method.rank=33", "--config.method.start=pissa"), "finds no rank of 33"),
         (("--config.data.train=nowhere.jsonl",), "nowhere.jsonl"),
     ],
 )
@@ -294,3 +294,67 @@ def test_a_folder_that_is_not_ours_is_left_alone(material, tmp_path):
     assert code == 2
     assert "isn't empty" in err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.slow
+def test_ties_and_early_stopping_end_with_the_best_checkpoint(material, tmp_path):
+    flags = ("--config.train.best_metric=accuracy", "--config.train.best_mode=max", "--config.train.eval_every=1", "--config.train.keep=1")
+    small = ("--config.optimizer.learning_rate=1e-9", "--config.train.patience=2", "--config.eval.generate=false")
+    code, out, err = finish(start(material, tmp_path / "run", *flags, *small))  # so small a rate that every evaluation ties
+    assert code == 0, err
+    assert "Stopped early: accuracy hasn't improved for 2 evaluations" in out
+    assert "Step 1 was the best on validation" in out
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 3
+
+
+@pytest.mark.slow
+def test_generate_takes_the_folders_configuration_and_rows_of_the_data(material, whole, tmp_path):
+    rows, output = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    rows.write_text('{"instruction": "Name it.", "input": "3"}\n{"instruction": "Name the number 3, please?", "input": ""}\n')
+    process = subprocess.Popen(
+        [sys.executable, "launch.py", "--experiment=lora_llama2", f"--workdir={whole[0]}", "--mode=generate", f"--prompts={rows}",
+         f"--output={output}"],
+        cwd=ROOT, env=os.environ | {"JAXFT_CACHE": str(material / "cache"), "XLA_FLAGS": ""},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    code, _, err = finish(process)
+    assert code == 0, err
+    assert [json.loads(line)["prompt"] for line in output.read_text().splitlines()] == ["Name it.\n\n3", "Name the number 3, please?"]
+
+
+@pytest.mark.slow
+def test_a_start_that_failed_locks_no_folder(material, tmp_path):
+    code, _, err = finish(start(material, tmp_path / "run", "--config.data.split=0.9,0.1,0.0"))
+    assert (code, "There is no test set" in err) == (2, True), err
+    code, _, err = finish(start(material, tmp_path / "run", "--config.method.targets=qproj"))
+    assert (code, "Did you mean 'q_proj'" in err) == (2, True), err
+    flags = ("--config.optimizer.name=sgd", "--config.optimizer.clip_norm=0", "--config.train.steps=4", "--config.eval.generate=false")
+    code, _, err = finish(start(material, tmp_path / "run", *flags, "--config.optimizer.learning_rate=1e38"))
+    assert code == 2
+    assert "isn't finite" in err
+    assert "rows.jsonl, line" in err
+    assert "No checkpoint was written before it" in err
+    code, _, err = finish(start(material, tmp_path / "run", *flags, "--config.optimizer.learning_rate=1e-3"))
+    assert code == 0, err
+
+
+@pytest.mark.slow
+def test_folders_of_others_are_refused_without_a_traceback(material, tmp_path):
+    for content in ('{"model_type": "llama"}', "[]"):
+        (tmp_path / "config.json").write_text(content)
+        code, _, err = finish(start(material, tmp_path))
+        assert (code, "holds no run of jaxft" in err, "Traceback" in err) == (2, True, False), err
+    (tmp_path / "notes.txt").write_text("mine")
+    code, _, err = finish(start(material, tmp_path, f"--output={tmp_path}", mode="export"))
+    assert (code, "Traceback" in err) == (2, False), err
+
+
+@pytest.mark.slow
+def test_a_sum_that_can_not_be_merged_is_exported_as_its_parts(material, tmp_path):
+    method = "--config.method=Prefix(virtual_tokens=3) + Bottleneck(size=4)"
+    code, _, err = finish(start(material, tmp_path / "run", method, "--config.train.neftune_alpha=0", "--config.train.steps=4"))
+    assert code == 0, err
+    assert (tmp_path / "run" / "export" / "1-Prefix" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "run" / "export" / "2-Bottleneck" / "adapter.safetensors").exists()
+    code, _, err = finish(start(material, tmp_path / "other", "--config.method=Partial(targets=('norm',)) + Prefix(virtual_tokens=3)"))
+    assert (code, "could be written nowhere" in err) == (2, True), err
