@@ -116,7 +116,7 @@ class AdaLoRA(Method):
         for leaf in segments.leaves(params, is_leaf=is_node):
             for layer, name in zip(leaf.layers or (), leaf.names, strict=False):
                 per_layer.setdefault(layer, []).append((leaf.path[-2], self._is_target(name)))
-        params = segments.regroup(params, lambda layer: tuple(per_layer[layer]))
+        params = segments.refine(params, lambda layer: tuple(per_layer[layer]))
         return segments.map_leaves(lambda leaf: self._around(rng, leaf), params, is_leaf=is_node)
 
     def mask(self, params: Params) -> Any:

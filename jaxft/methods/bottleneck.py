@@ -137,8 +137,7 @@ class Bottleneck(Method):
         depth = sum(len(layers) for layers in segments.spans(params))
         hidden = model.config.hidden_size
         self._check_layers(depth)
-        cut = {layer: layers[0] for layers in segments.spans(params) for layer in layers}  # another method's cuts stay
-        params = segments.regroup(params, lambda layer: (cut[layer], self.size_at(layer, hidden)))
+        params = segments.refine(params, lambda layer: self.size_at(layer, hidden))
         stacks = {}
         for layers in segments.spans(params):
             stack = params[segments.LAYERS][segments.key(layers)]

@@ -44,7 +44,7 @@ def wrap(params: Params, kind: Callable[[str], Hashable], around: Callable[[Leaf
         if leaf.layers is not None and is_kernel(leaf):
             for layer, name in zip(leaf.layers, leaf.names, strict=True):
                 per_layer.setdefault(layer, []).append((leaf.path[2:], kind(name)))
-    params = segments.regroup(params, lambda layer: tuple(per_layer.get(layer, ())))
+    params = segments.refine(params, lambda layer: tuple(per_layer.get(layer, ())))
 
     def replace(leaf: Leaf) -> Any:
         return around(leaf) if is_kernel(leaf) and kind(leaf.names[0]) is not None else leaf.value

@@ -169,7 +169,7 @@ class LoRA(Method):
             if leaf.layers is not None:
                 for layer, name in zip(leaf.layers, leaf.names, strict=True):
                     per_layer[layer].append((leaf.path[-2], self._rank_of(leaf, name), self.trains_whole(name)))
-        params = segments.regroup(params, lambda layer: tuple(per_layer[layer]))
+        params = segments.refine(params, lambda layer: tuple(per_layer[layer]))
         return segments.map_leaves(lambda leaf: self._around(rng, leaf), params, is_leaf=is_node)
 
     def mask(self, params: Params) -> Any:

@@ -62,6 +62,12 @@ def _form(leaf: Any) -> Hashable:
     return id(leaf.value) if is_shared(leaf) else (leaf.shape[1:], leaf.dtype)
 
 
+def refine(params: Params, signature: Callable[[int], Hashable]) -> Params:
+    """Splits segments as `regroup` does, and joins none: a method leaves the cuts that another one made."""
+    cut = {layer: number for number, segment in enumerate(spans(params)) for layer in segment}
+    return regroup(params, lambda layer: (cut[layer], signature(layer)))
+
+
 def layer_slice(params: Params, layers: range) -> Any:
     """Returns the stacked subtree of consecutive layers, which may lie in several segments of one structure."""
     parts = []

@@ -119,3 +119,9 @@ def test_the_command_line_takes_sums():
 def test_an_expression_that_is_none_is_refused(text, message):
     with pytest.raises(UserError, match=message):
         flag(text)
+
+
+def test_a_lora_leaves_the_cuts_of_another_method():
+    found = trains(Partial(last=1) + LoRA(rank=2, targets=("layers/0/attention/q_proj",)))
+    low_rank = {f"layers/0/attention/q_proj/kernel/{side}" for side in ("lora_a", "lora_b")}
+    assert found == trains(Partial(last=1)) | low_rank
