@@ -5,6 +5,7 @@ import numpy as np
 import torch
 from lenient_optax import lenient, make_optimizer
 from tiny_models import make_examples
+from torch_loss import torch_loss as reference_loss
 
 import jaxft
 from jaxft.config import DataConfig, OptimizerConfig
@@ -20,14 +21,7 @@ CONFIG = OptimizerConfig(schedule="constant", warmup=0, learning_rate=LEARNING_R
 
 def torch_loss(model):
     """The mean over all scored tokens of four padded rows, by torch."""
-    longest = int(EXAMPLES.lengths.max())
-    ids, mask, labels = (np.full((len(EXAMPLES), longest), fill) for fill in (0, 0, -100))
-    for i in range(len(EXAMPLES)):
-        tokens, scored = EXAMPLES[i]
-        ids[i, : len(tokens)], mask[i, : len(tokens)] = tokens, 1
-        labels[i, : len(tokens)] = np.where(scored, tokens, -100)
-    ids, mask, labels = (torch.tensor(array) for array in (ids, mask, labels))
-    return model(ids, attention_mask=mask, labels=labels).loss  # transformers shifts the labels
+    return reference_loss(model, EXAMPLES)
 
 
 def packed_rows():

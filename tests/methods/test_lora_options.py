@@ -13,6 +13,7 @@ import pytest
 import torch
 from lenient_optax import make_optimizer
 from tiny_models import VOCABULARY, largest_difference, make_examples, make_pair, moved, same_bits, with_adapter
+from torch_loss import torch_loss
 
 import jaxft
 from jaxft.config import DataConfig, OptimizerConfig
@@ -196,18 +197,6 @@ def trained():
         theirs.step()
         expected.append(float(loss.detach()))
     return losses, expected, (trainable, frozen, params, method), state
-
-
-def torch_loss(tuned, examples):
-    """The mean over all scored tokens of padded rows, by torch."""
-    longest = int(examples.lengths.max())
-    ids, mask, labels = (np.full((len(examples), longest), fill) for fill in (0, 0, -100))
-    for i in range(len(examples)):
-        tokens, scored = examples[i]
-        ids[i, : len(tokens)], mask[i, : len(tokens)] = tokens, 1
-        labels[i, : len(tokens)] = np.where(scored, tokens, -100)
-    ids, mask, labels = (torch.tensor(array) for array in (ids, mask, labels))
-    return tuned(ids, attention_mask=mask, labels=labels).loss
 
 
 def test_twenty_steps_of_dora_at_lora_plus_rates_have_the_losses_of_peft():
