@@ -14,7 +14,8 @@ from jaxft.hub.checkpoint import ADAPTER_CONFIG
 from jaxft.hub.names import Entry, tensors_of
 from jaxft.hub.peft_format import WEIGHTS, Params, Written
 from jaxft.hub.peft_tensors import PREFIX, Slot, module_of
-from jaxft.methods.lora import EMBEDDING, KERNEL, LoRA, LoRAKernel
+from jaxft.methods.kernels import KERNEL
+from jaxft.methods.lora import EMBEDDING, LoRA, LoRAKernel
 from jaxft.methods.partition import first_match
 
 METHOD = LoRA

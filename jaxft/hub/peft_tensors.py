@@ -10,16 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from jaxft.errors import UserError
-from jaxft.hub.checkpoint import header
-from jaxft.hub.names import Entry, listed
+from jaxft.hub import peft_leaves
+from jaxft.hub.names import Entry
 from jaxft.hub.peft_format import Params
 from jaxft.models import segments
-from jaxft.models.node import dense, is_node
+from jaxft.models.node import is_node
 
 PREFIX = "base_model.model."
 _ITSELF = "itself"  # in the place of a node's field
-BASE = PREFIX + "{module}.base_layer.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,31 +64,10 @@ def check(path: pathlib.Path, slots: Sequence[Slot], kernels: Sequence[Entry], i
 
     peft writes the base's own weight of a targeted head or embedding beside the adapter: it must be this model's.
     """
-    have = header(path)
-    for entry in kernels:
-        if (name := BASE.format(module=entry.module)) in have and entry.index is None:
-            _check_base(path, name, entry)
-            del have[name]
+    have = peft_leaves.held(path.parent, kernels)
     for name in ignored:
         have.pop(name, None)
-    shapes = {slot.key: slot.shape for slot in slots}
-    problems = []
-    if missing := sorted(set(shapes) - set(have)):
-        problems.append(f"it lacks {listed(missing)}")
-    if left := sorted(set(have) - set(shapes)):
-        problems.append(f"it has tensors that its configuration has no place for: {listed(left)}")
-    if wrong := [f"{name} {have[name]} for {shape}" for name, shape in shapes.items() if have.get(name, shape) != shape]:
-        problems.append(f"shapes are those of another base model, or another rank: {listed(wrong)}")
-    if problems:
-        raise UserError(f"{path} doesn't fit: {'; '.join(problems)}.")
-
-
-def _check_base(path: pathlib.Path, name: str, entry: Entry) -> None:
-    with safetensors.safe_open(path, framework="numpy") as file:
-        stored = file.get_tensor(name)
-    held = entry.swap(np.asarray(jax.device_get(dense(entry.leaf.value))))
-    if stored.shape != held.shape or not np.array_equal(stored.astype(entry.leaf.value.dtype), held.astype(entry.leaf.value.dtype)):
-        raise UserError(f"{path}: {name} isn't this model's {entry.name}: the adapter is of another base model, or trained its head whole.")
+    peft_leaves.check(path.parent, {slot.key: slot.shape for slot in slots}, have)
 
 
 def fill(path: pathlib.Path, params: Params, slots: Sequence[Slot]) -> Params:

@@ -11,10 +11,11 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft.errors import UserError
 from jaxft.methods.base import Method
-from jaxft.methods.lora import KERNEL, dropped, key_of, narrow
+from jaxft.methods.kernels import KERNEL, key_of
+from jaxft.methods.lora import dropped, narrow
 from jaxft.methods.partition import check_patterns, first_match
 from jaxft.models import segments
-from jaxft.models.node import Kernel, Node, dense, dot, is_node, node
+from jaxft.models.node import Around, Kernel, dense, dot, is_node, node
 
 Params = dict[str, Any]
 _DEVIATION = 0.02  # of lora_a and lora_b at the start, as peft's
@@ -24,7 +25,7 @@ _TRAINED = ("lora_a", "lora_e", "lora_b")
 
 @node
 @dataclasses.dataclass(frozen=True)
-class AdaLoRAKernel(Node):
+class AdaLoRAKernel(Around):
     """base + scale * lora_a @ diag(lora_e) @ lora_b; where lora_e is zero, the triplet is pruned.
 
     Fields, without the layer axis: base (in, out), lora_a (in, rank), lora_e (rank,), lora_b (rank, out) float32, scale () float32, and
@@ -46,17 +47,9 @@ class AdaLoRAKernel(Node):
         difference = jnp.matmul(self.lora_a * self.lora_e[..., None, :], self.lora_b, precision="highest")
         return dense(self.base) + self.scale[..., None, None] * difference
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.base.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.base.dtype
-
     def placement(self, spec: P) -> Any:
         rows, columns = (*spec, None, None)[:2]
-        base = self.base.placement(spec) if is_node(self.base) else spec
+        base = self.base_placement(spec)
         made: Any = AdaLoRAKernel  # a node of specs, not of arrays
         return made(base, P(rows, None), P(), P(None, columns), P(), None if self.dropout is None else P())
 

@@ -12,24 +12,16 @@ from jaxft.methods.base import Method, Params
 from jaxft.methods.kernels import chosen_kernels, mask_of_nodes, wrap
 from jaxft.methods.partition import check_patterns, first_match
 from jaxft.models import segments
-from jaxft.models.node import Kernel, Node, dense, dot, is_node, linear, node
+from jaxft.models.node import Around, Kernel, dense, dot, is_node, linear, node
 from jaxft.models.segments import Leaf
 
 
 @dataclasses.dataclass(frozen=True)
-class Scaled(Node):
+class Scaled(Around):
     """A kernel with a learned vector. Fields, without the layer axis: base (in, out), scale float32."""
 
     base: Kernel
     scale: jax.Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.base.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.base.dtype
 
 
 @node
@@ -47,7 +39,8 @@ class ScaledOutput(Scaled):
         return dense(self.base) * self.scale[..., None, :]
 
     def placement(self, spec: P) -> Any:
-        return _placed(ScaledOutput, self.base, spec, axis=1)
+        made: Any = ScaledOutput  # a node of specs, not of arrays
+        return made(self.base_placement(spec), P((*spec, None, None)[1]))
 
 
 @node
@@ -62,16 +55,13 @@ class ScaledInput(Scaled):
         return dense(self.base) * self.scale[..., None]
 
     def placement(self, spec: P) -> Any:
-        return _placed(ScaledInput, self.base, spec, axis=0)
+        made: Any = ScaledInput
+        return made(self.base_placement(spec), P((*spec, None)[0]))
 
 
 def _times(x: jax.Array, scale: jax.Array) -> jax.Array:
     """x times a float32 scale, rounded to x's type once: near one, a bfloat16 scale would know no steps below 1/128."""
     return (x.astype(jnp.float32) * scale).astype(x.dtype)
-
-
-def _placed(kind: Any, base: Kernel, spec: P, axis: int) -> Any:
-    return kind(base.placement(spec) if is_node(base) else spec, P((*spec, None, None)[axis]))
 
 
 @dataclasses.dataclass(frozen=True)

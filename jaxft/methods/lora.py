@@ -1,7 +1,6 @@
 """LoRA: a low-rank difference beside frozen kernels (Hu et al. 2021, arXiv:2106.09685)."""
 
 import dataclasses
-import zlib
 from typing import Any
 
 import jax
@@ -13,13 +12,13 @@ from jax.sharding import PartitionSpec as P
 from jaxft.errors import UserError, unknown
 from jaxft.methods import dora, lora_start
 from jaxft.methods.base import Method
+from jaxft.methods.kernels import KERNEL, key_of
 from jaxft.methods.partition import check_patterns, first_match
 from jaxft.methods.rates import scaled
 from jaxft.models import segments
-from jaxft.models.node import Kernel, Node, dense, dot, is_node, node, take
+from jaxft.models.node import Around, Kernel, dense, dot, is_node, node, take
 
 Params = dict[str, Any]
-KERNEL = "kernel"  # what the families call a linear layer's weight
 EMBEDDING = "embedding"  # and a table's
 BIASES = ("none", "all", "lora_only")
 _FAST = ("lora_b", "magnitude", "bias", "scale")  # what LoRA+'s ratio reaches in peft: B and everything of one axis
@@ -57,7 +56,7 @@ def dropped(x: jax.Array, rate: jax.Array | None, rng: jax.Array | None) -> jax.
 
 @node
 @dataclasses.dataclass(frozen=True)
-class LoRAKernel(Node):
+class LoRAKernel(Around):
     """base + scale * lora_a @ lora_b, never formed while training; with a magnitude, its columns brought to those lengths (DoRA).
 
     Fields, without the layer axis: base (in, out), lora_a (in, rank), lora_b (rank, out) float32, scale () float32, and what is None
@@ -103,17 +102,9 @@ class LoRAKernel(Node):
         assert self.magnitude is not None
         return dora.factor(self.magnitude, self.base, self.lora_a, self.lora_b, self.scale).astype(dtype)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.base.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.base.dtype
-
     def placement(self, spec: P) -> Any:
         rows, columns = (*spec, None, None)[:2]
-        base = self.base.placement(spec) if is_node(self.base) else spec
+        base = self.base_placement(spec)
         places = {"lora_a": P(rows, None), "lora_b": P(None, columns), "scale": P(), "dropout": P(), "magnitude": P(columns)}
         places |= {"start_a": P(rows, None), "start_b": P(None, columns)}
         made: Any = LoRAKernel  # a node of specs, not of arrays
@@ -304,8 +295,3 @@ class LoRA(Method):
             raise UserError(f"method.start: '{self.start}' takes a part out of the base, which {type(leaf.value).__name__} isn't made for.")
         kernel = leaf.value if leaf.layers is None else leaf.value[index]
         return lora_start.from_kernel(self.start, rng, dense(kernel), rank, self.scale_of(leaf.names[index]))
-
-
-def key_of(rng: jax.Array, name: str) -> jax.Array:
-    """A key that depends on the kernel's name alone, not on how layers are grouped."""
-    return jax.random.fold_in(rng, zlib.crc32(name.encode()) & 0x7FFFFFFF)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxft.errors import UserError, unknown
-from jaxft.methods.lora import LoRA, LoRAKernel, key_of
+from jaxft.methods.kernels import key_of
+from jaxft.methods.lora import LoRA, LoRAKernel
 from jaxft.models import segments
 from jaxft.models.node import is_node
 

@@ -20,7 +20,7 @@ from jaxft.methods.base import Method, Params, Scores
 from jaxft.methods.kernels import chosen_kernels, fold, is_kernel, key_of, mask_of_nodes, wrap
 from jaxft.methods.partition import first_match
 from jaxft.models import segments
-from jaxft.models.node import Kernel, Node, dense, is_node, node
+from jaxft.models.node import Around, Kernel, dense, is_node, node
 from jaxft.models.segments import Leaf
 
 CHOICES = ("random", "magnitude", "gradient", "fisher")
@@ -59,7 +59,7 @@ _product.defvjp(_forward, _backward)
 
 @node
 @dataclasses.dataclass(frozen=True)
-class SparseKernel(Node):
+class SparseKernel(Around):
     """base + a sparse difference at fixed places.
 
     Fields, without the layer axis: base (in, out), rows and columns (count,) int32, no place twice, values (count,) float32.
@@ -77,17 +77,9 @@ class SparseKernel(Node):
         whole = _sum if self.rows.ndim == 1 else jax.vmap(_sum)
         return whole(self.base, self.rows, self.columns, self.values)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.base.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.base.dtype
-
     def placement(self, spec: P) -> Any:
         made: Any = SparseKernel  # a node of specs, not of arrays
-        return made(self.base.placement(spec) if is_node(self.base) else spec, P(), P(), P())
+        return made(self.base_placement(spec), P(), P(), P())
 
 
 @dataclasses.dataclass(frozen=True)

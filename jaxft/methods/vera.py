@@ -15,13 +15,13 @@ from jaxft.methods.base import Method, Params
 from jaxft.methods.kernels import chosen_kernels, fold, is_kernel, mask_of_nodes, wrap
 from jaxft.methods.partition import first_match
 from jaxft.models import segments
-from jaxft.models.node import Kernel, Node, Shared, dense, dot, is_node, node
+from jaxft.models.node import Around, Kernel, Shared, dense, dot, is_node, node
 from jaxft.models.segments import Leaf
 
 
 @node
 @dataclasses.dataclass(frozen=True)
-class VeRAKernel(Node):
+class VeRAKernel(Around):
     """base + (vera_a[:in] * lambda_d) @ (vera_b[:, :out] * lambda_b), never formed while training.
 
     Fields, without the layer axis: base (in, out), vera_a (largest in, rank) and vera_b (rank, largest out) float32, which all kernels
@@ -54,17 +54,9 @@ class VeRAKernel(Node):
         rows, columns = self.shape[-2:]
         return self.vera_a.value[:rows], self.vera_b.value[:, :columns]
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.base.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.base.dtype
-
     def placement(self, spec: P) -> Any:
         made: Any = VeRAKernel  # a node of specs, not of arrays
-        base = self.base.placement(spec) if is_node(self.base) else spec
+        base = self.base_placement(spec)
         everywhere: Any = P()
         dropout = None if self.dropout is None else P()
         return made(base, Shared(everywhere), Shared(everywhere), P(), P((*spec, None, None)[1]), dropout)

@@ -56,6 +56,24 @@ class Node(abc.ABC):
         """Returns the node with a PartitionSpec for each leaf, for a kernel that is placed by `spec`."""
 
 
+class Around(Node):
+    """A kernel's node around another kernel, which its field `base` holds."""
+
+    base: Kernel
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.base.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
+
+    def base_placement(self, spec: PartitionSpec) -> Any:
+        """Returns where the base lies, for a kernel that is placed by `spec`."""
+        return self.base.placement(spec) if isinstance(self.base, Node) else spec
+
+
 class Site:
     """What stands at a named site of a model. Sites within layers are stacked as kernels are."""
 
