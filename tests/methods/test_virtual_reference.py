@@ -150,8 +150,8 @@ def test_greedy_text_is_that_of_peft(name):
     prompt = np.random.default_rng(4).integers(1, 97, 8).astype(np.int32)
     (found,) = generate(pair.model, pair.params, [prompt], Sampling(max_new_tokens=8), batch_size=1)
     ids = torch.tensor(prompt[None].astype(np.int64))
-    with torch.no_grad():
-        text = pair.tuned.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0
-        )
-    assert found.tolist() == text[0, -8:].tolist()
+    with torch.no_grad():  # without peft's generate, which loses the virtual tokens from transformers 5.24 on
+        for _ in range(8):
+            logits = pair.tuned(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], axis=1)
+    assert found.tolist() == ids[0, -8:].tolist()
