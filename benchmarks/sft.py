@@ -98,12 +98,19 @@ def _options() -> argparse.Namespace:
 # ---------------------------------------------------------------- running
 
 
-def side(script: str, job: sft_job.Job, folder: str, variant: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
+def side(
+    script: str,
+    job: sft_job.Job,
+    folder: str,
+    variant: dict[str, Any] | None = None,
+    timeout: float | None = None,
+    python: str = sys.executable,
+) -> Any:
     """Returns what a side's process wrote; raises `RuntimeError` with its last line where it failed."""
     job_path, out, variant_path = (pathlib.Path(folder) / name for name in ("job.json", "out.json", "variant.json"))
     job.write(job_path)
     out.unlink(missing_ok=True)
-    command = [sys.executable, str(HERE / script), str(job_path), str(out)]
+    command = [python, str(HERE / script), str(job_path), str(out)]
     if variant is not None:
         variant_path.write_text(json.dumps(variant))
         command.append(str(variant_path))

@@ -1,5 +1,6 @@
 """jaxft's side of benchmarks/sft.py: `python benchmarks/sft_jaxft.py JOB.json OUT.json`, a process of its own."""
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -12,23 +13,41 @@ import sft_floor
 import sft_job
 
 import jaxft
+from jaxft.hub.peft import adapter_format
+from jaxft.methods.partition import size
 from jaxft.train.optimizer import make_optimizer
 from jaxft.train.state import new_state
 from jaxft.train.step import make_step
 
 
-def run(job: sft_job.Job) -> dict[str, Any]:
-    """Trains the job as the trainer does, then measures the floor of its step and where the step's time goes."""
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A job after its last step, and what was measured."""
+
+    measured: dict[str, Any]
+    model: Any
+    method: Any
+    batches: Any
+    compiled: Any
+    state: Any
+    frozen: Any
+
+
+def train(job: sft_job.Job) -> Trained:
+    """Trains the job as the trainer does; writes the adapter that it starts from, where the method has such."""
     jax.config.update("jax_enable_compilation_cache", False)  # compilation is measured
-    config = sft_job.experiment(job)
-    batches = sft_job.training_batches(job, str(job.path("model")))
-    model, params, method = sft_job.initial_parameters(job, str(job.path("model")))
+    config, source = sft_job.experiment(job), str(job.path("model"))
+    batches = sft_job.training_batches(job, source)
+    model, params, method = sft_job.initial_parameters(job, source, batches)
+    if adapter_format(method):
+        jaxft.save_adapter(job.path("adapter"), model, params, method)
     trainable, frozen = jaxft.partition(params, method.mask(params))
+    counts = {"trainable_parameters": size(trainable), "total_parameters": size(params)}
     del params
-    optimizer = make_optimizer(config.optimizer, job.steps)
+    optimizer = method.optimizer(make_optimizer(config.optimizer, config.train.steps), config.train.steps)
     state = new_state(trainable, optimizer)
     del trainable
-    step = jax.jit(make_step(model, config.task, optimizer, job.seed), donate_argnums=0)
+    step = jax.jit(make_step(model, config.task, optimizer, job.seed, penalty=method.penalty), donate_argnums=0)
     loaded = machine.peak_memory_bytes()
     started = time.perf_counter()
     compiled = step.lower(state, frozen, dict(batches.batch(0))).compile()
@@ -39,24 +58,32 @@ def run(job: sft_job.Job) -> dict[str, Any]:
         state, metrics = compiled(state, frozen, jax.device_put(dict(batches.batch(number))))
         losses.append(float(metrics["loss"]))
         seconds.append(time.perf_counter() - started)
-    peak = machine.peak_memory_bytes()
-    batch = jax.device_put(dict(batches.batch(0)))
-    return {
+    measured = {
         "losses": losses,
         "seconds": seconds,
         "tokens": [batches.real_tokens(number) for number in range(job.steps)],
         "computed_tokens": [batches.computed_tokens(number) for number in range(job.steps)],
         "compile_seconds": compile_seconds,
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": machine.peak_memory_bytes(),
         "peak_memory_bytes_before_training": loaded,
         "memory_analysis": _memory(compiled),
-        "batch": {"rows": batch["tokens"].shape[1], "tokens_per_row": batch["tokens"].shape[2], "scored_slots": batch["scored"].shape[2]},
-        "prefix_tokens": batches.layout.prefix,
-        "packing_efficiency": batches.efficiency,
-        "floor": sft_floor.floor(model.config, batch, job.rank),
-        "profile": sft_floor.profile(compiled, state, frozen, batch),
         "remat": config.train.remat,
         "imported_torch": "torch" in sys.modules,
+        **counts,
+    }
+    return Trained(measured, model, method, batches, compiled, state, frozen)
+
+
+def run(job: sft_job.Job) -> dict[str, Any]:
+    """Trains the job, then measures the floor of its step and where the step's time goes."""
+    done = train(job)
+    batch = jax.device_put(dict(done.batches.batch(0)))
+    return done.measured | {
+        "batch": {"rows": batch["tokens"].shape[1], "tokens_per_row": batch["tokens"].shape[2], "scored_slots": batch["scored"].shape[2]},
+        "prefix_tokens": done.batches.layout.prefix,
+        "packing_efficiency": done.batches.efficiency,
+        "floor": sft_floor.floor(done.model.config, batch, done.method.rank),
+        "profile": sft_floor.profile(done.compiled, done.state, done.frozen, batch),
     }
 
 

@@ -4,6 +4,7 @@ Run as a process of its own: `python benchmarks/sft_job.py JOB.json` fills the f
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 BUNDLED = "bundled:smollm2-135m-instruct"
-TINY = "tiny"  # a random model of two small layers, with the bundled model's tokenizer
+TINY = "tiny"  # a random model of six small layers, with the bundled model's tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +21,11 @@ class Job:
     """One fine-tuning job. Paths lie in the folder of the job's file."""
 
     source: str  # of the model, as jaxft.load_pretrained takes it, or TINY
-    folder: str  # where prepare puts model/, adapter/, examples.npz and plan.json
+    folder: str  # where prepare puts model/, examples.npz and plan.json, and jaxft's side adapter/
     steps: int
     examples_per_step: int = 8  # on average: rows are packed, and each step takes the same number of rows
     max_length: int = 384  # tokens a row, as in the experiment
-    rank: int = 8
-    alpha: float = 16.0
+    recipe: str = "lora_llama2"  # the experiment whose model, data, method and rate it takes
     seed: int = 0
 
     def path(self, name: str) -> pathlib.Path:
@@ -64,16 +64,14 @@ class Plan:
 
 
 def experiment(job: Job) -> Any:
-    """Returns the recipe lora_llama2 with the job's LoRA, and AdamW at a constant rate without decay."""
-    from experiments import lora_llama2
-    from jaxft.methods import LoRA
+    """Returns the job's recipe with AdamW at a constant rate without decay. Its schedules are those of a whole run."""
+    import experiments
 
-    recipe = lora_llama2.get_config("")
+    recipe = experiments.load(job.recipe)
     return dataclasses.replace(
         recipe,
         data=dataclasses.replace(recipe.data, max_length=job.max_length, cache=False),
-        method=LoRA(rank=job.rank, alpha=job.alpha),
-        train=dataclasses.replace(recipe.train, steps=job.steps, seed=job.seed, accumulation=1, neftune_alpha=0.0),
+        train=dataclasses.replace(recipe.train, steps=max(job.steps, recipe.train.steps), seed=job.seed, accumulation=1, neftune_alpha=0.0),
         optimizer=dataclasses.replace(recipe.optimizer, name="adamw", schedule="constant", warmup=0, weight_decay=0.0),
     )
 
@@ -102,27 +100,33 @@ def training_batches(job: Job, source: str) -> Any:
     return batches(max(1, round(job.examples_per_step * rows_per_epoch / len(examples))))
 
 
-def initial_parameters(job: Job, source: str) -> tuple[Any, Any, Any]:
-    """Returns the model, its parameters with the LoRA that both sides start from, and the method."""
+def initial_parameters(job: Job, source: str, batches: Any) -> tuple[Any, Any, Any]:
+    """Returns the model, its parameters with the method's that both sides start from, and the method."""
     import jaxft
+    from jaxft.hub.tokenizer import load_tokenizer
+    from jaxft.train.scores import gradient_scores
+    from jaxft.train.setup import micro_batches
     from jaxft.train.state import key_for
 
     config = experiment(job)
     model, params = jaxft.load_pretrained(source, dtype="float32")
-    params = config.method.init(key_for(job.seed, "method"), model, params)
-    return model.clone(remat=config.train.remat), params, config.method
+    model = model.clone(remat=config.train.remat)
+    method = config.method.tokenized(load_tokenizer(source))
+
+    def scores(params: Any, chosen: Any, kind: str, count: int) -> Any:
+        return gradient_scores(model, config.task, itertools.islice(micro_batches(batches), count), params, chosen, kind)
+
+    return model, method.begin(key_for(job.seed, "method"), model, params, scores), method
 
 
 def prepare(job: Job) -> None:
-    """Writes the model, the initial adapter, the examples, and which examples each step holds."""
+    """Writes the model, the examples, and which examples each step holds."""
     import jaxft
     from jaxft.hub.tokenizer import load_tokenizer
 
     source = _write_tiny(job) if job.source == TINY else job.source
     model, params = jaxft.load_pretrained(source, dtype="float32")
     jaxft.save_pretrained(job.path("model"), model, params, load_tokenizer(BUNDLED if job.source == TINY else source))
-    model, params, method = initial_parameters(job, str(job.path("model")))
-    jaxft.save_adapter(job.path("adapter"), model, params, method)
     batches = training_batches(job, str(job.path("model")))
     examples = batches.layout.examples
     np.savez(job.path("examples.npz"), tokens=examples.tokens, scored=examples.scored, offsets=examples.offsets)
@@ -136,7 +140,7 @@ def _write_tiny(job: Job) -> str:
     import transformers
 
     torch.manual_seed(job.seed)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = transformers.LlamaConfig(vocab_size=49152, tie_word_embeddings=True, **shape)
     transformers.LlamaForCausalLM(config).save_pretrained(job.path("tiny"))
     return str(job.path("tiny"))
