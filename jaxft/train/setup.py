@@ -102,6 +102,11 @@ def load_data(experiment: Experiment, tokenizer: Any) -> tuple[dict[str, Example
         raise UserError(f"There is no {split} set. Give config.data.{split}, or a share of the training rows by config.data.split.")
     examples = {name: tokenize(found, tokenizer, experiment.data) for name, found in rows.items()}
     console.table("Data", COLUMNS, [describe(found, name) for name, found in examples.items()])
+    if (examples["train"].cut == 0).any() and answer_end(tokenizer, examples["train"]) is None:
+        console.say(
+            "Warning: the training answers end with no special token, so the model won't learn where to stop. Put {{ eos_token }} behind "
+            "the answer in the chat template (config.data.template).\n"
+        )
     return examples, rows["train"]
 
 
@@ -226,10 +231,14 @@ def print_trainable(params: Any, mask: Any) -> None:
 
 def end_tokens(tokenizer: Any, examples: Examples) -> tuple[int, ...]:
     """Returns the tokens that end a text: the tokenizer's own, and the one that ends the answers trained on."""
-    last = examples.tokens[examples.offsets[1:] - 1 - _unscored_tail(examples)]
-    common = int(np.bincount(last).argmax())
-    ends = {tokenizer.eos_token_id, common if common in tokenizer.all_special_ids else None}
-    return tuple(sorted(token for token in ends if token is not None))
+    return tuple(sorted({token for token in (tokenizer.eos_token_id, answer_end(tokenizer, examples)) if token is not None}))
+
+
+def answer_end(tokenizer: Any, examples: Examples) -> int | None:
+    """Returns the special token that most answers end with, or None where they end with text."""
+    last = examples.tokens[examples.offsets[1:] - 1 - _unscored_tail(examples)][examples.cut == 0]
+    common = int(np.bincount(last).argmax()) if len(last) else None
+    return common if common in tokenizer.all_special_ids else None
 
 
 def _unscored_tail(examples: Examples) -> np.ndarray:

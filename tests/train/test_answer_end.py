@@ -1,0 +1,38 @@
+"""What ends an answer, and the warning where nothing does."""
+
+import dataclasses
+import types
+
+import numpy as np
+import pytest
+from tiny_models import make_examples
+
+import experiments
+from jaxft.config import EvalConfig
+from jaxft.train import setup
+
+END = 3
+TOKENIZER = types.SimpleNamespace(eos_token_id=2, all_special_ids=[2, END])
+
+
+def ending_with(token, cut=0):
+    """Returns three examples whose last scored token is `token`; one line break, not scored, stands behind it."""
+    examples = make_examples([9, 6, 12], answer=4)
+    tokens, scored, ends = examples.tokens.copy(), examples.scored.copy(), examples.offsets[1:]
+    tokens[ends - 2], scored[ends - 1], scored[ends - 2] = token, False, True
+    return dataclasses.replace(examples, tokens=tokens, scored=scored, cut=np.full(3, cut, np.int32))
+
+
+@pytest.mark.parametrize(("examples", "end", "stops"), [(ending_with(END), END, (2, 3)), (ending_with(50), None, (2,))])
+def test_the_last_scored_token_ends_an_answer_if_it_is_special(examples, end, stops):
+    assert setup.answer_end(TOKENIZER, examples) == end
+    assert setup.end_tokens(TOKENIZER, examples) == stops
+
+
+@pytest.mark.parametrize(("examples", "warned"), [(ending_with(END), False), (ending_with(50), True), (ending_with(50, cut=1), False)])
+def test_a_template_that_ends_no_answer_is_told(monkeypatch, capsys, examples, warned):
+    monkeypatch.setattr(setup, "load_splits", lambda *_: {"train": "rows", "validation": "rows"})
+    monkeypatch.setattr(setup, "tokenize", lambda *_: examples)
+    setup.load_data(dataclasses.replace(experiments.load("lora_llama2"), eval=EvalConfig(split="validation")), TOKENIZER)
+    said = " ".join(capsys.readouterr().out.split())
+    assert ("the model won't learn where to stop. Put {{ eos_token }} behind the answer" in said) == warned
