@@ -11,6 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxft.errors import UserError
+from jaxft.methods.mixed_lora import BASE_ALONE, choose_adapters
 from jaxft.models.layers import Cache
 
 _BUCKET = 64  # prompts are padded to a multiple of so many tokens, so that few programs serve all lengths
@@ -44,6 +45,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 16,
     done: Callable[[int], Any] = lambda count: None,
+    adapters: Sequence[int] | None = None,
 ) -> list[np.ndarray]:
     """Returns the new tokens of each prompt, (new,) int32, its end-of-text token left out.
 
@@ -57,12 +59,21 @@ def generate(
       seed: of the choice.
       batch_size: prompts at one time.
       done: told how many prompts were answered, after each batch.
+      adapters: which of the parameters' mixed adapters each prompt has, -1 for the base alone; None where there are none.
+
+    Raises:
+      UserError: adapters that `params` don't hold, or not one a prompt.
     """
+    if adapters is not None and len(adapters) != len(prompts):
+        raise UserError(f"There are {len(prompts)} prompts and {len(adapters)} adapters; there must be one a prompt.")
     order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
     made: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
     for number, start in enumerate(range(0, len(order), batch_size)):
         chosen = order[start : start + batch_size]
         tokens, mask = _pad_left([prompts[i] for i in chosen], batch_size, sampling.pad_token_id)
+        if adapters is not None:
+            own = [adapters[i] for i in chosen]
+            params = choose_adapters(params, own + [BASE_ALONE] * (batch_size - len(own)))
         key = jax.random.fold_in(jax.random.key(seed), number)
         new, lengths = jax.device_get(_program(model, sampling)(params, tokens, mask, key))
         for row, i in enumerate(chosen):

@@ -61,7 +61,7 @@ def combine_adapters(
         raise UserError(f"'{how}' drops at random: give it rng, a key.")
     if not 0.0 <= density <= 1.0:
         raise UserError(f"density is a share from 0 to 1, not {density}.")
-    kernels = [_kernels(params) for params, _ in adapters]
+    kernels = [low_rank_kernels(params) for params, _ in adapters]
     names = list(dict.fromkeys(name for found in kernels for name in found))
     method = _method(names, kernels, how, rank)
     settings = (how, density, sign, method.rank)
@@ -82,7 +82,7 @@ def combine_adapters(
     return segments.map_leaves(fill, params, is_leaf=is_node), method
 
 
-def _kernels(params: Params) -> dict[str, LoRAKernel]:
+def low_rank_kernels(params: Params) -> dict[str, LoRAKernel]:
     """Each layer's LoRA by its kernel's name, without the base; raises `UserError` for what is more than a low-rank difference."""
     found = {}
     for leaf in segments.leaves(params, is_leaf=is_node):
@@ -92,7 +92,7 @@ def _kernels(params: Params) -> dict[str, LoRAKernel]:
             raise UserError(f"{leaf.title} is a DoRA, which can't be added to others. Merge it into the base instead.")
         if leaf.value.start_a is not None:
             raise UserError(f"{leaf.title} took a part of the base. Save the adapter and load it again: then it fits the original base.")
-        own = dataclasses.replace(leaf.value, base=None, dropout=None)
+        own = dataclasses.replace(leaf.value, base=None)
         for index, name in enumerate(leaf.names):
             found[name] = own if leaf.layers is None else jax.tree.map(lambda part, i=index: part[i], own)
     if not found:

@@ -1,0 +1,26 @@
+"""The page of methods: its examples run."""
+
+import pathlib
+import re
+
+import jax
+import numpy as np
+from tiny_models import VOCABULARY, make_pair, moved
+
+import jaxft
+from jaxft.methods import LoRA
+
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "methods.md"
+
+
+def test_its_examples_run(tmp_path, monkeypatch):
+    _, model, base = make_pair("llama", num_hidden_layers=2)
+    for name, method in (("adapter", LoRA(2)), ("french", LoRA(2, targets=("q_proj",))), ("german", LoRA(3, targets=("v_proj",)))):
+        jaxft.save_adapter(tmp_path / name, model, moved(method, model, base), method)
+    monkeypatch.chdir(tmp_path)
+    input_ids = np.random.default_rng(0).integers(1, VOCABULARY, (3, 7)).astype(np.int32)
+    given = {"jaxft": jaxft, "model": model, "base": base, "key": jax.random.key(0), "input_ids": input_ids, "prompts": list(input_ids)}
+    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
+        exec(block, given)
+    assert given["logits"].shape == (3, 7, VOCABULARY)
+    assert [len(text) for text in given["texts"]] == [8, 8, 8]
