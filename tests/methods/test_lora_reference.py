@@ -10,6 +10,7 @@ import pytest
 import safetensors.numpy
 import torch
 from lenient_optax import make_optimizer
+from reference_training import check_losses, our_losses, torch_losses
 from tiny_models import make_examples, make_pair, with_adapter
 from torch_loss import torch_loss
 
@@ -31,6 +32,18 @@ ADAPTERS = {
         "rank_pattern": {"k_proj": 2, r"layers\.1\.mlp\.up_proj": 7},
         "alpha_pattern": {"v_proj": 2.5},
     },
+}
+OPTIONS = {  # the family, its settings, peft's settings
+    "some layers, whole modules, all biases": (
+        "llama",
+        {"attention_bias": True},
+        {"layers_to_transform": [0, 2], "target_modules": ["q_proj", "up_proj"], "modules_to_save": ["lm_head", "norm"], "bias": "all"},
+    ),
+    "tied embeddings, biases of targets": (
+        "qwen2",
+        {"tie_word_embeddings": True},
+        {"use_rslora": True, "target_modules": ["embed_tokens", "v_proj"], "rank_pattern": {"v_proj": 2}, "bias": "lora_only"},
+    ),
 }
 EXAMPLES = make_examples([21, 9, 14, 30], answer=6)
 
@@ -128,3 +141,14 @@ def test_twenty_steps_end_at_the_adapter_of_torch():
     for leaf, value in expected.items():
         # AdamW divides by the gradient's size: where that is near rounding a leaf may move by a part of a step, 3e-3
         assert np.abs(found[leaf] - value).max() <= LEARNING_RATE / 10, leaf
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_twenty_steps_with_options_have_the_losses_of_torch(name):
+    family, shape, settings = OPTIONS[name]
+    reference, model, base = make_pair(family, **shape)
+    tuned = make_tuned(reference, r=4, lora_alpha=6, **settings)
+    params, method = with_adapter(tuned, model, base)
+    ours = sum(leaf.size for leaf in jax.tree.leaves(jaxft.partition(params, method.mask(params))[0]))
+    assert ours == sum(leaf.numel() for leaf in tuned.parameters() if leaf.requires_grad)
+    check_losses(our_losses(model, params, method), torch_losses(tuned))
