@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from jaxft.errors import UserError
@@ -15,6 +16,7 @@ from jaxft.methods.base import Method, Params
 from jaxft.methods.kernels import chosen_kernels, fold, is_kernel, mask_of_nodes, wrap
 from jaxft.methods.partition import first_match
 from jaxft.models import segments
+from jaxft.models.attention import KEPT
 from jaxft.models.node import Around, Kernel, Shared, dense, dot, is_node, node
 from jaxft.models.segments import Leaf
 
@@ -41,7 +43,7 @@ class VeRAKernel(Around):
             keep = jax.random.bernoulli(rng, 1.0 - self.dropout, x.shape)
             low = jnp.where(keep, x / (1.0 - self.dropout).astype(x.dtype), 0)
         first, second = (part.astype(x.dtype) for part in self._projections())
-        low = (low @ first) * self.lambda_d.astype(x.dtype)
+        low = checkpoint_name(low @ first, KEPT) * self.lambda_d.astype(x.dtype)
         return dot(x, self.base, rng) + (low @ second) * self.lambda_b.astype(x.dtype)
 
     def dense(self) -> jax.Array:
