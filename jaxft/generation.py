@@ -13,6 +13,7 @@ from flax import linen as nn
 from jaxft.errors import UserError
 from jaxft.methods.mixed_lora import BASE_ALONE, choose_adapters
 from jaxft.models.layers import Cache
+from jaxft.models.node import prepared
 
 _BUCKET = 64  # prompts are padded to a multiple of so many tokens, so that few programs serve all lengths
 _MASKED = -1e30
@@ -102,7 +103,7 @@ def _generate(
     """Returns the new tokens (batch, max_new_tokens) and how many each row has before its end, (batch,)."""
     batch, width = tokens.shape
     limit = sampling.max_new_tokens
-    variables = {"params": params}
+    variables = {"params": prepared(params)}
 
     def forward(tokens: jax.Array, mask: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         out: Any = model.apply(variables, tokens, attention_mask=mask, cache=cache)

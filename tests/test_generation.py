@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from program_shapes import shapes_of
 from tiny_models import VOCABULARY, make_pair, moved
 
 import jaxft
@@ -79,6 +80,31 @@ def test_generation_goes_through_a_method():
     )
     assert np.array_equal(with_lora, merged)
     assert not np.array_equal(with_lora, plain)
+
+
+def products_in_the_loop(model, params):
+    """Returns how often a token's program makes an array of the shape of up_proj."""
+    tokens, mask = np.ones((2, 64), np.int32), np.ones((2, 64), np.int32)
+    run = functools.partial(generation._generate, model, Sampling(max_new_tokens=NEW))
+    traced = jax.make_jaxpr(run)(params, tokens, mask, jax.random.key(0)).jaxpr
+    (loop,) = [equation for equation in traced.eqns if equation.primitive.name == "while"]
+    return sum(shape[-2:] == (32, 56) for shape in shapes_of(loop.params["body_jaxpr"].jaxpr))
+
+
+def test_the_norms_of_dora_are_made_once_a_batch_and_change_no_text(monkeypatch):
+    _, model, base = pair("llama")
+    # in a stack, outside of it, and under another method's node
+    method = jaxft.methods.LoRA(rank=2, dora=True, targets=("up_proj", "q_proj", "embed"))
+    method += jaxft.methods.IA3(targets=("up_proj",), feedforward=())
+    tuned = moved(method, model, base)
+    assert products_in_the_loop(model, tuned) == 0
+    found = generate(model, tuned, prompts(), Sampling(max_new_tokens=NEW), batch_size=4)
+    monkeypatch.setattr(generation, "prepared", lambda params: params)
+    assert products_in_the_loop(model, tuned) > 0
+    generation._program.cache_clear()
+    plain = generate(model, tuned, prompts(), Sampling(max_new_tokens=NEW), batch_size=4)
+    generation._program.cache_clear()
+    assert [text.tolist() for text in found] == [text.tolist() for text in plain]
 
 
 def test_prompts_of_one_width_share_one_compilation():

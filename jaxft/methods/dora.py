@@ -1,9 +1,42 @@
 """DoRA: a kernel's direction by low-rank difference, its columns' lengths by themselves (Liu et al. 2024, arXiv:2402.09353)."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from jaxft.models.node import Kernel, dense
+from jaxft.models.node import Around, Kernel, Node, dense, dot, node, take
+
+
+@node
+@dataclasses.dataclass(frozen=True)
+class ScaledColumns(Around):
+    """base with its columns multiplied: a DoRA whose norms are known.
+
+    Fields, without the layer axis: base (in, out) and factor (out,) float32.
+    """
+
+    base: Kernel
+    factor: jax.Array
+
+    def dot(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
+        return self.factor.astype(x.dtype) * dot(x, self.base, rng)
+
+    def take(self, ids: jax.Array, dtype: Any) -> jax.Array:
+        return self.factor.astype(dtype) * take(ids, self.base, dtype)
+
+    def tied(self) -> Kernel:
+        """What the head had without the factor."""
+        return self.base.tied() if isinstance(self.base, Node) else self.base
+
+    def dense(self) -> jax.Array:
+        return self.factor[..., None, :] * dense(self.base)
+
+    def placement(self, spec: P) -> Any:
+        made: Any = ScaledColumns  # a node of specs, not of arrays
+        return made(self.base_placement(spec), P((*spec, None, None)[1]))
 
 
 def column_norms(base: Kernel, lora_a: jax.Array, lora_b: jax.Array, scale: jax.Array) -> jax.Array:

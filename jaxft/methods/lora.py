@@ -16,7 +16,7 @@ from jaxft.methods.kernels import KERNEL, key_of
 from jaxft.methods.partition import check_patterns, first_match
 from jaxft.methods.rates import scaled
 from jaxft.models import segments
-from jaxft.models.node import Around, Kernel, dense, dot, is_node, node, take
+from jaxft.models.node import Around, Kernel, Node, dense, dot, is_node, node, prepared, take
 
 Params = dict[str, Any]
 EMBEDDING = "embedding"  # and a table's
@@ -92,6 +92,18 @@ class LoRAKernel(Around):
     def tied(self) -> Kernel:
         """The base: peft changes a tied embedding where it is looked up, not the head."""
         return self.base
+
+    def prepared(self) -> Node:
+        """For a DoRA, the factor of each column in the place of its length: the norm is that of the whole kernel."""
+        base = prepared(self.base)
+        plain = LoRAKernel(base, self.lora_a, self.lora_b, self.scale, None)
+        if self.magnitude is None:
+            return plain
+        if self.scale.ndim == 0:
+            return dora.ScaledColumns(plain, self._factor(jnp.float32))
+        # one layer at a time: all at once would take the memory of every layer's dense kernel
+        factors = jax.lax.map(lambda own: segments.with_shared(own, self)._factor(jnp.float32), segments.own(self))
+        return dora.ScaledColumns(plain, factors)
 
     def dense(self) -> jax.Array:
         difference = jnp.matmul(self.lora_a, self.lora_b, precision="highest")

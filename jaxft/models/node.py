@@ -37,6 +37,10 @@ class Node(abc.ABC):
         """Returns what an output head that is tied to this table multiplies with, (vocabulary, features)."""
         return self.dense()
 
+    def prepared(self) -> "Node":
+        """Returns a kernel that multiplies as this one does, without dropout, what doesn't depend on the tokens computed once."""
+        return self
+
     @abc.abstractmethod
     def dense(self) -> jax.Array:
         """Returns the kernel as one float32 array, with the node folded in."""
@@ -68,6 +72,10 @@ class Around(Node):
     @property
     def dtype(self) -> Any:
         return self.base.dtype
+
+    def prepared(self) -> Node:
+        changed: Any = dataclasses.replace(self, base=prepared(self.base))  # type: ignore[type-var]
+        return changed
 
     def base_placement(self, spec: PartitionSpec) -> Any:
         """Returns where the base lies, for a kernel that is placed by `spec`."""
@@ -144,6 +152,11 @@ def is_node(value: Any) -> bool:
 def is_site(value: Any) -> bool:
     """Returns whether `value` is a node at a site."""
     return isinstance(value, Site)
+
+
+def prepared(params: Any) -> Any:
+    """Returns parameters, or one kernel, for many passes without training: what doesn't depend on the tokens is computed once."""
+    return jax.tree.map(lambda value: value.prepared() if isinstance(value, Node) else value, params, is_leaf=is_node)
 
 
 def linear(x: jax.Array, kernel: Kernel, bias: jax.Array | None, rng: jax.Array | None = None) -> jax.Array:
