@@ -92,10 +92,13 @@ def mix_adapters(base: Params, adapters: Sequence[tuple[Params, LoRA]]) -> Param
       UserError: an adapter of another base or method, one that trained more than its LoRA, a DoRA, or one on the output head.
 
     >>> import jax.numpy as jnp
-    >>> base = {"proj": {"kernel": jnp.eye(2)}}
-    >>> kernels = [LoRAKernel(base["proj"]["kernel"], jnp.ones((2, r)), jnp.ones((r, 2)), jnp.float32(r), None) for r in (1, 3)]
-    >>> mixed = mix_adapters(base, [({"proj": {"kernel": kernel}}, LoRA()) for kernel in kernels])
-    >>> dot(jnp.ones((3, 2)), choose_adapters(mixed, [1, 0, -1])["proj"]["kernel"]).tolist()
+    >>> def model_of(kernel):
+    ...     return {"layers": {"0-0": {"proj": {"kernel": kernel}}}}
+    >>> eye = jnp.eye(2)[None]
+    >>> kernels = [LoRAKernel(eye, jnp.ones((1, 2, r)), jnp.ones((1, r, 2)), jnp.full(1, float(r)), None) for r in (1, 3)]
+    >>> mixed = mix_adapters(model_of(eye), [(model_of(kernel), LoRA()) for kernel in kernels])
+    >>> kernel = segments.one_layer(choose_adapters(mixed, [1, 0, -1]), 0)["proj"]["kernel"]
+    >>> dot(jnp.ones((3, 2)), kernel).tolist()
     [[19.0, 19.0], [3.0, 3.0], [1.0, 1.0]]
     """
     if not adapters:
