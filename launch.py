@@ -14,7 +14,7 @@ import experiments
 from jaxft.errors import UserError, given_path, unknown
 
 # Each mode, and the flags that belong to it alone.
-MODES = {"train": (), "eval": (), "generate": ("prompt", "prompts", "output"), "export": ("format", "output")}
+MODES = {"train": (), "eval": (), "generate": ("prompt", "prompts", "output"), "export": ("format", "output"), "plan": ()}
 
 FLAGS = flags.FlagValues()
 FLAGS.set_gnu_getopt(True)
@@ -79,12 +79,16 @@ def run(arguments: Sequence[str]) -> None:
 
     from jaxft.train import run as modes  # transformers, datasets and orbax: seconds, once everything given is known to be right
 
-    if FLAGS.mode != "train":  # what was trained is in its folder; flags change what may change
+    if FLAGS.mode not in ("train", "plan"):  # what was trained is in its folder; flags change what may change
         given = overrides.parse_flags(modes.saved_experiment(workdir, found.name) or found, arguments)
     found = given
 
     if FLAGS.mode == "train":
         modes.train(found, workdir)
+    elif FLAGS.mode == "plan":
+        from jaxft.train.plan import plan
+
+        plan(found)
     elif FLAGS.mode == "eval":
         modes.evaluate(found, workdir)
     elif FLAGS.mode == "generate":

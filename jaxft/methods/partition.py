@@ -125,15 +125,16 @@ def size(params: Params) -> int:
     >>> size({"a": np.zeros((2, 3)), "b": None})
     6
     """
-    return sum(int(np.prod(leaf.shape)) for leaf in _distinct(params))
+    return sum(int(np.prod(leaf.shape)) for leaf in distinct(params))
 
 
 def size_in_bytes(params: Params) -> int:
     """Returns the bytes of the parameters as they are stored; an array that stands in several places counts once."""
-    return sum(int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in _distinct(params))
+    return sum(int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in distinct(params))
 
 
-def _distinct(params: Params) -> Iterable[Any]:
+def distinct(params: Params) -> Iterable[Any]:
+    """Returns the arrays of `params`; one that stands in several places is there once."""
     return {id(leaf): leaf for leaf in jax.tree.leaves(params)}.values()
 
 

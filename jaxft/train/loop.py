@@ -9,7 +9,10 @@ from types import FrameType
 from typing import Any
 
 import jax
+import optax
+from flax import linen as nn
 
+from jaxft.config import Experiment
 from jaxft.errors import UserError
 from jaxft.train import placement
 from jaxft.train.checkpoint import Checkpoints, Progress
@@ -19,6 +22,13 @@ from jaxft.train.optimizer import make_schedule
 from jaxft.train.setup import Setup
 from jaxft.train.state import State
 from jaxft.train.step import make_step
+
+
+def jitted_step(experiment: Experiment, model: nn.Module, optimizer: optax.GradientTransformation, sharding: State) -> Any:
+    """Returns the run's `make_step`, not compiled yet; the state that it takes is given up for the one that it returns."""
+    train = experiment.train
+    function = make_step(model, experiment.task, optimizer, train.seed, train.neftune_alpha, experiment.method.penalty)
+    return jax.jit(function, donate_argnums=0, out_shardings=(sharding, None))
 
 
 class StopRequest:
@@ -114,9 +124,7 @@ class Loop:
     def _compile(self, state: State) -> Any:
         """The step's one program: compiled ahead, so that it can't be compiled again."""
         setup = self._setup
-        experiment, train = setup.experiment, self._train
-        function = make_step(setup.model, experiment.task, setup.optimizer, train.seed, train.neftune_alpha, experiment.method.penalty)
-        jitted = jax.jit(function, donate_argnums=0, out_shardings=(setup.state_sharding, None))
+        jitted = jitted_step(setup.experiment, setup.model, setup.optimizer, setup.state_sharding)
         return jitted.lower(state, setup.frozen, self._batch(0)).compile()
 
     def _take(self, index: int) -> dict[str, jax.Array]:

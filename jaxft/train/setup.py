@@ -110,18 +110,34 @@ def load_data(experiment: Experiment, tokenizer: Any) -> tuple[dict[str, Example
     return examples, rows["train"]
 
 
-def set_up(experiment: Experiment) -> Setup:
-    """Loads data and model, adds the method, places everything, and prints what trains."""
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """A run as its files describe it: all but the weights."""
+
+    experiment: Experiment
+    mesh: Mesh
+    model: nn.Module
+    tokenizer: Any
+    method: Method  # with the tokens of what it has as text
+    shapes: Any  # of the whole model with the method's leaves; None where these depend on the weights themselves
+    examples: dict[str, Examples]
+    training_rows: Rows
+    batches: Batches
+    steps: int
+
+
+def describe_run(experiment: Experiment) -> Described:
+    """Loads the data, and of the model its configuration alone; raises `UserError` for whatever can be found without the weights."""
     mesh = check(experiment)
-    train, data = experiment.train, experiment.data
+    train, data, source = experiment.train, experiment.data, experiment.model.source
     if not data.train:
         raise UserError("There is nothing to train on: set config.data.train to a hub data set, a file, or bundled:NAME.")
-    if not experiment.model.source:
+    if not source:
         raise UserError("There is no model: set config.model.source to a hub id, a local folder, a .gguf file, or bundled:NAME.")
-    model, shapes = describe_pretrained(experiment.model.source, "causal_lm", experiment.model.dtype, experiment.model.revision)
-    tokenizer = load_tokenizer(experiment.model.source, experiment.model.revision)
+    model, shapes = describe_pretrained(source, "causal_lm", experiment.model.dtype, experiment.model.revision)
+    tokenizer = load_tokenizer(source, experiment.model.revision)
     method = experiment.method.tokenized(tokenizer)
-    virtual = check_method(method, model, shapes, train.seed)
+    shapes, virtual = check_method(method, model, shapes, train.seed)
     examples, rows = load_data(experiment, tokenizer)
     check_positions(examples, experiment, model, virtual)
     share_prefix = not train.neftune_alpha  # its noise follows each example's length
@@ -129,46 +145,79 @@ def set_up(experiment: Experiment) -> Setup:
         examples["train"], data, train.batch_size, train.accumulation, train.seed, share_prefix, pad_token_id=pad_token(tokenizer)
     )
     steps = train.steps or max(round(train.epochs * batches.steps_per_epoch), 1)
+    return Described(experiment, mesh, model.clone(remat=train.remat), tokenizer, method, shapes, examples, rows, batches, steps)
+
+
+def set_up(experiment: Experiment) -> Setup:
+    """Loads data and model, adds the method, places everything, and prints what trains."""
+    run = describe_run(experiment)
+    mesh, method, train, source = run.mesh, run.method, experiment.train, experiment.model
     placing = functools.partial(placement.shardings, mesh=mesh)
-    model, params = load_pretrained(experiment.model.source, "causal_lm", experiment.model.dtype, experiment.model.revision, placing)
-    model = model.clone(remat=train.remat)
+    params = load_pretrained(source.source, "causal_lm", source.dtype, source.revision, placing)[1]
 
     def scores(params: Any, chosen: Callable[[str], bool], kind: str, count: int) -> Any:
-        first = itertools.islice(micro_batches(batches), count)
-        return gradient_scores(model, experiment.task, first, params, chosen, kind)
+        first = itertools.islice(micro_batches(run.batches), count)
+        return gradient_scores(run.model, experiment.task, first, params, chosen, kind)
 
-    params = method.begin(key_for(train.seed, "method"), model, params, scores)
+    params = method.begin(key_for(train.seed, "method"), run.model, params, scores)
     mask = method.mask(params)
     print_trainable(params, mask)
-    optimizer = method.optimizer(optimizers.make_optimizer(experiment.optimizer, steps), steps)
-    places = placement.shardings(params, family_of(model.config.architecture).module.PLACEMENT, mesh)
+    optimizer = make_optimizer(run)
+    places = placement.shardings(params, family_of(run.model.config.architecture).module.PLACEMENT, mesh)
     params = placement.place(params, places)
     trainable, frozen = partition(params, mask)
     state = new_state(trainable, optimizer)
     sharding = placement.state_shardings(state, partition(places, mask)[0], mesh, optimizer)
     state = jax.device_put(state, sharding)
-    return Setup(experiment, mesh, model, tokenizer, examples, rows, batches, steps, optimizer, state, sharding, frozen)
+    return Setup(
+        experiment,
+        mesh,
+        run.model,
+        run.tokenizer,
+        run.examples,
+        run.training_rows,
+        run.batches,
+        run.steps,
+        optimizer,
+        state,
+        sharding,
+        frozen,
+    )
 
 
-def check_method(method: Method, model: Any, shapes: Any, seed: int) -> int:
-    """Raises `UserError` where the method doesn't fit the model, by its shapes alone; returns how many virtual tokens it puts first."""
+def make_optimizer(run: Described) -> optax.GradientTransformation:
+    """Returns the run's optimizer with what its method adds."""
+    return run.method.optimizer(optimizers.make_optimizer(run.experiment.optimizer, run.steps), run.steps)
+
+
+def check_method(method: Method, model: Any, shapes: Any, seed: int) -> tuple[Any, int]:
+    """Returns the model's shapes with the method's leaves, and how many virtual tokens stand before every text.
+
+    Raises `UserError` where the method doesn't fit the model, by its shapes alone. Where it looks at the weights themselves the shapes are
+    None: what doesn't fit is found when they are there.
+    """
     key = key_for(seed, "method")
 
     def like(params: Any, *_: Any) -> Any:  # in the place of scores
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
 
     counted = 0
+    arrays: list[int] = []
 
     def begin(params: Any) -> Any:
         nonlocal counted
         params = method.begin(key, model, params, like)
         counted = virtual_tokens(params)
+        arrays.extend(map(id, jax.tree.leaves(params)))
         return params
 
     try:
         params = jax.eval_shape(begin, shapes)
     except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError):
-        return 0  # it looks at the weights themselves: what doesn't fit is found when they are there
+        return None, 0
+    # What is one array in several places stays one.
+    shape_of = dict(zip(arrays, jax.tree.leaves(params), strict=True))
+    params = jax.tree.unflatten(jax.tree.structure(params), [shape_of[array] for array in arrays])
     trainable_leaves(params, method.mask(params))
     parts = method.methods if isinstance(method, Compose) else (method,)
     if None in map(adapter_format, parts) and not can_merge(method, model, params):
@@ -176,7 +225,7 @@ def check_method(method: Method, model: Any, shapes: Any, seed: int) -> int:
             f"What {method.title} trains could be written nowhere: it can't be merged, and not all of it has an adapter's form. "
             "Leave a part of it out."
         )
-    return counted
+    return params, counted
 
 
 def can_merge(method: Method, model: Any, params: Any) -> bool:

@@ -1,0 +1,158 @@
+"""The plan of a run: what trains, and the memory and work of one step, from shapes alone: no weight is read or allocated."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft import console
+from jaxft.config import Experiment
+from jaxft.errors import UserError
+from jaxft.methods.partition import combine, distinct, partition, size
+from jaxft.models.registry import family_of
+from jaxft.train import placement
+from jaxft.train.loop import jitted_step
+from jaxft.train.setup import Described, describe_run, make_optimizer, print_trainable
+from jaxft.train.state import State, new_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One step of a run. Memory is in bytes on each device."""
+
+    trainable_parameters: int
+    total_parameters: int
+    memory: dict[str, int]  # by part
+    operations: int  # floating-point operations of the products of one step, on all devices together
+    tokens: int  # in a step, without padding
+    steps: int
+
+    @property
+    def memory_bytes(self) -> int:
+        """The memory of a step."""
+        return sum(self.memory.values())
+
+
+def plan(experiment: Experiment) -> Plan:
+    """Prints and returns the plan of an experiment: the parameter table, and the memory and work of one step on this machine's devices.
+
+    The step is compiled for the run's own batch and asked what it needs; arrays are told by their shapes. Memory of generation, and of a
+    method that looks at training batches before it begins, isn't in it.
+    """
+    run = describe_run(experiment)
+    if run.shapes is None:
+        raise UserError(f"{run.method.title} looks at the weights themselves before it begins, so there is no plan of it without them.")
+    mask = run.method.mask(run.shapes)
+    print_trainable(run.shapes, mask)
+    found = _of_step(run, mask)
+    rows = [(part, gibibytes(count)) for part, count in found.memory.items()]
+    devices = f" on each of {run.mesh.size} devices" if run.mesh.size > 1 else ""
+    console.table(f"Memory of a step{devices}", ("part", "GiB"), [*rows, ("in all", gibibytes(found.memory_bytes))])
+    console.say(
+        f"The products of a step take {found.operations / 1e9:,.1f} GFLOP, {found.operations / found.tokens / 1e9:,.3f} for each of its "
+        f"{found.tokens:,} tokens; the run has {run.steps:,} steps.\n"
+    )
+    return found
+
+
+def gibibytes(count: int) -> str:
+    """Returns bytes as people read them.
+
+    >>> gibibytes(3 * 2**29)
+    '1.500'
+    """
+    return f"{count / 2**30:,.3f}"
+
+
+def _of_step(run: Described, mask: Any) -> Plan:
+    optimizer, table = make_optimizer(run), family_of(run.model.config.architecture).module.PLACEMENT
+    places = placement.shardings(run.shapes, table, run.mesh)
+    trainable, frozen = partition(_placed(run.shapes, places), mask)
+    state = jax.eval_shape(lambda trainable: new_state(trainable, optimizer), trainable)
+    sharding = placement.state_shardings(state, partition(places, mask)[0], run.mesh, optimizer)
+    state = _placed(state, sharding)
+    batch = {
+        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=jax.NamedSharding(run.mesh, placement.BATCH))
+        for name, value in run.batches.batch(0).items()
+    }
+    traced = jitted_step(run.experiment, run.model, optimizer, sharding).trace(state, frozen, batch)
+    used = traced.lower().compile().memory_analysis()
+    kept = _kept_for_backward(run, state, frozen, batch) // (run.mesh.shape["data"] * run.mesh.shape["fsdp"])
+    memory = {
+        "frozen weights": _bytes(frozen),
+        "trainable weights": _bytes(state.trainable),
+        "optimizer": _bytes(state.optimizer),
+        "batch": _bytes(batch),
+        "activations": min(kept, used.temp_size_in_bytes),
+        "workspace": max(used.temp_size_in_bytes - kept, 0) + used.output_size_in_bytes - used.alias_size_in_bytes,
+    }
+    return Plan(size(trainable), size(run.shapes), memory, operations(traced.jaxpr.jaxpr), run.batches.real_tokens(0), run.steps)
+
+
+def _placed(shapes: Any, places: Any) -> Any:
+    """Shapes with their shardings; one that stands in several places stays one."""
+    made: dict[int, Any] = {}
+
+    def once(leaf: Any, place: Any) -> Any:
+        return made.setdefault(id(leaf), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place))
+
+    return jax.tree.map(once, shapes, places)
+
+
+def _bytes(shapes: Any) -> int:
+    """Bytes of these arrays on each device."""
+    return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * np.dtype(leaf.dtype).itemsize for leaf in distinct(shapes))
+
+
+def _kept_for_backward(run: Described, state: State, frozen: Any, batch: Any) -> int:
+    """Bytes of what the forward pass of one micro-batch keeps for the backward pass, on all devices together; weights aren't counted."""
+
+    def loss(trainable: Any, frozen: Any, micro: Any) -> Any:
+        return run.experiment.task.sums(run.model, combine(trainable, frozen), micro, {}).loss
+
+    def backward(trainable: Any, frozen: Any, micro: Any) -> Callable[..., Any]:
+        return jax.vjp(lambda trainable: loss(trainable, frozen, micro), trainable)[1]
+
+    micro = {name: jax.ShapeDtypeStruct(value.shape[1:], value.dtype) for name, value in batch.items()}
+    program = jax.make_jaxpr(backward)(state.trainable, frozen, micro).jaxpr
+    given = set(map(id, program.invars))
+    kept = {id(value): value.aval for value in program.outvars if id(value) not in given}
+    return sum(int(np.prod(aval.shape)) * np.dtype(aval.dtype).itemsize for aval in kept.values())
+
+
+def operations(program: Any) -> int:
+    """Returns the floating-point operations of a program's matrix products: two for each multiplication and addition.
+
+    Loops count as often as they run, where that is known (scans); of branches, the longest counts. Elementwise work isn't counted.
+
+    Args:
+      program: a jaxpr.
+
+    >>> a, b = jax.numpy.ones((3, 4)), jax.numpy.ones((4, 5))
+    >>> operations(jax.make_jaxpr(lambda a, b: jax.lax.scan(lambda c, _: (c, a @ b), 0, length=7))(a, b).jaxpr)
+    840
+    """
+    total = 0
+    for equation in program.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
+            continue
+        inside = [operations(getattr(part, "jaxpr", part)) for part in _programs(equation.params)]
+        if equation.primitive.name == "cond":
+            total += max(inside)
+        else:
+            total += equation.params.get("length", 1) * sum(inside) if equation.primitive.name == "scan" else sum(inside)
+    return total
+
+
+def _programs(parameters: dict[str, Any]) -> Iterator[Any]:
+    """The programs among an equation's parameters."""
+    for value in parameters.values():
+        for part in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(getattr(part, "jaxpr", part), "eqns"):
+                yield part
