@@ -97,7 +97,7 @@ def _options() -> argparse.Namespace:
 
 def measure(name: str, job: sft_job.Job, folder: str) -> dict[str, Any]:
     """Returns what both sides measured of one method; a reference that failed has an `error`."""
-    found = {"jaxft": sft.side("methods_jaxft.py", job, folder)}
+    found = {"jaxft": sft.side("train_jaxft.py", job, folder)}
     python = os.environ.get(ADAPTERS_PYTHON) if METHODS[name] == "AdapterHub" else sys.executable
     if not python:
         return found | {"reference": {"error": f"{ADAPTERS_PYTHON} isn't set"}}

@@ -1,4 +1,4 @@
-"""jaxft's side of benchmarks/methods.py: `python benchmarks/methods_jaxft.py JOB.json OUT.json`, a process of its own."""
+"""jaxft's side of benchmarks that train a recipe: `python benchmarks/train_jaxft.py JOB.json OUT.json`, a process of its own."""
 
 import json
 import pathlib
