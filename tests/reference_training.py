@@ -67,10 +67,10 @@ def torch_losses(model, groups=None):
     return losses
 
 
-def our_losses(model, params, method):
+def our_losses(model, params, method, config=CONFIG):
     """Returns the losses of the same twenty steps by jaxft."""
     trainable, frozen = jaxft.partition(params, method.mask(params))
-    optimizer = lenient(method.optimizer(make_optimizer(CONFIG, STEPS), STEPS))
+    optimizer = lenient(method.optimizer(make_optimizer(config, STEPS), STEPS))
     state, losses = new_state(trainable, optimizer), []
     step = jax.jit(make_step(model, SFT(), optimizer, seed=0, penalty=method.penalty))
     batch = {name: array[None] for name, array in packed_rows().items()}

@@ -16,6 +16,7 @@ import transformers
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 24
+QUICK = "--xla_backend_optimization_level=0"  # these programs compile for longer than they run
 
 
 def command(material, workdir, *flags, mode="train"):
@@ -38,8 +39,7 @@ def command(material, workdir, *flags, mode="train"):
 
 def start(material, workdir, *flags, mode="train"):
     """Starts a run; returns the process."""
-    environment = os.environ | {"JAXFT_CACHE": str(material / "cache"), "JAX_PLATFORMS": "cpu"}
-    environment.pop("XLA_FLAGS", None)
+    environment = os.environ | {"JAXFT_CACHE": str(material / "cache"), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK}
     return subprocess.Popen(
         command(material, workdir, *flags, mode=mode), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -285,7 +285,7 @@ def test_generate_takes_the_folders_configuration_and_rows_of_the_data(material,
     process = subprocess.Popen(
         [sys.executable, "launch.py", "--experiment=lora_llama2", f"--workdir={whole[0]}", "--mode=generate", f"--prompts={rows}",
          f"--output={output}"],
-        cwd=ROOT, env=os.environ | {"JAXFT_CACHE": str(material / "cache"), "XLA_FLAGS": ""},
+        cwd=ROOT, env=os.environ | {"JAXFT_CACHE": str(material / "cache"), "XLA_FLAGS": QUICK},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     code, _, err = finish(process)
