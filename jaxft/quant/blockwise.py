@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 from jaxft.errors import UserError, unknown
 from jaxft.models.node import Node
 from jaxft.quant import codes
+from jaxft.quant.product import product
 
 NESTED_BLOCK = 256  # scales a block of the double quantization: QLoRA, section 3
 BLOCK_SIZES = tuple(2**power for power in range(5, 13))  # 32 to 4096, those of bitsandbytes
@@ -87,7 +88,7 @@ class QuantizedKernel(Node):
         return self.kept_as
 
     def dot(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
-        return x @ weight(self, x.dtype).mT
+        return product(x, self, weight)
 
     def dense(self) -> jax.Array:
         return weight(self, jnp.float32).mT
@@ -146,7 +147,7 @@ def _encode_4bit(xp: ModuleType, flat: Any, format: Format) -> tuple[Any, Any]:
         rank = (scaled > midpoints[0]).astype(np.uint8)
         for midpoint in midpoints[1:]:
             rank = rank + (scaled > midpoint).astype(np.uint8)
-        code = rank if (order == np.arange(16)).all() else xp.asarray(order)[rank]
+        code = rank if (order == np.arange(16)).all() else _look_up(xp, order, rank)
         code = code.reshape(-1)[: values.size + values.size % 2]
         return code[0::2] * np.uint8(16) + code[1::2], largest
 
@@ -184,7 +185,7 @@ def encode_8bit(xp: ModuleType, flat: Any, block: int, signed: bool = True) -> t
         # the bounds also keep XLA from fusing each product with the sum after it, which would round once instead of twice
         place = (xp.clip(blocks * inverse[:, None], -1, 1) + np.float32(1)) * np.float32((codes.BINS - 1) / 2)
         place = xp.where(place > 0, place, np.float32(0))  # zero times the infinite inverse of a subnormal scale is no number
-        code = xp.asarray(nearest)[(place + np.float32(0.5)).astype(np.int32)]
+        code = _look_up(xp, nearest, (place + np.float32(0.5)).astype(np.int32))
         code = xp.where((largest == 0)[:, None], np.uint8(0), code)  # a block of zeros: any code times zero
         return code.reshape(-1)[: values.size], largest
 
@@ -264,18 +265,21 @@ def _weight(xp: ModuleType, kernel: QuantizedKernel, dtype: Any, code: Any, scal
     inputs, outputs = kernel.features
     block = kernel.format.block_size
     scales = decode_scales(xp, scales, nested_scales, offset)
-    values = _pairs(xp, code, kernel.format.code) if kernel.format.values_a_byte == 2 else xp.asarray(codes.INT8)[code]
+    values = _look_up(xp, codes.BOOKS[kernel.format.code], _halves(xp, code) if kernel.format.values_a_byte == 2 else code)
     short = scales.shape[1] * block - values.shape[1]
     values = xp.pad(values[:, : scales.shape[1] * block], ((0, 0), (0, max(short, 0))))
     scaled = values.reshape(*scales.shape, block) * scales[..., None]
     return scaled.reshape(-1)[: inputs * outputs].reshape(outputs, inputs).astype(dtype)
 
 
-def _pairs(xp: ModuleType, code: Any, name: str) -> Any:
-    """Returns the two values of each byte, (rows, 2 * bytes) float32."""
-    book, byte = codes.BOOKS[name], np.arange(256)
-    table = np.stack([book[byte >> 4], book[byte & 15]], axis=1)
-    return xp.asarray(table)[code].reshape(code.shape[0], -1)
+def _halves(xp: ModuleType, code: Any) -> Any:
+    """Returns the two codes of each byte, (rows, 2 * bytes) uint8."""
+    return xp.stack([code >> np.uint8(4), code & np.uint8(15)], axis=-1).reshape(code.shape[0], -1)
+
+
+def _look_up(xp: ModuleType, table: Any, index: Any) -> Any:
+    """Returns the table's values at `index`, which can't be out of bounds. XLA fuses this with what uses it (benchmarks/dequantize.py)."""
+    return table[index] if xp is np else jnp.asarray(table).at[index].get(mode="promise_in_bounds")
 
 
 def decode_scales(xp: ModuleType, scales: Any, nested_scales: Any, offset: Any) -> Any:
@@ -283,7 +287,7 @@ def decode_scales(xp: ModuleType, scales: Any, nested_scales: Any, offset: Any) 
     if nested_scales is None:
         return scales
     each = xp.repeat(nested_scales, NESTED_BLOCK)[: scales.size].reshape(scales.shape)
-    product = xp.asarray(codes.INT8)[scales] * each
+    product = _look_up(xp, codes.INT8, scales) * each
     # the bound does nothing but keep XLA from fusing the product and the sum, which would round once instead of twice
     return xp.maximum(product, np.finfo(np.float32).min) + offset
 
