@@ -136,7 +136,7 @@ def read(folder: pathlib.Path, config: Mapping[str, Any], model: nn.Module, para
 def _tensors(params: Params, method: Bottleneck, name: str, prefix: str = "model.") -> Iterator[_Tensor]:
     """Yields what the file holds of `params`."""
     for leaf in segments.leaves(params, is_leaf=is_node):
-        if not isinstance(leaf.value, BottleneckAdapter) or leaf.layers is None:
+        if not isinstance(leaf.value, BottleneckAdapter) or leaf.layers is None or leaf.path[2] not in method.sites:
             continue
         for index, layer in enumerate(leaf.layers):
             start = f"{prefix}layers.{layer}.{_SITES[leaf.path[2]]}.adapters.{name}"
@@ -153,7 +153,11 @@ def _get(value: Any, field: tuple[str, ...]) -> jax.Array:
 
 def _check_made_by(method: Bottleneck, model: nn.Module, params: Params) -> None:
     """Raises `UserError` unless `params` have the adapters that the method gives, at its places and with its settings."""
-    found = [leaf for leaf in segments.leaves(params, is_leaf=is_node) if isinstance(leaf.value, BottleneckAdapter)]
+    found = [
+        leaf
+        for leaf in segments.leaves(params, is_leaf=is_node)
+        if isinstance(leaf.value, BottleneckAdapter) and leaf.path[2] in method.sites
+    ]
     if not found:
         raise UserError("These parameters hold no bottleneck adapter: params = method.init(rng, model, params) adds one.")
     depth, hidden = model.config.num_hidden_layers, model.config.hidden_size

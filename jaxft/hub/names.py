@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxft.models import segments
-from jaxft.models.node import is_node, is_site
+from jaxft.models.node import BASE, find, is_node, is_site
 from jaxft.models.registry import family_of
 from jaxft.models.segments import Leaf
 
@@ -73,6 +73,22 @@ def tensors_of(model: nn.Module, params: Any) -> list[Entry]:
 def linear_layers(model: nn.Module, params: Any) -> list[Entry]:
     """Returns the entries of the model's linear layers."""
     return [entry for entry in tensors_of(model, params) if entry.path.endswith("/kernel")]
+
+
+def nodes_of(found: Iterable[Entry], kind: type[Any], chosen: Callable[[str], bool]) -> list[Entry]:
+    """Returns the entries of `chosen` names that have a node of a class, other methods' nodes around it or not.
+
+    The leaf of each is that node.
+    """
+    inner = []
+    for entry in found:
+        value, path = entry.leaf.value, entry.leaf.path
+        if not chosen(entry.path) or find(value, kind) is None:
+            continue
+        while not isinstance(value, kind):
+            value, path = value.base, (*path, BASE)
+        inner.append(dataclasses.replace(entry, leaf=dataclasses.replace(entry.leaf, path=path, value=value)))
+    return inner
 
 
 def _general(path: str, layer: int | None) -> str:

@@ -8,9 +8,9 @@ import numpy as np
 from flax import linen as nn
 
 from jaxft.errors import UserError
-from jaxft.hub import peft_lora_config, peft_tensors
+from jaxft.hub import peft_leaves, peft_lora_config, peft_tensors
 from jaxft.hub.checkpoint import ADAPTER_CONFIG
-from jaxft.hub.names import Entry, linear_layers
+from jaxft.hub.names import Entry, linear_layers, nodes_of
 from jaxft.hub.peft_format import WEIGHTS, Params, Written
 from jaxft.hub.peft_lora import place
 from jaxft.hub.peft_tensors import PREFIX, Slot
@@ -50,7 +50,7 @@ _HONOURED = frozenset(_NAMES) | {"target_modules", "exclude_modules", "layers_to
 def write(model: nn.Module, params: Params, method: AdaLoRA) -> Written:
     """Returns the configuration and the tensors of an AdaLoRA; raises `UserError` where `params` hold none, or another one."""
     linear = linear_layers(model, params)
-    adapted = [entry for entry in linear if isinstance(entry.leaf.value, AdaLoRAKernel)]
+    adapted = nodes_of(linear, AdaLoRAKernel, method.is_target)
     if not adapted:
         raise UserError("These parameters hold no AdaLoRA: params = method.init(rng, model, params) adds one.")
     for entry in adapted:
@@ -78,6 +78,7 @@ def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params:
     linear = linear_layers(model, params)
     modules = [entry.module for entry in linear]
     chosen = set(peft_lora_config.targets(config, modules, where))
+    peft_leaves.check_free(linear, AdaLoRAKernel, chosen, METHOD.__name__)
     names = [place(entry) for entry in linear if entry.module in chosen]
     settings = {ours: type(getattr(AdaLoRA(), ours))(config.get(theirs) or DEFAULTS[theirs] or 0) for theirs, ours in _NAMES.items()}
     settings |= {ours: config[theirs] for theirs, ours in _NAMES.items() if config.get(theirs) == 0}
@@ -85,9 +86,8 @@ def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params:
     method = AdaLoRA(**settings, targets=tuple(targets))
     params = method.init(jax.random.key(0), model, params)
     slots = []
-    for entry in linear_layers(model, params):
-        if isinstance(entry.leaf.value, AdaLoRAKernel):
-            slots += _slots(entry, _kept(config, entry.module, method.init_rank, where))
+    for entry in nodes_of(linear_layers(model, params), AdaLoRAKernel, method.is_target):
+        slots += _slots(entry, _kept(config, entry.module, method.init_rank, where))
     peft_tensors.check(folder / WEIGHTS, slots, linear)
     return peft_tensors.fill(folder / WEIGHTS, params, slots), method
 

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jaxft.errors import UserError
 from jaxft.hub import peft_config, peft_leaves, peft_lora_config
 from jaxft.hub.checkpoint import ADAPTER_CONFIG
-from jaxft.hub.names import Entry, linear_layers
+from jaxft.hub.names import Entry, linear_layers, nodes_of
 from jaxft.hub.peft_format import Params, Written
 from jaxft.hub.peft_leaves import PREFIX, Place
 from jaxft.methods.ia3 import IA3, Scaled, ScaledInput
@@ -30,7 +30,7 @@ _KEY = PREFIX + "{module}.ia3_l"  # (out, 1) on outputs, (1, in) on inputs
 def write(model: nn.Module, params: Params, method: IA3) -> Written:
     """Returns the configuration and the vectors; raises `UserError` where `params` hold none."""
     linear = linear_layers(model, params)
-    scaled = [entry for entry in linear if isinstance(entry.leaf.value, Scaled)]
+    scaled = nodes_of(linear, Scaled, method.is_target)
     if not scaled:
         raise UserError("These parameters hold no IA3: params = method.init(rng, model, params) adds one.")
     every = [entry.module for entry in linear]
@@ -39,7 +39,7 @@ def write(model: nn.Module, params: Params, method: IA3) -> Written:
     # peft wants each feedforward module's pattern among the targets'
     inputs, others = peft_config.patterns(feedforward, every, "."), peft_config.patterns(outputs, every, ".")
     config = DEFAULTS | {"feedforward_modules": inputs, "target_modules": sorted({*inputs, *others})}
-    return Written(config, peft_leaves.tensors(_places(params, scaled)))
+    return Written(config, peft_leaves.tensors(map(_place, scaled)))
 
 
 def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params: Params) -> tuple[Params, IA3]:
@@ -47,16 +47,15 @@ def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params:
     where = str(folder / ADAPTER_CONFIG)
     peft_config.check(config, DEFAULTS, ("feedforward_modules", "init_ia3_weights"), where)
     linear = linear_layers(model, params)
-    if any(isinstance(entry.leaf.value, Scaled) for entry in linear):
-        raise UserError("These parameters hold an IA3 already. Load the adapter onto the base model's.")
     chosen = set(peft_lora_config.targets(config, [entry.module for entry in linear], where))
+    peft_leaves.check_free(linear, Scaled, chosen, METHOD.__name__)
     every = [entry.path.rpartition("/")[0] for entry in linear]
     names = {entry.module: name for entry, name in zip(linear, every, strict=True) if entry.module in chosen}
     inputs = [name for module, name in names.items() if _is_feedforward(config, module)]
     method = IA3(tuple(peft_config.patterns(names.values(), every, "/")), tuple(peft_config.patterns(inputs, names.values(), "/")))
     params = method.init(jax.random.key(0), model, params)
-    scaled = [entry for entry in linear_layers(model, params) if isinstance(entry.leaf.value, Scaled)]
-    return peft_leaves.read(folder, params, _places(params, scaled), peft_leaves.held(folder, linear)), method
+    scaled = nodes_of(linear_layers(model, params), Scaled, method.is_target)
+    return peft_leaves.read(folder, params, map(_place, scaled), peft_leaves.held(folder, linear)), method
 
 
 def _is_feedforward(config: dict[str, Any], module: str) -> bool:
@@ -65,11 +64,8 @@ def _is_feedforward(config: dict[str, Any], module: str) -> bool:
     return re.fullmatch(wanted, module) is not None if isinstance(wanted, str) else any(module.endswith(name) for name in wanted)
 
 
-def _places(params: Params, scaled: list[Entry]) -> list[Place]:
-    leaves, places = peft_leaves.by_name(params), []
-    for entry in scaled:
-        leaf, index = leaves[f"{entry.path}/scale"]
-        count = leaf.shape[0]
-        shape = (1, count) if isinstance(entry.leaf.value, ScaledInput) else (count, 1)
-        places.append(Place(_KEY.format(module=entry.module), leaf, index, shape))
-    return places
+def _place(entry: Entry) -> Place:
+    leaf = peft_leaves.field_of(entry, "scale")
+    count = leaf.shape[0]
+    shape = (1, count) if isinstance(entry.leaf.value, ScaledInput) else (count, 1)
+    return Place(_KEY.format(module=entry.module), leaf, entry.index, shape)

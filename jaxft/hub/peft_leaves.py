@@ -15,7 +15,7 @@ from jaxft.hub.checkpoint import FLOATS, header
 from jaxft.hub.names import Entry, listed
 from jaxft.hub.peft_format import WEIGHTS, Params
 from jaxft.models import segments
-from jaxft.models.node import dense
+from jaxft.models.node import dense, find
 from jaxft.models.segments import Leaf
 
 PREFIX = "base_model.model."  # of the names of tensors that belong to a module
@@ -37,11 +37,16 @@ class Place:
         return np.asarray(jax.device_get(value), np.float32).reshape(self.shape)
 
 
-def by_name(params: Params) -> dict[str, tuple[Leaf, int | None]]:
-    """Returns the leaf of each name, layers/3/attention/k_proj/kernel/scale, and where it stands along the layer axis."""
-    return {
-        name: (leaf, None if leaf.layers is None else index) for leaf in segments.leaves(params) for index, name in enumerate(leaf.names)
-    }
+def field_of(entry: Entry, field: str) -> Leaf:
+    """Returns the leaf of a field of an entry's node."""
+    return Leaf((*entry.leaf.path, field), entry.leaf.layers, getattr(entry.leaf.value, field))
+
+
+def check_free(found: Iterable[Entry], kind: type[Any], chosen: Collection[str], title: str) -> None:
+    """Raises `UserError` where one of the modules that an adapter is for has one of its kind already."""
+    for entry in found:
+        if entry.module in chosen and find(entry.leaf.value, kind) is not None:
+            raise UserError(f"These parameters hold {title} at {entry.path} already. Load the adapter onto the base model's.")
 
 
 def tensors(places: Iterable[Place]) -> Mapping[str, Callable[[], np.ndarray]]:

@@ -9,9 +9,9 @@ import numpy as np
 from flax import linen as nn
 
 from jaxft.errors import UserError
-from jaxft.hub import peft_lora_config, peft_tensors
+from jaxft.hub import peft_leaves, peft_lora_config, peft_tensors
 from jaxft.hub.checkpoint import ADAPTER_CONFIG
-from jaxft.hub.names import Entry, tensors_of
+from jaxft.hub.names import Entry, nodes_of, tensors_of
 from jaxft.hub.peft_format import WEIGHTS, Params, Written
 from jaxft.hub.peft_tensors import PREFIX, Slot, module_of
 from jaxft.methods.kernels import KERNEL
@@ -34,7 +34,7 @@ def write(model: nn.Module, params: Params, method: LoRA) -> Written:
     it started from, their product taken off, at twice the rank.
     """
     every = tensors_of(model, params)
-    adapted = [entry for entry in every if isinstance(entry.leaf.value, LoRAKernel)]
+    adapted = nodes_of(every, LoRAKernel, method.is_target)
     if not adapted:
         raise UserError("These parameters hold no LoRA: params = method.init(rng, model, params) adds one.")
     for entry in adapted:
@@ -47,11 +47,10 @@ def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params:
     where = str(folder / ADAPTER_CONFIG)
     peft_lora_config.check(config, where)
     every = tensors_of(model, params)
-    if any(isinstance(entry.leaf.value, LoRAKernel) for entry in every):
-        raise UserError("These parameters hold a LoRA already. Load the adapter onto the base model's.")
     kernels = kernels_of(every)
     linear = [entry.module for entry in kernels if entry.path.endswith(KERNEL)]
     chosen = set(peft_lora_config.targets(config, [entry.module for entry in kernels], where, "linear layers and embeddings", linear))
+    peft_leaves.check_free(every, LoRAKernel, chosen, METHOD.__name__)
     method = _method(config, every, chosen, where)
     params = method.init(jax.random.key(0), model, params)
     made = tensors_of(model, params)
@@ -72,26 +71,29 @@ def place(entry: Entry) -> str:
 
 def _slots(method: LoRA, every: list[Entry]) -> list[Slot]:
     """What an adapter's file holds: the low-rank leaves, what trains whole, and biases."""
-    found = []
-    adapted = {entry.module for entry in every if isinstance(entry.leaf.value, LoRAKernel)}
+    adapted = nodes_of(every, LoRAKernel, method.is_target)
+    found = [
+        peft_tensors.matrix(PREFIX + keys[entry.path.endswith(EMBEDDING)].format(module=entry.module), entry, field)
+        for entry in adapted
+        for field, keys in _KEYS.items()
+        if getattr(entry.leaf.value, field) is not None
+    ]
+    modules = {entry.module for entry in adapted}
     saved = {module_of(entry) for entry in every if _is_saved(method, entry)}
     for entry in every:
-        if isinstance(entry.leaf.value, LoRAKernel):
-            for field, keys in _KEYS.items():
-                if getattr(entry.leaf.value, field) is not None:
-                    key = PREFIX + keys[entry.path.endswith(EMBEDDING)].format(module=entry.module)
-                    found.append(peft_tensors.matrix(key, entry, field))
-        elif module_of(entry) in saved:
+        if method.is_target(entry.path):
+            continue
+        if module_of(entry) in saved:
             found.append(peft_tensors.whole(PREFIX + entry.name, entry))
         elif method.trains_whole(entry.path):  # a bias
             module = module_of(entry)
-            found.append(peft_tensors.whole(f"{PREFIX}{module}{'.base_layer' if module in adapted else ''}.bias", entry))
+            found.append(peft_tensors.whole(f"{PREFIX}{module}{'.base_layer' if module in modules else ''}.bias", entry))
     return found
 
 
 def _is_saved(method: LoRA, entry: Entry) -> bool:
     """Whether an entry's module is one of modules_to_save."""
-    return not isinstance(entry.leaf.value, LoRAKernel) and first_match(method.modules_to_save, entry.path) is not None
+    return not method.is_target(entry.path) and first_match(method.modules_to_save, entry.path) is not None
 
 
 def _reader(slot: Slot) -> Callable[[], np.ndarray]:

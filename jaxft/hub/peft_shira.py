@@ -14,7 +14,7 @@ from flax import linen as nn
 from jaxft.errors import UserError
 from jaxft.hub import peft_config, peft_leaves, peft_lora_config
 from jaxft.hub.checkpoint import ADAPTER_CONFIG, FLOATS
-from jaxft.hub.names import Entry, linear_layers
+from jaxft.hub.names import Entry, linear_layers, nodes_of
 from jaxft.hub.peft_format import WEIGHTS, Params, Written
 from jaxft.hub.peft_leaves import PREFIX
 from jaxft.methods.sparse_mask import SparseKernel, SparseMask
@@ -41,7 +41,7 @@ def write(model: nn.Module, params: Params, method: SparseMask) -> Written:
     SHiRA has r * (in + out) numbers a kernel: where ours are fewer, zeros at places of no difference fill them up.
     """
     linear = linear_layers(model, params)
-    adapted = [entry for entry in linear if isinstance(entry.leaf.value, SparseKernel)]
+    adapted = nodes_of(linear, SparseKernel, method.is_target)
     if not adapted:
         raise UserError("These parameters hold no SparseMask: params = method.init(rng, model, params) adds one.")
     rank = max(math.ceil(_count(entry) / sum(entry.leaf.shape)) for entry in adapted)
@@ -65,15 +65,14 @@ def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params:
     where = str(folder / ADAPTER_CONFIG)
     peft_config.check(config, DEFAULTS, ("init_weights", "mask_type", "r", "random_seed"), where)
     linear = linear_layers(model, params)
-    if any(isinstance(entry.leaf.value, SparseKernel) for entry in linear):
-        raise UserError("These parameters hold a SparseMask already. Load the adapter onto the base model's.")
     chosen = set(peft_lora_config.targets(config, [entry.module for entry in linear], where))
+    peft_leaves.check_free(linear, SparseKernel, chosen, METHOD.__name__)
     every = [entry.path.rpartition("/")[0] for entry in linear]
     names = [name for entry, name in zip(linear, every, strict=True) if entry.module in chosen]
     rank = peft_config.whole_number(config, "r", DEFAULTS["r"], where)
     method = SparseMask(rank=rank, targets=tuple(peft_config.patterns(names, every, "/")))
     params = method.init(jax.random.key(0), model, params)
-    adapted = [entry for entry in linear_layers(model, params) if isinstance(entry.leaf.value, SparseKernel)]
+    adapted = nodes_of(linear_layers(model, params), SparseKernel, method.is_target)
     shapes: dict[str, tuple[int, ...]] = {_INDICES.format(module=entry.module): (2, _count(entry)) for entry in adapted}
     shapes |= {_WEIGHT.format(module=entry.module): (_count(entry),) for entry in adapted}
     peft_leaves.check(folder, shapes, peft_leaves.held(folder, linear, (*FLOATS, "I32")))

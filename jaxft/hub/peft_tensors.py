@@ -14,7 +14,7 @@ from jaxft.hub import peft_leaves
 from jaxft.hub.names import Entry
 from jaxft.hub.peft_format import Params
 from jaxft.models import segments
-from jaxft.models.node import is_node
+from jaxft.models.node import innermost, is_node
 
 PREFIX = "base_model.model."
 _ITSELF = "itself"  # in the place of a node's field
@@ -35,7 +35,7 @@ class Slot:
     def stored(self) -> Any:
         """The array that holds ours, of all layers where they are stacked."""
         value = self.entry.leaf.value
-        return value if self.field is None else getattr(value, self.field)
+        return innermost(value) if self.field is None else getattr(value, self.field)
 
     def read(self) -> np.ndarray:
         """Returns ours as theirs, float32."""

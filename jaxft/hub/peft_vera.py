@@ -14,12 +14,13 @@ from flax import linen as nn
 from jaxft.errors import UserError
 from jaxft.hub import peft_config, peft_leaves, peft_lora_config
 from jaxft.hub.checkpoint import ADAPTER_CONFIG
-from jaxft.hub.names import Entry, linear_layers
+from jaxft.hub.names import Entry, linear_layers, nodes_of
 from jaxft.hub.peft_format import WEIGHTS, Params, Written
 from jaxft.hub.peft_leaves import PREFIX, Place
 from jaxft.methods.vera import VeRA, VeRAKernel
 from jaxft.models import segments
 from jaxft.models.node import Shared, is_node
+from jaxft.models.segments import Leaf
 
 METHOD = VeRA
 PEFT_TYPE = "VERA"
@@ -44,7 +45,7 @@ _VECTORS = ("lambda_b", "lambda_d")
 def write(model: nn.Module, params: Params, method: VeRA) -> Written:
     """Returns the configuration and the tensors, the two projections included; raises `UserError` where `params` hold none."""
     linear = linear_layers(model, params)
-    adapted = [entry for entry in linear if isinstance(entry.leaf.value, VeRAKernel)]
+    adapted = nodes_of(linear, VeRAKernel, method.is_target)
     if not adapted:
         raise UserError("These parameters hold no VeRA: params = method.init(rng, model, params) adds one.")
     first = adapted[0].leaf.value
@@ -60,7 +61,7 @@ def write(model: nn.Module, params: Params, method: VeRA) -> Written:
         "vera_dropout": method.dropout,
     }
     shared = {name: lambda field=field: np.asarray(getattr(first, field).value).T for name, field in _PROJECTIONS.items()}
-    return Written(config, {**peft_leaves.tensors(_places(params, adapted)), **shared})
+    return Written(config, {**peft_leaves.tensors(_places(adapted)), **shared})
 
 
 def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params: Params) -> tuple[Params, VeRA]:
@@ -68,9 +69,8 @@ def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params:
     where = str(folder / ADAPTER_CONFIG)
     peft_config.check(config, DEFAULTS, _HONOURED, where)
     linear = linear_layers(model, params)
-    if any(isinstance(entry.leaf.value, VeRAKernel) for entry in linear):
-        raise UserError("These parameters hold a VeRA already. Load the adapter onto the base model's.")
     chosen = set(peft_lora_config.targets(config, [entry.module for entry in linear], where))
+    peft_leaves.check_free(linear, VeRAKernel, chosen, METHOD.__name__)
     every = [entry.path.rpartition("/")[0] for entry in linear]
     names = [name for entry, name in zip(linear, every, strict=True) if entry.module in chosen]
     method = VeRA(
@@ -81,14 +81,14 @@ def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params:
         seed=peft_config.whole_number(config, "projection_prng_key", 0, where),
     )
     params = method.init(jax.random.key(0), model, params)
-    adapted = [entry for entry in linear_layers(model, params) if isinstance(entry.leaf.value, VeRAKernel)]
+    adapted = nodes_of(linear_layers(model, params), VeRAKernel, method.is_target)
     have = peft_leaves.held(folder, linear)
-    params = _with_projections(folder, params, have, adapted[0].leaf.value)
+    params = _with_projections(folder, params, have, adapted)
     vectors = {name: shape for name, shape in have.items() if name not in _PROJECTIONS}
-    return peft_leaves.read(folder, params, _places(params, adapted), vectors), method
+    return peft_leaves.read(folder, params, _places(adapted), vectors), method
 
 
-def _with_projections(folder: pathlib.Path, params: Params, have: Mapping[str, tuple[int, ...]], like: VeRAKernel) -> Params:
+def _with_projections(folder: pathlib.Path, params: Params, have: Mapping[str, tuple[int, ...]], adapted: list[Entry]) -> Params:
     """Returns `params` with the file's own projections, where it has them: who wrote them may have drawn others from that seed."""
     if missing := sorted(set(_PROJECTIONS) - set(have)):
         if len(missing) == len(_PROJECTIONS):
@@ -97,21 +97,22 @@ def _with_projections(folder: pathlib.Path, params: Params, have: Mapping[str, t
     made: dict[str, Any] = {}
     with safetensors.safe_open(folder / WEIGHTS, framework="numpy") as file:
         for name, field in _PROJECTIONS.items():
-            shape = getattr(like, field).value.shape
+            shape = getattr(adapted[0].leaf.value, field).value.shape
             if have[name] != shape[::-1]:
                 raise UserError(f"{folder / WEIGHTS} doesn't fit: {name} is {have[name]}, where the targets take {shape[::-1]}.")
             made[field] = Shared(jnp.asarray(np.ascontiguousarray(file.get_tensor(name).T, np.float32)))
 
-    def swap(value: Any) -> Any:
-        return dataclasses.replace(value, **made) if isinstance(value, VeRAKernel) else value
+    own = {entry.leaf.path for entry in adapted}
 
-    return segments.map_leaves(lambda leaf: swap(leaf.value), params, is_leaf=is_node)
+    def swap(leaf: Leaf) -> Any:
+        return dataclasses.replace(leaf.value, **made) if leaf.path in own else leaf.value
+
+    return segments.map_leaves(swap, params, is_leaf=is_node)
 
 
-def _places(params: Params, adapted: list[Entry]) -> list[Place]:
-    leaves, places = peft_leaves.by_name(params), []
-    for entry in adapted:
-        for field in _VECTORS:
-            leaf, index = leaves[f"{entry.path}/{field}"]
-            places.append(Place(f"{PREFIX}{entry.module}.vera_{field}", leaf, index, leaf.shape))
-    return places
+def _places(adapted: list[Entry]) -> list[Place]:
+    return [
+        Place(f"{PREFIX}{entry.module}.vera_{field}", leaf := peft_leaves.field_of(entry, field), entry.index, leaf.shape)
+        for entry in adapted
+        for field in _VECTORS
+    ]

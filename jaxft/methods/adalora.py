@@ -108,7 +108,7 @@ class AdaLoRA(Method):
         per_layer: dict[int, list[tuple[str, bool]]] = {}
         for leaf in segments.leaves(params, is_leaf=is_node):
             for layer, name in zip(leaf.layers or (), leaf.names, strict=False):
-                per_layer.setdefault(layer, []).append((leaf.path[-2], self._is_target(name)))
+                per_layer.setdefault(layer, []).append((leaf.path[-2], self.is_target(name)))
         params = segments.refine(params, lambda layer: tuple(per_layer[layer]))
         return segments.map_leaves(lambda leaf: self._around(rng, leaf), params, is_leaf=is_node)
 
@@ -117,7 +117,7 @@ class AdaLoRA(Method):
 
         def trains(leaf: segments.Leaf) -> bool:
             kernel, _, field = leaf.names[0].rpartition("/")
-            return field in _TRAINED and self._is_target(kernel)
+            return field in _TRAINED and self.is_target(kernel)
 
         return segments.map_leaves(trains, params)
 
@@ -199,11 +199,12 @@ class AdaLoRA(Method):
 
         return jax.tree.map(prune, updates, params, scores, is_leaf=is_node)
 
-    def _is_target(self, name: str) -> bool:
+    def is_target(self, name: str) -> bool:
+        """Returns whether the kernel of this name gets an AdaLoRA."""
         return name.rsplit("/", 1)[-1] == KERNEL and first_match(self.targets, name) is not None
 
     def _around(self, rng: jax.Array, leaf: segments.Leaf) -> Any:
-        if not self._is_target(leaf.names[0]):
+        if not self.is_target(leaf.names[0]):
             return leaf.value
         rows, columns = leaf.shape
         keys = [jax.random.split(key_of(rng, name)) for name in leaf.names]

@@ -104,9 +104,13 @@ class IA3(Method):
 
         return segments.map_leaves(fold, params, is_leaf=is_node)
 
+    def is_target(self, name: str) -> bool:
+        """Returns whether the kernel of this name gets a vector."""
+        return first_match(self.targets, name) is not None
+
     def _kind(self, name: str) -> str | None:
         """Which side of a kernel is scaled, None where it is no target."""
-        if first_match(self.targets, name) is None:
+        if not self.is_target(name):
             return None
         return "output" if first_match(self.feedforward, name) is None else "input"
 

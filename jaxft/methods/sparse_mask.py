@@ -129,7 +129,7 @@ class SparseMask(Method):
         if self.choice not in FROM_GRADIENTS:
             return self.init(rng, model, params)
         self._check(params)
-        found = scores(params, lambda name: self._kind(name) is not None, self.choice, self.score_batches)
+        found = scores(params, self.is_target, self.choice, self.score_batches)
         return self.init_from_scores(rng, model, params, found)
 
     def init_from_scores(self, rng: jax.Array, model: nn.Module, params: Params, scores: Params) -> Params:
@@ -147,7 +147,7 @@ class SparseMask(Method):
             for leaf in segments.leaves(scores, is_leaf=is_node)
             if is_kernel(leaf)
             for index, name in enumerate(leaf.names)
-            if self._kind(name)
+            if self.is_target(name)
         }
         return wrap(params, self._kind, lambda leaf: self._around(rng, leaf, found))
 
@@ -167,13 +167,17 @@ class SparseMask(Method):
         """
         return max(round(self.density * rows * columns), 1) if self.density else self.rank * (rows + columns)
 
+    def is_target(self, name: str) -> bool:
+        """Returns whether the kernel of this name gets a difference."""
+        return first_match(self.targets, name) is not None
+
     def _kind(self, name: str) -> bool | None:
-        return None if first_match(self.targets, name) is None else True
+        return self.is_target(name) or None
 
     def _check(self, params: Params) -> None:
         chosen_kernels(params, self.targets)
         for leaf in segments.leaves(params, is_leaf=is_node):
-            if not is_kernel(leaf) or not any(self._kind(name) for name in leaf.names):
+            if not is_kernel(leaf) or not any(map(self.is_target, leaf.names)):
                 continue
             (rows, columns), count = leaf.shape, self.count_of(*leaf.shape)
             if count > rows * columns:

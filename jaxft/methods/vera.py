@@ -95,7 +95,7 @@ class VeRA(Method):
         shapes = [leaf.shape for leaf in leaves if is_kernel(leaf) and chosen & set(leaf.names)]
         vera_a, vera_b = projections(self.seed, self.rank, *map(max, zip(*shapes, strict=True)))
         shared = Shared(jnp.asarray(vera_a)), Shared(jnp.asarray(vera_b))
-        return wrap(params, lambda name: first_match(self.targets, name) is not None or None, lambda leaf: self._around(leaf, *shared))
+        return wrap(params, lambda name: self.is_target(name) or None, lambda leaf: self._around(leaf, *shared))
 
     def mask(self, params: Params) -> Any:
         """Returns True at the targets' vectors."""
@@ -104,6 +104,10 @@ class VeRA(Method):
     def merge(self, model: nn.Module, params: Params) -> Params:
         """Returns plain kernels: base plus the difference in float32, cast once to the base's type."""
         return fold(params, VeRAKernel)
+
+    def is_target(self, name: str) -> bool:
+        """Returns whether the kernel of this name gets vectors."""
+        return first_match(self.targets, name) is not None
 
     def _around(self, leaf: Leaf, vera_a: Shared, vera_b: Shared) -> VeRAKernel:
         layers = () if leaf.layers is None else (len(leaf.layers),)

@@ -149,6 +149,22 @@ def is_node(value: Any) -> bool:
     return isinstance(value, (Node, Site))
 
 
+def find(value: Any, kind: type[Any]) -> Any:
+    """Returns the outermost node of a class among those around a kernel, `value` itself included, or None where there is none."""
+    while not isinstance(value, kind):
+        if not isinstance(value, Around):
+            return None
+        value = value.base
+    return value
+
+
+def innermost(kernel: Kernel) -> Kernel:
+    """Returns what stands within all nodes around a kernel: an array, or a number format's node."""
+    while isinstance(kernel, Around):
+        kernel = kernel.base
+    return kernel
+
+
 def is_site(value: Any) -> bool:
     """Returns whether `value` is a node at a site."""
     return isinstance(value, Site)

@@ -47,6 +47,7 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     _check_workdir(workdir, resolved)
     _keep_compiled()
     setup = set_up(experiment)
+    own_exports(setup, setup.state)  # what could be written nowhere is refused before it trains
     checkpoints = _open_workdir(workdir, resolved, experiment)
     evaluator = Evaluator(setup)
     state, progress = _start(setup, checkpoints, evaluator, resolved)
@@ -136,7 +137,7 @@ def own_exports(setup: Setup, state: State) -> list[tuple[str, str, Method]]:
     """Returns what a run is exported as: folder's name, format, method.
 
     The adapter alone where PEFT or AdapterHub has such, else the whole model; a sum as a whole model too, or as the adapters of its parts
-    where it can't be merged.
+    where it can't be merged. Raises `UserError` for such a part that no file can hold.
     """
     method, params = setup.experiment.method, setup.params(state)
 
@@ -149,7 +150,15 @@ def own_exports(setup: Setup, state: State) -> list[tuple[str, str, Method]]:
         return [(format, format, method)]
     if can_merge(method, setup.model, params):
         return [("hf", "hf", method)]
-    return [(f"{number}-{part.title}", form(part) or "peft", part) for number, part in enumerate(method.methods, start=1)]
+    exports = []
+    for number, part in enumerate(method.methods, start=1):
+        if (found := form(part)) is None:
+            raise UserError(
+                f"What {method.title} trains could be written nowhere: it can't be merged, and PEFT's files can't hold {part}. "
+                "Change that part, or leave one out."
+            )
+        exports.append((f"{number}-{part.title}", found, part))
+    return exports
 
 
 def versions() -> dict[str, str]:

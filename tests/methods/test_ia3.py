@@ -118,5 +118,5 @@ def test_a_second_one_and_none_are_refused(tmp_path):
         jaxft.save_adapter(tmp_path / "none", model, params, IA3())
     scaled = moved(IA3(), model, params)
     jaxft.save_adapter(tmp_path / "one", model, scaled, IA3())
-    with pytest.raises(UserError, match="hold an IA3 already"):
+    with pytest.raises(UserError, match="hold IA3 at layers/0/attention/k_proj/kernel already"):
         jaxft.load_adapter(tmp_path / "one", model, scaled)
