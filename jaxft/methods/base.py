@@ -27,7 +27,10 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def init(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
-        """Returns `params` with the method's leaves added, or with some leaves stored in another form."""
+        """Returns `params` with the method's leaves added, or with some leaves stored in another form.
+
+        A run checks by `jax.eval_shape` first whether the method fits the model, so this may look at shapes, not at numbers.
+        """
 
     def begin(self, rng: jax.Array, model: nn.Module, params: Params, scores: Scores) -> Params:
         """Returns what `init` does, for methods that look at training batches first: a run begins with this."""

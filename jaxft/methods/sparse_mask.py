@@ -11,13 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 from jaxft.errors import UserError, unknown
 from jaxft.methods.base import Method, Params, Scores
-from jaxft.methods.kernels import chosen_kernels, fold, is_kernel, key_of, mask_of_nodes, wrap
+from jaxft.methods.kernels import chosen_kernels, fold, is_kernel, key_of, mask_of_nodes, stacked, wrap
 from jaxft.methods.partition import first_match
 from jaxft.models import segments
 from jaxft.models.node import Around, Kernel, dense, is_node, node
@@ -198,10 +197,8 @@ class SparseMask(Method):
             else:
                 score = functools.partial(jax.random.uniform, key_of(rng, name), (rows, columns))
             places.append(highest(score(), count))
-        found = np.stack(places) if leaf.layers is not None else places[0]
-        return SparseKernel(
-            leaf.value, jnp.asarray(found[..., 0, :]), jnp.asarray(found[..., 1, :]), jnp.zeros(found[..., 0, :].shape, jnp.float32)
-        )
+        found = stacked(leaf, places)
+        return SparseKernel(leaf.value, found[..., 0, :], found[..., 1, :], jnp.zeros(found[..., 0, :].shape, jnp.float32))
 
 
 def _magnitude(leaf: Leaf, index: int) -> jax.Array:
@@ -209,15 +206,15 @@ def _magnitude(leaf: Leaf, index: int) -> jax.Array:
     return jnp.abs(dense(value))
 
 
-def highest(scores: jax.Array, count: int) -> np.ndarray:
+def highest(scores: jax.Array, count: int) -> jax.Array:
     """Returns rows and columns of the highest of `scores` (in, out), (2, count) int32, column by column, as SHiRA's files order them.
 
     >>> highest(jnp.array([[3.0, 1.0], [2.0, 5.0]]), 2).tolist()
     [[0, 1], [0, 1]]
     """
     _, flat = jax.lax.top_k(scores.T.reshape(-1), count)
-    columns, rows = np.divmod(np.sort(np.asarray(flat)), scores.shape[0])
-    return np.stack([rows, columns]).astype(np.int32)
+    columns, rows = jnp.divmod(jnp.sort(flat), scores.shape[0])
+    return jnp.stack([rows, columns]).astype(jnp.int32)
 
 
 def scores_from_gradient(gradients: Params, choice: str) -> Params:

@@ -108,7 +108,7 @@ class Prompt(Site, abc.ABC):
     @property
     def virtual_tokens(self) -> int:
         """How many there are."""
-        return int(jax.eval_shape(self.embeddings).shape[0])
+        return int(jax.eval_shape(lambda own: own.embeddings(), self).shape[0])
 
 
 class Prefix(Site, abc.ABC):
@@ -121,7 +121,7 @@ class Prefix(Site, abc.ABC):
     @property
     def virtual_tokens(self) -> int:
         """How many there are."""
-        return int(jax.eval_shape(self.keys_values)[0].shape[1])
+        return int(jax.eval_shape(lambda own: own.keys_values(), self)[0].shape[1])
 
 
 @jax.tree_util.register_dataclass

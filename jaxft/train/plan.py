@@ -10,7 +10,6 @@ import numpy as np
 
 from jaxft import console
 from jaxft.config import Experiment
-from jaxft.errors import UserError
 from jaxft.methods.partition import combine, distinct, partition, size
 from jaxft.models.registry import family_of
 from jaxft.train import placement
@@ -43,8 +42,6 @@ def plan(experiment: Experiment) -> Plan:
     method that looks at training batches before it begins, isn't in it.
     """
     run = describe_run(experiment)
-    if run.shapes is None:
-        raise UserError(f"{run.method.title} looks at the weights themselves before it begins, so there is no plan of it without them.")
     mask = run.method.mask(run.shapes)
     print_trainable(run.shapes, mask)
     found = _of_step(run, mask)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
@@ -23,10 +22,12 @@ from jaxft.hub.load import compute_type, describe_pretrained, load_pretrained
 from jaxft.hub.peft import adapter_format
 from jaxft.hub.tokenizer import load_tokenizer
 from jaxft.methods.base import Compose, Method
+from jaxft.methods.kernels import is_kernel
 from jaxft.methods.partition import combine, listing, partition, size, trainable_leaves
 from jaxft.models.layers import REMAT
-from jaxft.models.node import Prefix, Prompt
+from jaxft.models.node import Prefix, Prompt, dense, is_node
 from jaxft.models.registry import family_of
+from jaxft.models.segments import Leaf, map_leaves
 from jaxft.train import optimizer as optimizers
 from jaxft.train import placement
 from jaxft.train.scores import gradient_scores
@@ -119,7 +120,7 @@ class Described:
     model: nn.Module
     tokenizer: Any
     method: Method  # with the tokens of what it has as text
-    shapes: Any  # of the whole model with the method's leaves; None where these depend on the weights themselves
+    shapes: Any  # of the whole model with the method's leaves
     examples: dict[str, Examples]
     training_rows: Rows
     batches: Batches
@@ -137,9 +138,9 @@ def describe_run(experiment: Experiment) -> Described:
     model, shapes = describe_pretrained(source, "causal_lm", experiment.model.dtype, experiment.model.revision)
     tokenizer = load_tokenizer(source, experiment.model.revision)
     method = experiment.method.tokenized(tokenizer)
-    shapes, virtual = check_method(method, model, shapes, train.seed)
+    shapes = check_method(method, model, shapes, train.seed)
     examples, rows = load_data(experiment, tokenizer)
-    check_positions(examples, experiment, model, virtual)
+    check_positions(examples, experiment, model, virtual_tokens(shapes))
     share_prefix = not train.neftune_alpha  # its noise follows each example's length
     batches = Batches(
         examples["train"], data, train.batch_size, train.accumulation, train.seed, share_prefix, pad_token_id=pad_token(tokenizer)
@@ -190,31 +191,22 @@ def make_optimizer(run: Described) -> optax.GradientTransformation:
     return run.method.optimizer(optimizers.make_optimizer(run.experiment.optimizer, run.steps), run.steps)
 
 
-def check_method(method: Method, model: Any, shapes: Any, seed: int) -> tuple[Any, int]:
-    """Returns the model's shapes with the method's leaves, and how many virtual tokens stand before every text.
-
-    Raises `UserError` where the method doesn't fit the model, by its shapes alone. Where it looks at the weights themselves the shapes are
-    None: what doesn't fit is found when they are there.
-    """
-    key = key_for(seed, "method")
-
-    def like(params: Any, *_: Any) -> Any:  # in the place of scores
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-
-    counted = 0
+def check_method(method: Method, model: Any, shapes: Any, seed: int) -> Any:
+    """Returns the model's shapes with the method's leaves; raises `UserError` where the method doesn't fit the model, by these alone."""
     arrays: list[int] = []
 
+    def like(params: Any, chosen: Callable[[str], bool], *_: Any) -> Any:  # in the place of scores
+        def score(leaf: Leaf) -> Any:
+            return dense(leaf.value) if is_kernel(leaf) and any(map(chosen, leaf.names)) else None
+
+        return map_leaves(score, params, is_leaf=is_node)
+
     def begin(params: Any) -> Any:
-        nonlocal counted
-        params = method.begin(key, model, params, like)
-        counted = virtual_tokens(params)
+        params = method.begin(key_for(seed, "method"), model, params, like)
         arrays.extend(map(id, jax.tree.leaves(params)))
         return params
 
-    try:
-        params = jax.eval_shape(begin, shapes)
-    except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError):
-        return None, 0
+    params = jax.eval_shape(begin, shapes)
     # What is one array in several places stays one.
     shape_of = dict(zip(arrays, jax.tree.leaves(params), strict=True))
     params = jax.tree.unflatten(jax.tree.structure(params), [shape_of[array] for array in arrays])
@@ -225,7 +217,7 @@ def check_method(method: Method, model: Any, shapes: Any, seed: int) -> tuple[An
             f"What {method.title} trains could be written nowhere: it can't be merged, and not all of it has an adapter's form. "
             "Leave a part of it out."
         )
-    return params, counted
+    return params
 
 
 def can_merge(method: Method, model: Any, params: Any) -> bool:

@@ -1,0 +1,40 @@
+"""What a run finds out of a method before the model is loaded, by shapes alone."""
+
+import jax
+import pytest
+from method_checks import base
+
+from jaxft.errors import UserError
+from jaxft.methods import IA3, AdaLoRA, BitFit, LoRA, Partial, Prefix, Prompt, SparseMask
+from jaxft.train.setup import check_method, virtual_tokens
+
+LOOK = [SparseMask(rank=1, choice=choice, targets=("q_proj",)) for choice in ("random", "magnitude", "gradient", "fisher")]
+
+
+def check(method):
+    model, params = base("qwen2")
+    return virtual_tokens(check_method(method, model, jax.eval_shape(lambda: params), seed=0))
+
+
+@pytest.mark.parametrize("method", LOOK, ids=repr)
+def test_virtual_tokens_are_counted_beside_what_looks_at_weights(method):
+    assert check(method) == 0
+    assert check(Prefix(virtual_tokens=7) + method) == 7
+    assert check(method + Prompt(virtual_tokens=4) + Prefix(virtual_tokens=7)) == 11
+
+
+@pytest.mark.parametrize("method", LOOK, ids=repr)
+def test_what_could_be_written_nowhere_is_refused_beside_what_looks_at_weights(method):
+    with pytest.raises(UserError, match="could be written nowhere"):
+        check(method + BitFit() + Prompt(virtual_tokens=4))
+
+
+@pytest.mark.parametrize("choice", ["gradient", "fisher"])
+@pytest.mark.parametrize("other", [LoRA(rank=2), IA3(), AdaLoRA(init_rank=3, target_rank=2)], ids=repr)
+def test_kernels_that_another_method_wraps_are_scored_as_what_they_act_as(other, choice):
+    assert check(other + SparseMask(rank=1, choice=choice)) == 0
+
+
+def test_a_method_that_does_not_fit_is_refused():
+    with pytest.raises(UserError, match="method.last is 4; the model has 3 layers"):
+        check(LOOK[1] + Partial(last=4))
