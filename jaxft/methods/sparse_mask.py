@@ -19,38 +19,43 @@ from jaxft.methods.base import Method, Params, Scores
 from jaxft.methods.kernels import chosen_kernels, fold, is_kernel, key_of, mask_of_nodes, stacked, wrap
 from jaxft.methods.partition import first_match
 from jaxft.models import segments
-from jaxft.models.node import Around, Kernel, dense, is_node, node
+from jaxft.models.node import Around, Kernel, dense, dot, is_node, node
 from jaxft.models.segments import Leaf
 
 CHOICES = ("random", "magnitude", "gradient", "fisher")
 FROM_GRADIENTS = ("gradient", "fisher")
 
 
-def _sum(base: Kernel, rows: jax.Array, columns: jax.Array, values: jax.Array) -> jax.Array:
-    """base + the sparse difference, (in, out) float32."""
-    return dense(base).at[rows, columns].add(values, unique_indices=True)
+def _sum(shape: tuple[int, ...], base: Kernel | None, rows: jax.Array, columns: jax.Array, values: jax.Array) -> jax.Array:
+    """base, zero where it is None, + the sparse difference, (in, out) float32."""
+    whole = jnp.zeros(shape, jnp.float32) if base is None else dense(base)
+    return whole.at[rows, columns].add(values, unique_indices=True)
 
 
-@jax.custom_vjp
-def _product(x: jax.Array, base: Kernel, rows: jax.Array, columns: jax.Array, values: jax.Array) -> jax.Array:
-    """x (tokens, in) times base plus the sparse difference: (tokens, out).
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(
+    shape: tuple[int, ...], x: jax.Array, base: Kernel | None, rows: jax.Array, columns: jax.Array, values: jax.Array
+) -> jax.Array:
+    """x (tokens, in) times base, zero where it is None, plus the sparse difference, of a shape (in, out): (tokens, out).
 
     The sum is made for the product alone and made again in the backward pass: of what is kept, nothing is larger than the subset. It is
     rounded to x's type once, as a merged kernel is.
     """
-    return x @ _sum(base, rows, columns, values).astype(x.dtype)
+    return x @ _sum(shape, base, rows, columns, values).astype(x.dtype)
 
 
-def _forward(x: jax.Array, base: Kernel, rows: jax.Array, columns: jax.Array, values: jax.Array) -> tuple[jax.Array, Any]:
-    return _product(x, base, rows, columns, values), (x, base, rows, columns, values)
+def _forward(
+    shape: tuple[int, ...], x: jax.Array, base: Kernel | None, rows: jax.Array, columns: jax.Array, values: jax.Array
+) -> tuple[jax.Array, Any]:
+    return _product(shape, x, base, rows, columns, values), (x, base, rows, columns, values)
 
 
-def _backward(kept: Any, gradient: jax.Array) -> tuple[Any, ...]:
+def _backward(shape: tuple[int, ...], kept: Any, gradient: jax.Array) -> tuple[Any, ...]:
     x, base, rows, columns, values = kept
     whole = jnp.matmul(x.T, gradient, preferred_element_type=jnp.float32)
-    _, of_base = jax.vjp(dense, base)
-    x_gradient = gradient @ _sum(base, rows, columns, values).astype(x.dtype).T
-    return x_gradient, of_base(whole)[0], None, None, whole[rows, columns]
+    of_base = None if base is None else jax.vjp(dense, base)[1](whole)[0]
+    x_gradient = gradient @ _sum(shape, base, rows, columns, values).astype(x.dtype).T
+    return x_gradient, of_base, None, None, whole[rows, columns]
 
 
 _product.defvjp(_forward, _backward)
@@ -70,11 +75,15 @@ class SparseKernel(Around):
     values: jax.Array
 
     def dot(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
-        return _product(x, self.base, self.rows, self.columns, self.values)
+        places = (self.rows, self.columns, self.values)
+        if not isinstance(self.base, Around):
+            return _product(self.shape, x, self.base, *places)
+        # another method's node may drop, and its dense form may cost more than a product
+        return dot(x, self.base, rng) + _product(self.shape, x, None, *places)
 
     def dense(self) -> jax.Array:
-        whole = _sum if self.rows.ndim == 1 else jax.vmap(_sum)
-        return whole(self.base, self.rows, self.columns, self.values)
+        whole = functools.partial(_sum, self.shape[-2:])
+        return (whole if self.rows.ndim == 1 else jax.vmap(whole))(self.base, self.rows, self.columns, self.values)
 
     def placement(self, spec: P) -> Any:
         made: Any = SparseKernel  # a node of specs, not of arrays

@@ -123,6 +123,21 @@ def test_gradients_are_those_of_the_dense_sum_and_as_large_as_the_subset():
     assert largest_difference(found, expected) <= 1e-5  # of a kernel that trains below it too
 
 
+def test_a_lora_within_drops_as_by_itself_and_is_not_made_dense():
+    x, kernel, rows, columns, values = arrays()
+    lora = dataclasses.replace(LORA, base=kernel, lora_a=jnp.ones((7, 2)), dropout=jnp.float32(0.5))
+    rng = jax.random.key(3)
+
+    def run(x, lora, rng):
+        return SparseKernel(lora, rows, columns, values).dot(x, rng)
+
+    difference = x @ jnp.zeros((7, 6)).at[rows, columns].add(values)
+    for key in (None, rng):
+        np.testing.assert_allclose(run(x, lora, key), lora.dot(x, key) + difference, rtol=1e-5, atol=1e-5)
+    assert largest_difference(run(x, lora, None), run(x, lora, rng)) > 0.1
+    assert "f32[7,6] = dot_general" not in str(jax.make_jaxpr(run)(x, lora, rng))
+
+
 def test_of_what_is_kept_for_the_backward_pass_nothing_is_as_large_as_a_kernel():
     """Of a kernel's sum with its difference, none is kept: what is kept beside the arguments is the input, (tokens, in)."""
     x, kernel, rows, columns, values = arrays()
