@@ -13,7 +13,7 @@ from jaxft.errors import UserError
 from jaxft.methods.base import Method
 from jaxft.methods.kernels import KERNEL, key_of
 from jaxft.methods.lora import dropped, narrow
-from jaxft.methods.partition import check_patterns, first_match
+from jaxft.methods.partition import check_patterns, first_match, partition
 from jaxft.models import segments
 from jaxft.models.node import Around, Kernel, dense, dot, is_node, node
 
@@ -130,9 +130,9 @@ class AdaLoRA(Method):
         return jax.tree.map(fold, params, is_leaf=is_node)
 
     def penalty(self, params: Params) -> jax.Array:
-        """Returns `orthogonality` times the mean of |lora_a' lora_a - I| and |lora_b lora_b' - I| over all kernels, Frobenius norms."""
+        """Returns `orthogonality` times the mean of |lora_a' lora_a - I| and |lora_b lora_b' - I| over its kernels, Frobenius norms."""
         norms = []
-        for kernel in _kernels(params):
+        for kernel in self._kernels(params):
             norms += [jnp.ravel(_from_identity(kernel.lora_a)), jnp.ravel(_from_identity(jnp.swapaxes(kernel.lora_b, -1, -2)))]
         return self.orthogonality * jnp.mean(jnp.concatenate(norms))
 
@@ -156,13 +156,13 @@ class AdaLoRA(Method):
             )
 
         def init(params: Any) -> Allocation:
-            importance, uncertainty = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))  # a step donates both
+            importance, uncertainty = (jax.tree.map(jnp.zeros_like, self._own(params)) for _ in range(2))  # a step donates both
             return Allocation(jnp.zeros((), jnp.int32), importance, uncertainty, inner.init(params))
 
         def update(gradients: Any, state: Allocation, params: Any = None) -> tuple[Any, Allocation]:
             step = state.step + 1
             updates, held = inner.update(gradients, state.inner, params)
-            importance, uncertainty = self._smoothed(gradients, params, updates, state)
+            importance, uncertainty = self._smoothed(self._own(gradients), self._own(params), self._own(updates), state)
             still = step < total - self.tfinal
             importance, uncertainty = jax.tree.map(
                 lambda new, old: jnp.where(still, new, old), (importance, uncertainty), (state.importance, state.uncertainty)
@@ -183,7 +183,7 @@ class AdaLoRA(Method):
 
     def _pruned(self, updates: Any, params: Any, scores: Any, step: jax.Array, total: int) -> Any:
         """The updates, those of pruned values such that they are zero; after the last allocation what is zero stays so."""
-        triplets = [_triplet_scores(kernel) for kernel in _kernels(scores)]
+        triplets = [_triplet_scores(kernel) for kernel in self._kernels(scores)]
         every = jnp.sort(jnp.concatenate([jnp.ravel(found) for found in triplets]))
         table = [self.budget(number, total, every.size // self.init_rank) for number in range(total + 1)]
         place = jnp.minimum(step, total)
@@ -191,17 +191,27 @@ class AdaLoRA(Method):
         allocates = jnp.asarray([masks for _, masks in table])[place] & (less > 0)
         threshold = every[jnp.maximum(less - 1, 0)]
 
-        def prune(update: Any, value: Any, score: Any) -> Any:
-            if not isinstance(update, AdaLoRAKernel):
+        def prune(keys: Any, update: Any, value: Any, score: Any) -> Any:
+            if not self._is_own(segments.leaf_of(segments.path_of(keys), update)):
                 return update
             zero = (allocates & (_triplet_scores(score) <= threshold)) | ((step > total - self.tfinal) & (value.lora_e == 0))
             return dataclasses.replace(update, lora_e=jnp.where(zero, -value.lora_e, update.lora_e))
 
-        return jax.tree.map(prune, updates, params, scores, is_leaf=is_node)
+        return jax.tree_util.tree_map_with_path(prune, updates, params, scores, is_leaf=_is_kernel)
 
     def is_target(self, name: str) -> bool:
         """Returns whether the kernel of this name gets an AdaLoRA."""
         return name.rsplit("/", 1)[-1] == KERNEL and first_match(self.targets, name) is not None
+
+    def _own(self, tree: Any) -> Any:
+        """The leaves that train by this method, None in the place of other methods'."""
+        return partition(tree, self.mask(tree))[0]
+
+    def _is_own(self, leaf: segments.Leaf) -> bool:
+        return _is_kernel(leaf.value) and self.is_target(leaf.names[0])
+
+    def _kernels(self, params: Any) -> list[AdaLoRAKernel]:
+        return [leaf.value for leaf in segments.leaves(params, is_leaf=_is_kernel) if self._is_own(leaf)]
 
     def _around(self, rng: jax.Array, leaf: segments.Leaf) -> Any:
         if not self.is_target(leaf.names[0]):
@@ -217,8 +227,9 @@ class AdaLoRA(Method):
         return AdaLoRAKernel(leaf.value, *(jax.tree.map(lambda part: part[0], fields) if leaf.layers is None else fields))
 
 
-def _kernels(params: Any) -> list[AdaLoRAKernel]:
-    return [value for value in jax.tree.leaves(params, is_leaf=is_node) if isinstance(value, AdaLoRAKernel)]
+def _is_kernel(value: Any) -> bool:
+    """Whether a value is an AdaLoRA, within another method's node or not."""
+    return isinstance(value, AdaLoRAKernel)
 
 
 def _from_identity(matrix: jax.Array) -> jax.Array:

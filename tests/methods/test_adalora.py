@@ -16,7 +16,8 @@ from tiny_models import VOCABULARY, largest_difference, make_pair, make_referenc
 
 import jaxft
 from jaxft.errors import UserError
-from jaxft.methods import AdaLoRA
+from jaxft.methods import IA3, AdaLoRA
+from jaxft.models import segments
 
 TOLERANCE = 1e-4  # the bound everywhere
 IDS = np.random.default_rng(0).integers(1, VOCABULARY, (2, 11)).astype(np.int32)
@@ -191,3 +192,35 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
 def test_a_schedule_longer_than_the_run_is_refused():
     with pytest.raises(UserError, match="of 10 steps none is left"):
         AdaLoRA(tinit=6, tfinal=4).optimizer(optax.sgd(1.0), 10)
+
+
+ONE = AdaLoRA(init_rank=4, target_rank=1, tfinal=1, targets=("q_proj",))
+OTHER = AdaLoRA(init_rank=3, target_rank=2, tfinal=2, orthogonality=0.2, targets=("down_proj",))
+
+
+def steps_on_random_gradients(method):
+    """Returns the kernels after four steps; leaves and gradients depend on a leaf's shape alone, by name, and the penalty then."""
+    model, base, *_ = trained()[1]
+    params = method.init(jax.random.key(0), model, base)
+    trainable, frozen = jaxft.partition(params, method.mask(params))
+    trainable = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape), trainable)
+    optimizer = method.optimizer(optax.sgd(0.1), 4)
+    state = optimizer.init(trainable)
+    update = jax.jit(optimizer.update)
+    for step in range(4):
+        key = jax.random.key(step)
+        gradients = jax.tree.map(lambda leaf, key=key: jax.random.normal(key, leaf.shape), trainable)
+        updates, state = update(gradients, state, trainable)
+        trainable = optax.apply_updates(trainable, updates)
+    found = {name: np.asarray(leaf.value) for leaf in segments.leaves(trainable) for name in leaf.names[:1]}
+    return found, float(method.penalty(jaxft.combine(trainable, frozen)))
+
+
+@pytest.mark.parametrize("around", [OTHER, IA3(targets=("q_proj",), feedforward=()), OTHER + IA3()], ids=lambda method: method.title)
+def test_another_method_beside_it_changes_neither_its_budget_nor_its_regularizer(around):
+    found, penalty = steps_on_random_gradients(ONE + around)
+    parts = [steps_on_random_gradients(method) for method in (ONE, around)]
+    assert (found["layers/0/attention/q_proj/kernel/lora_e"] == 0).any()
+    assert penalty == pytest.approx(sum(part for _, part in parts), rel=1e-6)
+    for name, value in (parts[0][0] | parts[1][0]).items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-6)
