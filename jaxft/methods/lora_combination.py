@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from jaxft.errors import UserError, unknown
@@ -45,23 +46,25 @@ def combine_adapters(
         (Yu et al. 2023, arXiv:2311.03099), magnitude_prune keeps the largest; with _svd, these act on the products.
       density: the share of values that pruning leaves.
       sign: how ties elects: by total size, or by frequency.
-      rank: of svd; 0 is the largest of the adapters.
+      rank: of svd, and of what acts on products; 0 is the largest of the adapters.
       rng: what DARE drops.
 
     Raises:
-      UserError: adapters that can't be added, of unequal ranks where lora_a and lora_b are added, or an unknown `how`.
+      UserError: adapters that can't be added, of unequal ranks where lora_a and lora_b are added, or that trained more than their LoRA;
+        weights that aren't finite; an unknown `how`, and settings that it doesn't have.
     """
-    if how not in HOW:
-        raise unknown("way to combine adapters", how, HOW)
-    if sign not in SIGNS:
-        raise unknown("way to elect signs", sign, SIGNS)
     if not adapters or len(adapters) != len(weights):
         raise UserError(f"There are {len(adapters)} adapters and {len(weights)} weights; there must be one weight an adapter.")
-    if how.startswith("dare") and rng is None:
-        raise UserError(f"'{how}' drops at random: give it rng, a key.")
-    if not 0.0 <= density <= 1.0:
-        raise UserError(f"density is a share from 0 to 1, not {density}.")
+    if not np.isfinite(np.asarray(weights, np.float64)).all():
+        raise UserError(f"The weights of adapters are finite numbers, not {list(weights)}.")
+    _check_settings(how, density, sign, rank, rng)
     kernels = [low_rank_kernels(params) for params, _ in adapters]
+    for number, (params, _) in enumerate(adapters):
+        check_rest(base, params, number)
+    for found in kernels:
+        for name, kernel in found.items():
+            if rank > (smaller := min(kernel.lora_a.shape[0], kernel.lora_b.shape[1])):
+                raise UserError(f"rank is {rank}; {name} is of {smaller} on its smaller side, and has no larger rank.")
     names = list(dict.fromkeys(name for found in kernels for name in found))
     method = _method(names, kernels, how, rank)
     settings = (how, density, sign, method.rank)
@@ -82,6 +85,21 @@ def combine_adapters(
     return segments.map_leaves(fill, params, is_leaf=is_node), method
 
 
+def _check_settings(how: str, density: float, sign: str, rank: int, rng: jax.Array | None) -> None:
+    if how not in HOW:
+        raise unknown("way to combine adapters", how, HOW)
+    if sign not in SIGNS:
+        raise unknown("way to elect signs", sign, SIGNS)
+    if how.startswith("dare") and rng is None:
+        raise UserError(f"'{how}' drops at random: give it rng, a key.")
+    if not 0.0 <= density <= 1.0:
+        raise UserError(f"density is a share from 0 to 1, not {density}.")
+    if density < 1.0 and how in (CAT, SVD, "linear"):
+        raise UserError(f"density is for what prunes: '{how}' leaves every value. Use {', '.join(RULES[1:])}.")
+    if rank < 0 or (rank and not how.endswith(SVD)):
+        raise UserError(f"rank is {rank}, which is for svd alone, 1 or more: that of '{how}' follows from the adapters'.")
+
+
 def low_rank_kernels(params: Params) -> dict[str, LoRAKernel]:
     """Each layer's LoRA by its kernel's name, without the base; raises `UserError` for what is more than a low-rank difference."""
     found = {}
@@ -98,6 +116,37 @@ def low_rank_kernels(params: Params) -> dict[str, LoRAKernel]:
     if not found:
         raise UserError("One of the adapters holds no LoRA.")
     return found
+
+
+def check_rest(base: Params, params: Params, number: int) -> None:
+    """Raises `UserError` unless an adapter's parameters are the base's, but for its LoRA."""
+    found, expected = _by_name(jax.tree.map(_without, params, is_leaf=is_node)), _by_name(base)
+    for name in [*sorted(found.keys() ^ expected.keys()), *expected]:
+        if name not in found or name not in expected or not _same(found[name], expected[name]):
+            raise UserError(
+                f"Adapter {number}: {name} isn't what the base has. Adapters that are mixed or combined share the base and "
+                "differ in their LoRA alone: load each on this base, and leave out those that trained anything else."
+            )
+
+
+def _without(value: Any) -> Any:
+    return value.base if isinstance(value, LoRAKernel) else value
+
+
+def _by_name(params: Params) -> dict[str, tuple[Any, int | None]]:
+    """Each stored array and the layer's place in it, by the name of the layer's part."""
+    found = {}
+    for leaf in segments.leaves(params):
+        for place, name in enumerate(leaf.names):
+            found[name] = (leaf.value, None if leaf.layers is None else place)
+    return found
+
+
+def _same(one: tuple[Any, int | None], other: tuple[Any, int | None]) -> bool:
+    if one[0] is other[0] and one[1] == other[1]:
+        return True
+    left, right = (array if place is None else array[place] for array, place in (one, other))
+    return left.shape == right.shape and left.dtype == right.dtype and bool(jnp.array_equal(left, right))
 
 
 def _method(names: list[str], kernels: list[dict[str, LoRAKernel]], how: str, rank: int) -> LoRA:

@@ -13,7 +13,7 @@ from jaxft.errors import UserError
 from jaxft.methods.base import Params
 from jaxft.methods.kernels import KERNEL
 from jaxft.methods.lora import LoRA, LoRAKernel, dropped, narrow
-from jaxft.methods.lora_combination import low_rank_kernels
+from jaxft.methods.lora_combination import check_rest, low_rank_kernels
 from jaxft.models import segments
 from jaxft.models.node import Around, Kernel, Shared, dot, is_node, node, take
 
@@ -107,7 +107,7 @@ def mix_adapters(base: Params, adapters: Sequence[tuple[Params, LoRA]]) -> Param
     for number, (params, _) in enumerate(adapters):
         for name, kernel in low_rank_kernels(params).items():
             held.setdefault(name, {})[number] = kernel
-        _check_rest(base, params, number)
+        check_rest(base, params, number)
     if heads := [name for name in held if name.endswith(f"/{KERNEL}") and not name.startswith(f"{segments.LAYERS}/")]:
         raise UserError(
             f"{heads[0]} is a target of one of the adapters: the output head sees scored tokens without their rows. "
@@ -176,34 +176,3 @@ def _side_by_side(kernels: dict[int, LoRAKernel], count: int) -> dict[str, Any]:
         rates[number] = 0.0 if kernel.dropout is None else kernel.dropout
     scale = np.where(owner == np.arange(count)[:, None], scales[:, None], np.float32(0))
     return {"lora_a": lora_a, "lora_b": lora_b, "scale": jnp.asarray(scale), "dropout": jnp.asarray(rates) if rates.any() else None}
-
-
-def _check_rest(base: Params, params: Params, number: int) -> None:
-    """Raises `UserError` unless an adapter's parameters are the base's, but for its LoRA."""
-    found, expected = _by_name(jax.tree.map(_without, params, is_leaf=is_node)), _by_name(base)
-    for name in [*sorted(found.keys() ^ expected.keys()), *expected]:
-        if name not in found or name not in expected or not _same(found[name], expected[name]):
-            raise UserError(
-                f"Adapter {number}: {name} isn't what the base has. Mixed adapters share the base and differ in their LoRA alone: "
-                "load each on this base, and leave out those that trained anything else."
-            )
-
-
-def _without(value: Any) -> Any:
-    return value.base if isinstance(value, LoRAKernel) else value
-
-
-def _by_name(params: Params) -> dict[str, tuple[Any, int | None]]:
-    """Each stored array and the layer's place in it, by the name of the layer's part."""
-    found = {}
-    for leaf in segments.leaves(params):
-        for place, name in enumerate(leaf.names):
-            found[name] = (leaf.value, None if leaf.layers is None else place)
-    return found
-
-
-def _same(one: tuple[Any, int | None], other: tuple[Any, int | None]) -> bool:
-    if one[0] is other[0] and one[1] == other[1]:
-        return True
-    left, right = (array if place is None else array[place] for array, place in (one, other))
-    return left.shape == right.shape and left.dtype == right.dtype and bool(jnp.array_equal(left, right))

@@ -12,7 +12,7 @@ from tiny_models import largest_difference, make_pair, moved
 
 import jaxft
 from jaxft.errors import UserError
-from jaxft.methods import LoRA
+from jaxft.methods import IA3, AdaLoRA, LoRA, NormTuning
 from jaxft.methods.lora import LoRAKernel
 from jaxft.methods.lora_combination import combine_adapters
 from jaxft.models import segments
@@ -116,6 +116,13 @@ def test_dare_drops_by_its_key_and_keeps_the_mean():
         ({"weights": (1.0,)}, "2 adapters and 1 weights"),
         ({"how": "dare_ties"}, "give it rng"),
         ({"density": 2.0}, "density is a share"),
+        ({"density": 0.5}, "density is for what prunes: 'linear' leaves every value"),
+        ({"weights": (float("nan"), 1.0)}, r"finite numbers, not \[nan, 1.0\]"),
+        ({"weights": (1.0, float("inf"))}, "finite numbers"),
+        ({"how": "cat", "rank": 3}, "rank is 3, which is for svd alone"),
+        ({"how": "linear", "rank": 3}, "that of 'linear' follows from the adapters'"),
+        ({"how": "svd", "rank": -1}, "1 or more"),
+        ({"how": "svd", "rank": 17}, "rank is 17; layers/0/attention/v_proj/kernel is of 16 on its smaller side"),
     ],
     ids=str,
 )
@@ -123,6 +130,22 @@ def test_what_makes_no_sense_is_refused(arguments, message):
     _, model, base, ours = adapters()
     with pytest.raises(UserError, match=message):
         combine_adapters(model, base, ours, **({"weights": WEIGHTS} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (LoRA(rank=4, targets=("q_proj",), modules_to_save=("norm",)), "Adapter 1: norm/scale isn't what the base has"),
+        (LoRA(rank=4, targets=("q_proj",)) + NormTuning(targets=("norm",)), "Adapter 1: norm/scale isn't what the base has"),
+        (IA3(targets=("q_proj",), feedforward=()) + LoRA(rank=4, targets=("q_proj",)), "Adapter 1: layers/0/attention/q_proj/kernel"),
+        (AdaLoRA(targets=("q_proj",)) + LoRA(rank=4, targets=("o_proj",)), "Adapter 1: layers/0/attention/q_proj/kernel"),
+    ],
+    ids=lambda found: getattr(found, "title", ""),
+)
+def test_an_adapter_that_trained_more_than_its_lora_is_refused(method, message):
+    _, model, base, ours = adapters()
+    with pytest.raises(UserError, match=message):
+        combine_adapters(model, base, [ours[0], (moved(method, model, base), method)], WEIGHTS)
 
 
 def test_a_dora_and_other_ranks_are_refused():
