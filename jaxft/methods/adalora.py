@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft.errors import UserError
 from jaxft.methods.base import Method
-from jaxft.methods.kernels import KERNEL, key_of
+from jaxft.methods.kernels import KERNEL, fold, key_of
 from jaxft.methods.lora import dropped, narrow
 from jaxft.methods.partition import check_patterns, first_match, partition
 from jaxft.models import segments
@@ -123,11 +123,7 @@ class AdaLoRA(Method):
 
     def merge(self, model: nn.Module, params: Params) -> Params:
         """Returns plain kernels: the base and the difference in float32, cast once to the base's type."""
-
-        def fold(value: Any) -> Any:
-            return value.dense().astype(value.dtype) if isinstance(value, AdaLoRAKernel) else value
-
-        return jax.tree.map(fold, params, is_leaf=is_node)
+        return fold(params, AdaLoRAKernel)
 
     def penalty(self, params: Params) -> jax.Array:
         """Returns `orthogonality` times the mean of |lora_a' lora_a - I| and |lora_b lora_b' - I| over its kernels, Frobenius norms."""

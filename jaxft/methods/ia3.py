@@ -9,10 +9,9 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 from jaxft.methods.base import Method, Params
-from jaxft.methods.kernels import chosen_kernels, mask_of_nodes, wrap
+from jaxft.methods.kernels import chosen_kernels, fold, mask_of_nodes, wrap
 from jaxft.methods.partition import check_patterns, first_match
-from jaxft.models import segments
-from jaxft.models.node import Around, Kernel, dense, dot, is_node, linear, node
+from jaxft.models.node import Around, Kernel, dense, dot, linear, node
 from jaxft.models.segments import Leaf
 
 
@@ -34,6 +33,9 @@ class ScaledOutput(Scaled):
 
     def linear(self, x: jax.Array, bias: jax.Array | None, rng: jax.Array | None) -> jax.Array:
         return _times(linear(x, self.base, bias, rng), self.scale)
+
+    def bias(self, bias: jax.Array) -> jax.Array:
+        return _times(super().bias(bias), self.scale)
 
     def dense(self) -> jax.Array:
         return dense(self.base) * self.scale[..., None, :]
@@ -89,20 +91,7 @@ class IA3(Method):
 
     def merge(self, model: nn.Module, params: Params) -> Params:
         """Returns plain kernels and biases, each times its vector in float32, cast once to the base's type."""
-        scales = {
-            leaf.path[:-1]: leaf.value.scale
-            for leaf in segments.leaves(params, is_leaf=is_node)
-            if isinstance(leaf.value, ScaledOutput) and self._kind(leaf.names[0])
-        }
-
-        def fold(leaf: Leaf) -> Any:
-            if isinstance(leaf.value, Scaled) and self._kind(leaf.names[0]):
-                return leaf.value.dense().astype(leaf.value.dtype)
-            if leaf.path[-1] == "bias" and leaf.path[:-1] in scales:
-                return (leaf.value.astype(jnp.float32) * scales[leaf.path[:-1]]).astype(leaf.value.dtype)
-            return leaf.value
-
-        return segments.map_leaves(fold, params, is_leaf=is_node)
+        return fold(params, Scaled, self.is_target)
 
     def is_target(self, name: str) -> bool:
         """Returns whether the kernel of this name gets a vector."""

@@ -14,7 +14,7 @@ from jaxft.models import segments
 from jaxft.models.node import BASE, is_node
 from jaxft.models.segments import Leaf
 
-KERNEL = "kernel"  # what the families call a linear layer's weight
+KERNEL, BIAS = "kernel", "bias"  # what the families call a linear layer's parameters
 
 
 def is_kernel(leaf: Leaf) -> bool:
@@ -85,10 +85,23 @@ def _marked(value: Any, kind: type[Any], fields: Sequence[str]) -> Any:
     return dataclasses.replace(value, **{field.name: mark(field.name) for field in dataclasses.fields(value)})
 
 
-def fold(params: Params, kind: type[Any]) -> Params:
-    """Returns `params` with the nodes of one class as plain kernels: folded in float32, cast once to the base's type."""
+def fold(params: Params, kind: type[Any], chosen: Callable[[str], bool] = lambda name: True) -> Params:
+    """Returns `params` with the nodes of one class around `chosen` kernels folded in, in float32, cast once to the base's type.
 
-    def dense(value: Any) -> Any:
-        return value.dense().astype(value.dtype) if isinstance(value, kind) else value
+    So are nodes within them, and what all these make of the layers' biases.
+    """
+    folded = {
+        leaf.path[:-1]: leaf.value
+        for leaf in segments.leaves(params, is_leaf=is_node)
+        if isinstance(leaf.value, kind) and chosen(leaf.names[0])
+    }
 
-    return jax.tree.map(dense, params, is_leaf=is_node)
+    def plain(leaf: Leaf) -> Any:
+        value, node = leaf.value, folded.get(leaf.path[:-1])
+        if node is None:
+            return value
+        if node is value:
+            return node.dense().astype(node.dtype)
+        return node.bias(value.astype(jnp.float32)).astype(value.dtype) if leaf.path[-1] == BIAS else value
+
+    return segments.map_leaves(plain, params, is_leaf=is_node)

@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 from jaxft.errors import UserError, unknown
 from jaxft.methods import dora, lora_start
 from jaxft.methods.base import Method
-from jaxft.methods.kernels import KERNEL, key_of
-from jaxft.methods.partition import check_patterns, first_match
+from jaxft.methods.kernels import KERNEL, fold, key_of
+from jaxft.methods.partition import cast, check_patterns, first_match, mask_by_name
 from jaxft.methods.rates import scaled
 from jaxft.models import segments
 from jaxft.models.node import Around, Kernel, Node, dense, dot, is_node, node, prepared, take
@@ -184,18 +184,14 @@ class LoRA(Method):
 
         Raises `UserError` for embeddings that are the output head too: only one of the two has the LoRA.
         """
-
-        def fold(leaf: segments.Leaf) -> Any:
-            if not isinstance(leaf.value, LoRAKernel):
-                return leaf.value.astype(model.dtype) if self.trains_whole(leaf.names[0]) else leaf.value
-            if leaf.path[-1] == EMBEDDING and model.config.tie_word_embeddings:
+        for leaf in segments.leaves(params, is_leaf=is_node):
+            if isinstance(leaf.value, LoRAKernel) and leaf.path[-1] == EMBEDDING and model.config.tie_word_embeddings:
                 raise UserError(
                     f"A LoRA on {leaf.title} can't be merged: this model's output head is the same table, and it has no LoRA. "
                     "Save the adapter alone: jaxft.save_adapter(folder, model, params, method)."
                 )
-            return leaf.value.dense().astype(leaf.value.dtype)
-
-        return segments.map_leaves(fold, params, is_leaf=is_node)
+        params = fold(params, LoRAKernel)
+        return cast(params, mask_by_name(params, self.trains_whole), model.dtype)
 
     def optimizer(self, inner: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
         """Returns the optimizer, lora_b's rate `lora_plus_ratio` times lora_a's; so are a magnitude's, biases' and norms', as in peft."""

@@ -27,7 +27,11 @@ class Node(abc.ABC):
 
     def linear(self, x: jax.Array, bias: jax.Array | None, rng: jax.Array | None) -> jax.Array:
         """Returns x (tokens, in) times the kernel plus the bias (out,), where there is one."""
-        return _plus(self.dot(x, rng), bias)
+        return _plus(self.dot(x, rng), None if bias is None else self.bias(bias))
+
+    def bias(self, bias: jax.Array) -> jax.Array:
+        """Returns what the layer adds to the product, (out,), where its parameter is `bias`."""
+        return bias
 
     def take(self, ids: jax.Array, dtype: Any) -> jax.Array:
         """Returns the rows `ids` (...) of a table, (..., out) in `dtype`."""
@@ -72,6 +76,9 @@ class Around(Node):
     @property
     def dtype(self) -> Any:
         return self.base.dtype
+
+    def bias(self, bias: jax.Array) -> jax.Array:
+        return self.base.bias(bias) if isinstance(self.base, Node) else bias
 
     def prepared(self) -> Node:
         changed: Any = dataclasses.replace(self, base=prepared(self.base))  # type: ignore[type-var]

@@ -5,14 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
-from method_checks import base, check_bfloat16, check_cuts, check_merge, check_start, check_two_devices, check_what_moves
+from method_checks import base, check_bfloat16, check_cuts, check_merge, check_start, check_two_devices, check_what_moves, logits
 from peft_checks import check_ours, check_theirs, check_training, tuned_by_peft
 from tiny_models import moved
 
 import jaxft
 from jaxft.errors import UserError
-from jaxft.methods import IA3, LoRA
+from jaxft.methods import IA3, AdaLoRA, LoRA, SparseMask, VeRA
 from jaxft.methods.ia3 import ScaledInput, ScaledOutput
+from jaxft.models.segments import one_layer
 
 METHOD = IA3(targets=("k_proj", "v_proj", "layers/[02]/mlp/(up|down)_proj"), feedforward=("down_proj",))
 PEFT = {
@@ -48,6 +49,28 @@ def test_merged_is_unmerged_biases_included():
 
 def test_a_sum_with_lora_on_the_same_kernels_merges_as_it_runs():
     check_merge(LoRA(rank=2, targets=("v_proj", "down_proj")) + IA3(), "qwen2")
+
+
+def test_a_lora_around_it_leaves_the_bias_scaled_and_merges_as_it_runs():
+    method = IA3(targets=("q_proj", "v_proj"), feedforward=()) + LoRA(rank=2, targets=("q_proj", "v_proj"))
+    check_merge(method, "qwen2")
+    model, params = base("qwen2")
+    alone = moved(method.methods[0], model, params)
+    around = method.methods[1].init(jax.random.key(0), model, alone)  # changes nothing until it has moved
+    np.testing.assert_allclose(logits(around, "qwen2"), logits(alone, "qwen2"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [AdaLoRA, VeRA, SparseMask])
+def test_what_stands_around_it_forwards_the_bias(kind):
+    settings = {AdaLoRA: {"init_rank": 2, "target_rank": 1}, VeRA: {"rank": 2}, SparseMask: {"rank": 1}}[kind]
+    model, params = base("qwen2")
+    alone = moved(IA3(targets=("v_proj",), feedforward=()), model, params)
+    method = kind(targets=("v_proj",), **settings)
+    around, alone = (
+        one_layer(found, 1)["attention"]["v_proj"]["kernel"] for found in (method.init(jax.random.key(0), model, alone), alone)
+    )
+    x, bias = jnp.ones((2, around.shape[0])), jnp.arange(around.shape[1], dtype=jnp.float32)
+    np.testing.assert_allclose(around.linear(x, bias, None), alone.linear(x, bias, None), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
