@@ -10,6 +10,7 @@ import safetensors
 import transformers
 
 from jaxft.errors import UserError
+from jaxft.hub import bitsandbytes_config
 from jaxft.hub.sources import GGUF_SUFFIX, PICKLE_SUFFIXES, Source, pickle_refusal
 from jaxft.models.registry import family_of
 
@@ -18,13 +19,14 @@ GENERATION_CONFIG = "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+QUANTIZATION = "quantization_config"  # the key of config.json
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types that weights have where they aren't quantized
 
 
 class Checkpoint(Protocol):
     """A pre-trained model as it lies on disk, under Hugging Face's names and in its layout."""
 
-    config: Mapping[str, Any]  # config.json, complete; generation_config.json under "generation_config"
+    config: Mapping[str, Any]  # config.json, complete; generation_config.json under "generation_config"; none of quantization
     shapes: Mapping[str, tuple[int, ...]]  # of every tensor
 
     def read(self, name: str) -> np.ndarray:
@@ -34,13 +36,13 @@ class Checkpoint(Protocol):
 class SafetensorsFolder:
     """A folder of config.json and safetensors."""
 
-    def __init__(self, source: Source) -> None:
-        """Reads the configuration and every file's header; raises `UserError` for what is missing or broken."""
+    def __init__(self, source: Source, types: Collection[str] = FLOATS) -> None:
+        """Reads the configuration and every file's header; raises `UserError` for what is missing, broken, or of other `types`."""
         self.config = read_config(source)
         self._files: dict[str, pathlib.Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path, names in _weight_files(source).items():
-            shapes = header(path)
+            shapes = header(path, types)
             for name in names or shapes:
                 if name not in shapes:
                     raise UserError(f"{path.parent / INDEX} says that {path.name} holds '{name}'; it doesn't. Download the model again.")
@@ -106,12 +108,11 @@ def read_config(source: Source) -> dict[str, Any]:
         raise _no_config(source)
     raw = read_json(path)
     architecture_of(raw, str(path))
-    if quantization := raw.get("quantization_config"):
-        kind = quantization.get("quant_method", "of an unnamed kind") if isinstance(quantization, dict) else quantization
-        raise UserError(
-            f"'{source.name}' is quantized ({kind}), which jaxft doesn't read. Pass the model in full precision, or a GGUF file."
-        )
+    quantization = raw.pop(QUANTIZATION, None)
     config = complete_config(raw, str(path))
+    if quantization:
+        bitsandbytes_config.check(quantization, source.name, str(path))
+        config[QUANTIZATION] = quantization
     if (generation := source.folder / GENERATION_CONFIG).exists():
         config["generation_config"] = read_json(generation)
     return config

@@ -1,8 +1,9 @@
 """Pre-trained models from files: tensor by tensor, each one accounted for."""
 
+import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,66 +13,163 @@ from flax import linen as nn
 
 from jaxft.errors import UserError, unknown
 from jaxft.hub import sources
-from jaxft.hub.checkpoint import Checkpoint, SafetensorsFolder, architecture_of, read_config
+from jaxft.hub.bitsandbytes_folder import BitsandbytesFolder
+from jaxft.hub.checkpoint import QUANTIZATION, Checkpoint, SafetensorsFolder, architecture_of, read_config
 from jaxft.hub.gguf_file import GGUFFile
-from jaxft.hub.names import Entry, entries, listed
+from jaxft.hub.names import EMBEDDING, HEAD, Entry, entries, listed
+from jaxft.hub.quantized import PATTERNS, check_same, chosen, configured, shapes_in_formats
+from jaxft.models.node import is_node, is_quantized
 from jaxft.models.registry import Family, family_of
 from jaxft.models.segments import Leaf, leaves
+from jaxft.quant.blockwise import Format, QuantizedKernel, quantize
 
 Params = dict[str, Any]
 TASKS = ("causal_lm",)
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 _ALIGNMENT = 64  # bytes, XLA's for buffers
-EMBEDDING, HEAD = "embed/embedding", "lm_head/kernel"  # what a model with tied embeddings may store twice
 
 
 Placing = Callable[[Params, Any], Params]  # (shapes, the family's placement table) -> a Sharding for each leaf
 
 
 def load_pretrained(
-    source: str, task: str = "causal_lm", dtype: Any = "float32", revision: str = "main", placing: Placing | None = None
+    source: str,
+    task: str = "causal_lm",
+    dtype: Any = "float32",
+    revision: str = "main",
+    placing: Placing | None = None,
+    quantization: Format | None = None,
+    quantized: Sequence[str] = PATTERNS,
 ) -> tuple[nn.Module, Params]:
     """Returns a pre-trained model and its parameters, plain nested dicts with all layers stacked in one segment.
 
-    Host memory stays near one copy of the model in `dtype` and its largest leaf; with `placing`, a device holds its own share only.
+    Host memory stays near one copy of the model as it is held and its largest leaf; with `placing`, a device holds its own share only.
+    A quantized kernel is quantized as soon as it is read, one layer's at a time, from `dtype`, as transformers does with bitsandbytes.
 
     Args:
-      source: hub id, local folder, `.gguf` file, or `bundled:NAME`.
+      source: hub id, local folder, `.gguf` file, or `bundled:NAME`. A folder of bitsandbytes' 4-bit weights is taken as it is.
       task: causal_lm.
       dtype: of computation and parameters: float32, bfloat16, float16; auto is float32 on CPU and bfloat16 on accelerators.
       revision: branch, tag or commit of a hub id.
       placing: says on which devices each leaf lies; None is the default device.
+      quantization: the format that kernels are held in; None is as the files have them.
+      quantized: patterns of the kernels that are quantized; layers: every linear layer but the output head. Layers that differ in it are
+        segments of their own.
 
     Raises:
       UserError: nothing there, no access, files that are broken, pickled, of an architecture jaxft hasn't, or that lack tensors, have some
-        left over or of another shape.
+        left over or of another shape; a pattern that matches nothing; a model that is quantized otherwise already.
 
     >>> model, params = load_pretrained("bundled:smollm2-135m-instruct")
     >>> params["layers"]["0-29"]["attention"]["q_proj"]["kernel"].shape
     (30, 576, 576)
     """
-    if task not in TASKS:
-        raise unknown("task", task, TASKS)
-    compute = compute_type(dtype)
-    found = sources.find(source, revision, sources.CONFIG_FILES + sources.WEIGHT_FILES + sources.TOKENIZER_FILES)
-    checkpoint: Any = GGUFFile(found.gguf) if found.gguf else SafetensorsFolder(found)
-    family = family_of(architecture_of(checkpoint.config, found.name))
-    model = family.model(family.config.from_hf(checkpoint.config), dtype=compute)
-    return model, fill(model, family, checkpoint, found.name, placing)
+    model, family, checkpoint, name = _open(source, task, dtype, revision)
+    shapes = _shapes(model)
+    stored = _stored(checkpoint)
+    held = {entry.path: stored[entry.name] for entry in entries(family.module, shapes) if entry.name in stored}
+    formats = _formats(shapes, quantization, quantized, held, name)
+    return model, fill(model, family, checkpoint, name, placing, formats)
 
 
-def describe_pretrained(source: str, task: str = "causal_lm", dtype: Any = "float32", revision: str = "main") -> tuple[nn.Module, Params]:
+def describe_pretrained(
+    source: str,
+    task: str = "causal_lm",
+    dtype: Any = "float32",
+    revision: str = "main",
+    quantization: Format | None = None,
+    quantized: Sequence[str] = PATTERNS,
+) -> tuple[nn.Module, Params]:
     """Returns a pre-trained model and the shapes of its parameters, from its configuration alone: nothing else is downloaded or read.
 
-    Arguments and errors are those of `load_pretrained`.
+    Arguments and errors are those of `load_pretrained`. What the files of a quantized model don't say in their configuration, the size of
+    its blocks, is taken for bitsandbytes' default.
     """
-    if task not in TASKS:
-        raise unknown("task", task, TASKS)
+    _check_options(task, dtype)
     found = sources.find(source, revision, sources.CONFIG_FILES)
     config = GGUFFile(found.gguf).config if found.gguf else read_config(found)
-    family = family_of(architecture_of(config, found.name))
-    model = family.model(family.config.from_hf(config), dtype=compute_type(dtype))
-    return model, _shapes(model)
+    family, model = _model(config, found.name, dtype)
+    shapes = _shapes(model)
+    held = configured(family.module, shapes, config[QUANTIZATION]) if QUANTIZATION in config else {}
+    return model, shapes_in_formats(shapes, _formats(shapes, quantization, quantized, held, found.name))
+
+
+class OriginalKernels:
+    """The linear layers' kernels as a model's files hold them in full precision, read one at a time.
+
+    >>> kernels = OriginalKernels("bundled:smollm2-135m-instruct")
+    >>> kernels("layers/3/attention/q_proj/kernel").shape
+    (576, 576)
+    """
+
+    def __init__(self, source: str, revision: str = "main") -> None:
+        """Reads nothing yet; arguments are those of `load_pretrained`."""
+        self._source, self._revision = source, revision
+
+    def __call__(self, name: str) -> np.ndarray:
+        """Returns the kernel of a name, (in, out), in the files' type; raises `UserError` for a model that is quantized in its files."""
+        self.shape(name)
+        checkpoint, kernels = self._opened
+        return kernels[name].swap(checkpoint.read(kernels[name].name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns its shape, from the configuration alone; raises `UserError` as reading it does."""
+        found = self._described[name]
+        if is_quantized(found.value):
+            raise UserError(
+                f"'{self._source}' holds {name} in {found.value.format_name} alone, and what quantization lost of it is wanted. Pass the "
+                "model in full precision, with config.model.quantization."
+            )
+        return found.shape
+
+    @functools.cached_property
+    def _described(self) -> dict[str, Leaf]:
+        _, shapes = describe_pretrained(self._source, revision=self._revision)
+        return {name: leaf for leaf in leaves(shapes, is_leaf=is_node) for name in leaf.names}
+
+    @functools.cached_property
+    def _opened(self) -> tuple[Checkpoint, dict[str, Entry]]:
+        model, family, checkpoint, _ = _open(self._source, "causal_lm", "float32", self._revision)
+        return checkpoint, {entry.path: entry for entry in entries(family.module, _shapes(model))}
+
+
+def _check_options(task: str, dtype: Any) -> None:
+    if task not in TASKS:
+        raise unknown("task", task, TASKS)
+    compute_type(dtype)
+
+
+def _open(source: str, task: str, dtype: Any, revision: str) -> tuple[nn.Module, Family, Checkpoint, str]:
+    _check_options(task, dtype)
+    found = sources.find(source, revision, sources.CONFIG_FILES + sources.WEIGHT_FILES + sources.TOKENIZER_FILES)
+    checkpoint: Any = GGUFFile(found.gguf) if found.gguf else _folder(found)
+    family, model = _model(checkpoint.config, found.name, dtype)
+    return model, family, checkpoint, found.name
+
+
+def _folder(found: sources.Source) -> Any:
+    return BitsandbytesFolder(found) if QUANTIZATION in read_config(found) else SafetensorsFolder(found)
+
+
+def _model(config: Mapping[str, Any], name: str, dtype: Any) -> tuple[Family, nn.Module]:
+    compute = compute_type(dtype)
+    family = family_of(architecture_of(config, name))
+    plain = {key: value for key, value in config.items() if key != QUANTIZATION}  # how it was stored is no part of the model
+    return family, family.model(family.config.from_hf(plain), dtype=compute)
+
+
+def _stored(checkpoint: Checkpoint) -> Mapping[str, Format]:
+    """The formats of a file's tensors, by its names."""
+    return checkpoint.formats if isinstance(checkpoint, BitsandbytesFolder) else {}
+
+
+def _formats(
+    shapes: Params, quantization: Format | None, patterns: Sequence[str], held: Mapping[str, Format], name: str
+) -> dict[str, Format]:
+    """The format of each quantized kernel, by our names: what the files have, and what is asked for."""
+    wanted = chosen(shapes, quantization, patterns)
+    check_same(wanted, held, name)
+    return wanted | dict(held)
 
 
 def _shapes(model: nn.Module) -> Params:
@@ -92,16 +190,23 @@ def compute_type(dtype: Any) -> Any:
     return jnp.dtype(DTYPES[name])
 
 
-def fill(model: nn.Module, family: Family, checkpoint: Checkpoint, name: str, placing: Placing | None = None) -> Params:
-    """Returns the model's parameters, read leaf by leaf; raises `UserError` where the checkpoint isn't exactly this model's."""
-    shapes = _shapes(model)
+def fill(
+    model: nn.Module, family: Family, checkpoint: Checkpoint, name: str, placing: Placing | None, formats: Mapping[str, Format]
+) -> Params:
+    """Returns the model's parameters, read leaf by leaf, kernels in `formats` by our names.
+
+    Raises `UserError` where the checkpoint isn't exactly this model's.
+    """
+    shapes = shapes_in_formats(_shapes(model), formats)
     wanted = entries(family.module, shapes)
     _check(wanted, family, checkpoint, name)
     _check_tied(wanted, family, checkpoint, name)
     by_leaf: dict[tuple[str, ...], list[Entry]] = {}
     for entry in wanted:
         by_leaf.setdefault(entry.leaf.path, []).append(entry)
-    places = {} if placing is None else {leaf.path: leaf.value for leaf in leaves(placing(shapes, family.module.PLACEMENT))}
+    places = (
+        {} if placing is None else {leaf.path: leaf.value for leaf in leaves(placing(shapes, family.module.PLACEMENT), is_leaf=is_node)}
+    )
     params: Params = {}
     for path, parts in by_leaf.items():
         inner = params
@@ -111,14 +216,26 @@ def fill(model: nn.Module, family: Family, checkpoint: Checkpoint, name: str, pl
     return params
 
 
-def _read_leaf(leaf: Leaf, parts: list[Entry], checkpoint: Checkpoint, place: jax.sharding.Sharding | None) -> jax.Array:
-    """One leaf, its layers written where they belong; on its devices before the next one is read."""
-    host = _empty(leaf.value.shape, np.dtype(leaf.value.dtype))
+def _read_leaf(leaf: Leaf, parts: list[Entry], checkpoint: Checkpoint, place: Any) -> Any:
+    """One leaf, or one quantized kernel, its layers written where they belong; on its devices before the next one is read."""
+    host = jax.tree.map(lambda part: _empty(part.shape, np.dtype(part.dtype)), leaf.value)
     for entry in parts:
-        host[... if entry.index is None else entry.index] = entry.swap(checkpoint.read(entry.name))
+        layer = _read_quantized(entry, checkpoint) if is_quantized(leaf.value) else entry.swap(checkpoint.read(entry.name))
+        for whole, part in zip(jax.tree.leaves(host), jax.tree.leaves(layer), strict=True):
+            whole[... if entry.index is None else entry.index] = part
     if place is None:
         return jax.block_until_ready(jax.device_put(host))
-    return jax.block_until_ready(jax.make_array_from_callback(host.shape, place, host.__getitem__))
+    return jax.block_until_ready(
+        jax.tree.map(lambda whole, sharding: jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__), host, place)
+    )
+
+
+def _read_quantized(entry: Entry, checkpoint: Checkpoint) -> QuantizedKernel:
+    """One layer's kernel: its codes as the file has them, or quantized from the type that the model computes in."""
+    like: QuantizedKernel = entry.leaf.value
+    if isinstance(checkpoint, BitsandbytesFolder) and entry.name in checkpoint.formats:
+        return checkpoint.read_quantized(entry.name)
+    return quantize(entry.swap(checkpoint.read(entry.name)).astype(like.dtype), like.format)
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

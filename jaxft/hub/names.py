@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
+import jax
 import numpy as np
 from flax import linen as nn
 
@@ -14,6 +15,7 @@ from jaxft.models.registry import family_of
 from jaxft.models.segments import Leaf
 
 _SHOWN = 6  # names in a message
+EMBEDDING, HEAD = "embed/embedding", "lm_head/kernel"  # what a model with tied embeddings may store twice
 WEIGHT = ".weight"  # what a module's name lacks of its weight's name
 
 TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"": lambda array: array, "transpose": np.transpose}  # their own inverses
@@ -42,6 +44,11 @@ class Entry:
     def swap(self, array: np.ndarray) -> np.ndarray:
         """Returns the tensor as ours where it is theirs, and as theirs where it is ours; a view."""
         return TRANSFORMS[self.transform](array)
+
+
+def layer_of(entry: Entry) -> Any:
+    """Returns the entry's own layer of its leaf, an array or a kernel's node."""
+    return entry.leaf.value if entry.index is None else jax.tree.map(lambda part: part[entry.index], entry.leaf.value)
 
 
 def entries(family: ModuleType, params: Any) -> list[Entry]:

@@ -1,5 +1,7 @@
 """A model as a Hugging Face folder that transformers loads."""
 
+import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -11,16 +13,20 @@ import numpy as np
 import transformers
 from flax import linen as nn
 
-from jaxft.errors import UserError
+from jaxft.errors import UserError, unknown
+from jaxft.hub import bitsandbytes_config, bitsandbytes_folder
 from jaxft.hub import folder as folders
-from jaxft.hub.checkpoint import CONFIG, GENERATION_CONFIG, INDEX
-from jaxft.hub.names import Entry, entries
+from jaxft.hub.checkpoint import CONFIG, GENERATION_CONFIG, INDEX, QUANTIZATION
+from jaxft.hub.names import HEAD, WEIGHT, Entry, entries, layer_of
+from jaxft.methods.kernels import is_kernel
 from jaxft.models import segments
-from jaxft.models.node import is_node
+from jaxft.models.node import is_node, is_quantized
 from jaxft.models.registry import family_of
 
 Params = dict[str, Any]
 CARD = "README.md"
+HF, BITSANDBYTES = "hf", "bitsandbytes"
+FORMATS = (HF, BITSANDBYTES)
 _SHARDS = "model{suffix}.safetensors"
 _GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _CARD = """---
@@ -30,8 +36,22 @@ A model written by jaxft. `transformers.AutoModelForCausalLM.from_pretrained(FOL
 """
 
 
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """One tensor of the folder: its size, and what gives it."""
+
+    bytes: int
+    read: Callable[[], np.ndarray]
+
+
 def save_pretrained(
-    folder: str | pathlib.Path, model: nn.Module, params: Params, tokenizer: Any = None, card: str = "", max_shard_size: str = "5GB"
+    folder: str | pathlib.Path,
+    model: nn.Module,
+    params: Params,
+    tokenizer: Any = None,
+    card: str = "",
+    max_shard_size: str = "5GB",
+    format: str = HF,
 ) -> None:
     """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
 
@@ -40,59 +60,92 @@ def save_pretrained(
     Args:
       folder: where; what is there is replaced if jaxft wrote it.
       model: as `load_pretrained` gives it.
-      params: plain arrays; a method is merged first.
+      params: arrays and quantized kernels; a method is merged first.
       tokenizer: of transformers; its files and chat template are written too.
       card: README.md, Markdown; empty is a short one.
       max_shard_size: of one safetensors file.
+      format: hf writes quantized kernels dense, one after the other; bitsandbytes writes their codes, which transformers loads with it.
 
     Raises:
-      UserError: `params` hold a method, or a folder that isn't ours, or can't be written.
+      UserError: `params` hold a method, or nothing that bitsandbytes has; a folder that isn't ours, or can't be written.
     """
-    held = sorted({type(leaf.value).__name__ for leaf in segments.leaves(params, is_leaf=is_node) if is_node(leaf.value)})
+    if format not in FORMATS:
+        raise unknown("format of a model", format, FORMATS)
+    held = sorted({type(leaf.value).__name__ for leaf in segments.leaves(params, is_leaf=is_node) if _is_method(leaf.value)})
     if held:
         raise UserError(
             f"These parameters hold {' and '.join(held)}, which a Hugging Face model folder can't. Fold it in first: "
             "params = method.merge(model, params). Or write the adapter alone: jaxft.save_adapter(folder, model, params, method)."
         )
-    tensors = {entry.name: entry for entry in entries(family_of(model.config.architecture).module, params)}
+    found = entries(family_of(model.config.architecture).module, params)
+    quantization = _quantization(model, found) if format == BITSANDBYTES else {}
+    tensors: dict[str, _Tensor] = {}
+    parts = functools.lru_cache(maxsize=1)(lambda number: bitsandbytes_folder.tensors_of(found[number]))  # read once for all of them
+    for number, entry in enumerate(found):
+        if format == BITSANDBYTES and is_quantized(entry.leaf.value):
+            tensors |= {name: _Tensor(array.nbytes, _part(parts, number, name)) for name, array in parts(number).items()}
+        else:
+            tensors[entry.name] = _dense(entry)
     with folders.written(pathlib.Path(folder).expanduser(), "model") as temporary:
         _write_weights(temporary, tensors, max_shard_size)
-        widest = max((np.dtype(entry.leaf.value.dtype) for entry in tensors.values()), key=lambda dtype: dtype.itemsize)
-        _write_config(temporary, model.config, widest)
+        widest = max((np.dtype(entry.leaf.value.dtype) for entry in found), key=lambda dtype: dtype.itemsize)
+        _write_config(temporary, model.config, widest, quantization)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         (temporary / CARD).write_text(card or _CARD, encoding="utf-8")
 
 
-def _write_weights(temporary: pathlib.Path, tensors: dict[str, Entry], max_shard_size: str) -> None:
+def _is_method(value: Any) -> bool:
+    return is_node(value) and not is_quantized(value)
+
+
+def _quantization(model: nn.Module, found: list[Entry]) -> dict[str, Any]:
+    """The quantization_config of a model; raises `UserError` where bitsandbytes has no such."""
+    formats = [entry.leaf.value.format for entry in found if is_quantized(entry.leaf.value)]
+    if not formats:
+        raise UserError(
+            "None of these parameters is quantized. Quantize them first: params = jaxft.quantized(params, Format()). "
+            "Or write the model whole: format='hf'."
+        )
+    table = family_of(model.config.architecture).module.HF_NAMES
+    heads = {theirs.removesuffix(WEIGHT) for theirs, ours, _ in table if ours == HEAD}  # a tied model's is no tensor, and still a layer
+    converted = {entry.module for entry in found if is_quantized(entry.leaf.value)}
+    linear = {entry.module for entry in found if is_kernel(entry.leaf)}
+    return bitsandbytes_config.written(formats, np.dtype(model.dtype).name, (linear | heads) - converted)
+
+
+def _write_weights(temporary: pathlib.Path, tensors: dict[str, _Tensor], max_shard_size: str) -> None:
     plan = huggingface_hub.split_state_dict_into_shards_factory(
-        tensors, get_storage_size=_bytes, filename_pattern=_SHARDS, max_shard_size=max_shard_size
+        tensors, get_storage_size=lambda tensor: tensor.bytes, filename_pattern=_SHARDS, max_shard_size=max_shard_size
     )
     for file, names in plan.filename_to_tensors.items():
-        folders.write_tensors(temporary / file, {name: _reader(tensors[name]) for name in names})
+        folders.write_tensors(temporary / file, {name: tensors[name].read for name in names})
     if plan.is_sharded:
         folders.write_json(temporary / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
 
 
-def _bytes(entry: Entry) -> int:
-    return int(np.prod(entry.shape)) * np.dtype(entry.leaf.value.dtype).itemsize
-
-
-def _reader(entry: Entry) -> Callable[[], np.ndarray]:
-    """What gives a tensor in their layout, from the device."""
+def _dense(entry: Entry) -> _Tensor:
+    """A tensor in their layout, from the device."""
+    dtype = np.dtype(entry.leaf.value.dtype)
 
     def read() -> np.ndarray:
-        value = entry.leaf.value if entry.index is None else entry.leaf.value[entry.index]
-        return entry.swap(np.asarray(jax.device_get(value)))
+        value = layer_of(entry)
+        array = value.dense().astype(dtype) if is_quantized(value) else value
+        return entry.swap(np.asarray(jax.device_get(array)))
 
-    return read
+    return _Tensor(int(np.prod(entry.shape)) * dtype.itemsize, read)
 
 
-def _write_config(temporary: pathlib.Path, config: Any, dtype: np.dtype) -> None:
+def _part(parts: Callable[[int], dict[str, np.ndarray]], number: int, name: str) -> Callable[[], np.ndarray]:
+    return lambda: parts(number)[name]
+
+
+def _write_config(temporary: pathlib.Path, config: Any, dtype: np.dtype, quantization: dict[str, Any]) -> None:
     hf = json.loads(config.hf)
     generation = hf.pop("generation_config", None)
     if generation is None:
         generation = {name: hf[name] for name in _GENERATION_KEYS if hf.get(name) is not None} | {"_from_model_config": True}
     hf |= {"architectures": [config.architecture], "dtype": dtype.name, "transformers_version": transformers.__version__}
-    folders.write_json(temporary / CONFIG, transformers.AutoConfig.for_model(hf.pop("model_type"), **hf).to_diff_dict())
+    written = transformers.AutoConfig.for_model(hf.pop("model_type"), **hf).to_diff_dict()
+    folders.write_json(temporary / CONFIG, written | ({QUANTIZATION: quantization} if quantization else {}))
     folders.write_json(temporary / GENERATION_CONFIG, generation | {"transformers_version": transformers.__version__})

@@ -89,6 +89,24 @@ class Around(Node):
         return self.base.placement(spec) if isinstance(self.base, Node) else spec
 
 
+class Quantized(Node):
+    """A kernel in a number format of few bits. Its leaves never train: steps of an optimizer are smaller than the gaps between values."""
+
+    @property
+    @abc.abstractmethod
+    def format_name(self) -> str:
+        """What messages call the format."""
+
+    @abc.abstractmethod
+    def requantized(self, kernel: jax.Array) -> "Quantized":
+        """Returns another dense kernel of the same shape, float32, in this one's format."""
+
+
+def is_quantized(value: Any) -> bool:
+    """Returns whether `value` is a kernel in a number format of few bits."""
+    return isinstance(value, Quantized)
+
+
 class Site:
     """What stands at a named site of a model. Sites within layers are stacked as kernels are."""
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxft.errors import UserError, unknown
-from jaxft.models.node import Node
+from jaxft.models.node import Quantized
 from jaxft.quant import codes
 from jaxft.quant.product import product
 
@@ -64,7 +64,7 @@ class Format:
     meta_fields=["features", "kept_as", "format"],
 )
 @dataclasses.dataclass(frozen=True)
-class QuantizedKernel(Node):
+class QuantizedKernel(Quantized):
     """A kernel (in, out) in a `Format`, or a stack of them; every array of a stack has a leading layer axis.
 
     Where blocks fill whole rows of W, (out, in), a row of `codes` is a row of W, so that both axes can be sharded; otherwise blocks run
@@ -86,6 +86,13 @@ class QuantizedKernel(Node):
     @property
     def dtype(self) -> Any:
         return self.kept_as
+
+    @property
+    def format_name(self) -> str:
+        return self.format.code
+
+    def requantized(self, kernel: jax.Array) -> "QuantizedKernel":
+        return quantize(kernel, self.format, self.kept_as)
 
     def dot(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
         return product(x, self, weight)

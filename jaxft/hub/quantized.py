@@ -1,0 +1,68 @@
+"""Which kernels of a model are held in few bits, and in what form: chosen by patterns, or as the model's files have them."""
+
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+
+from jaxft.errors import UserError
+from jaxft.hub.bitsandbytes_config import format_of, is_converted
+from jaxft.hub.names import entries
+from jaxft.methods.kernels import chosen_kernels, is_kernel, wrap
+from jaxft.quant.blockwise import Format, quantize
+
+Params = dict[str, Any]
+PATTERNS = ("layers",)  # every linear layer but the output head, as bitsandbytes and QLoRA (arXiv:2305.14314) choose
+FIELD = "config.model.quantized"  # what messages call the patterns
+
+
+def quantized(params: Params, format: Format | None, patterns: Sequence[str] = PATTERNS) -> Params:
+    """Returns `params` with the linear kernels that `patterns` choose in `format`.
+
+    Where layers differ in what is quantized, they are grouped anew. Raises `UserError` for a pattern that matches nothing.
+
+    Args:
+      params: plain nested dicts of arrays, or of their shapes under `jax.eval_shape`.
+      format: of the kernels; None leaves `params` as they are.
+      patterns: of kernels, as a method's targets.
+    """
+    if format is None:
+        return params
+    return in_formats(params, dict.fromkeys(chosen_kernels(params, patterns, FIELD), format))
+
+
+def in_formats(params: Params, formats: Mapping[str, Format]) -> Params:
+    """Returns `params` with each kernel that `formats` names in its format; a kernel that is quantized already is made dense first."""
+    return wrap(params, formats.get, lambda leaf: quantize(leaf.value, formats[leaf.names[0]]))
+
+
+def shapes_in_formats(shapes: Params, formats: Mapping[str, Format]) -> Params:
+    """Returns the shapes of a model whose kernels are in `formats`."""
+    return jax.eval_shape(lambda params: in_formats(params, formats), shapes) if formats else shapes
+
+
+def chosen(shapes: Params, format: Format | None, patterns: Sequence[str]) -> dict[str, Format]:
+    """Returns the format of each kernel that `patterns` choose, by our names."""
+    return {} if format is None else dict.fromkeys(chosen_kernels(shapes, patterns, FIELD), format)
+
+
+def configured(family: ModuleType, shapes: Params, config: Mapping[str, Any]) -> dict[str, Format]:
+    """Returns the format of each kernel, by our names, that a quantization_config says is quantized."""
+    held = [entry for entry in entries(family, shapes) if is_kernel(entry.leaf) and is_converted(config, entry.module)]
+    return {entry.path: format_of(config) for entry in held}
+
+
+def check_same(wanted: Mapping[str, Format], held: Mapping[str, Format], name: str) -> None:
+    """Raises `UserError` where a model that is quantized already is wanted in another form than it has."""
+    for kernel, format in wanted.items():
+        if kernel in held and held[kernel] != format:
+            raise UserError(
+                f"'{name}' is quantized already: {kernel} is in {_described(held[kernel])}, not {_described(format)}. Take it as it is "
+                "(config.model.quantization=none), or pass the model in full precision."
+            )
+
+
+def _described(format: Format) -> str:
+    double = "with" if format.double_quantization else "without"
+    return f"{format.code}, blocks of {format.block_size}, {double} double quantization"
