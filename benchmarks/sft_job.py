@@ -103,7 +103,9 @@ def training_batches(job: Job, source: str) -> Any:
 def initial_parameters(job: Job, source: str, batches: Any) -> tuple[Any, Any, Any]:
     """Returns the model, its parameters with the method's that both sides start from, and the method."""
     import jaxft
+    from jaxft.hub.load import OriginalKernels
     from jaxft.hub.tokenizer import load_tokenizer
+    from jaxft.methods.base import Material
     from jaxft.train.scores import gradient_scores
     from jaxft.train.setup import micro_batches
     from jaxft.train.state import key_for
@@ -116,7 +118,7 @@ def initial_parameters(job: Job, source: str, batches: Any) -> tuple[Any, Any, A
     def scores(params: Any, chosen: Any, kind: str, count: int) -> Any:
         return gradient_scores(model, config.task, itertools.islice(micro_batches(batches), count), params, chosen, kind)
 
-    return model, method.begin(key_for(job.seed, "method"), model, params, scores), method
+    return model, method.begin(key_for(job.seed, "method"), model, params, Material(scores, OriginalKernels(source))), method
 
 
 def prepare(job: Job) -> None:

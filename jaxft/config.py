@@ -15,6 +15,10 @@ class ModelConfig:
     source: str = ""  # hub id, local folder, `.gguf` file, or `bundled:NAME`
     revision: str = "main"  # branch, tag or commit of a hub id
     dtype: str = "auto"  # compute type: float32, bfloat16, float16; auto is float32 on CPU and bfloat16 on accelerators
+    quantization: str = "none"  # how frozen kernels are held: none (as the model's files have them), nf4, fp4, or int8
+    double_quantization: bool = True  # with quantization: the blocks' scales in 8 bits too
+    block_size: int = 64  # with quantization: weights that share a scale, a power of two from 32 to 4096
+    quantized: tuple[str, ...] = ("layers",)  # patterns of the kernels that are quantized; layers: all but the output head
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,16 @@ from jaxft.errors import UserError
 from jaxft.models import segments
 
 Params = dict[str, Any]
-# scores(params, chosen, kind, batches): how much each weight of the kernels whose names are chosen matters, by gradients of training
-# batches; jaxft.train.scores says more
-Scores = Callable[[Params, Callable[[str], bool], str, int], Params]
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """What a run has beside the parameters, for methods that start from it; each is made when it is called."""
+
+    # (params, chosen, kind, batches): how much each weight of the kernels whose names are chosen matters, by gradients of training
+    # batches; jaxft.train.scores says more
+    scores: Callable[[Params, Callable[[str], bool], str, int], Params]
+    kernel: Callable[[str], Any]  # (name): the dense kernel (in, out) as the model's files hold it, whatever it is stored as in params
 
 
 class Method(abc.ABC):
@@ -32,8 +39,8 @@ class Method(abc.ABC):
         A run checks by `jax.eval_shape` first whether the method fits the model, so this may look at shapes, not at numbers.
         """
 
-    def begin(self, rng: jax.Array, model: nn.Module, params: Params, scores: Scores) -> Params:
-        """Returns what `init` does, for methods that look at training batches first: a run begins with this."""
+    def begin(self, rng: jax.Array, model: nn.Module, params: Params, material: Material) -> Params:
+        """Returns what `init` does, for methods that look at more than the parameters first: a run begins with this."""
         return self.init(rng, model, params)
 
     @abc.abstractmethod
@@ -89,10 +96,10 @@ class Compose(Method):
         self._check_disjoint(params)
         return params
 
-    def begin(self, rng: jax.Array, model: nn.Module, params: Params, scores: Scores) -> Params:
-        """Returns what `init` does, each method after a look at training batches where it takes one."""
+    def begin(self, rng: jax.Array, model: nn.Module, params: Params, material: Material) -> Params:
+        """Returns what `init` does, each method after a look at the run's material where it takes one."""
         for number, method in enumerate(self.methods):
-            params = method.begin(jax.random.fold_in(rng, number), model, params, scores)
+            params = method.begin(jax.random.fold_in(rng, number), model, params, material)
         self._check_disjoint(params)
         return params
 

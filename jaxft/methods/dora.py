@@ -45,6 +45,11 @@ def column_norms(base: Kernel, lora_a: jax.Array, lora_b: jax.Array, scale: jax.
     return jnp.linalg.norm(changed, axis=-2)
 
 
+def norms_of(kernel: Any) -> jax.Array:
+    """Returns the length of each column of a LoRA's kernel as it is without a magnitude, (out,) float32."""
+    return column_norms(kernel.base, kernel.lora_a, kernel.lora_b, kernel.scale)
+
+
 def factor(magnitude: jax.Array, base: Kernel, lora_a: jax.Array, lora_b: jax.Array, scale: jax.Array) -> jax.Array:
     """Returns what each column is multiplied with, (..., out) float32; the norm is a constant to the gradient (section 4.3)."""
     base, lora_a, lora_b = jax.lax.stop_gradient((base, lora_a, lora_b))

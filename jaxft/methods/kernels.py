@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxft.methods.base import Params
 from jaxft.methods.partition import check_patterns, first_match
 from jaxft.models import segments
-from jaxft.models.node import BASE, is_node
+from jaxft.models.node import BASE, is_node, is_quantized
 from jaxft.models.segments import Leaf
 
 KERNEL, BIAS = "kernel", "bias"  # what the families call a linear layer's parameters
@@ -73,7 +73,7 @@ def mask_of_nodes(params: Params, kind: type[Any], fields: Sequence[str], target
 
 def _marked(value: Any, kind: type[Any], fields: Sequence[str]) -> Any:
     """A node's mask; what it wraps may be a node too."""
-    if not is_node(value):
+    if not isinstance(value, kind) and not hasattr(value, BASE):
         return jax.tree.map(lambda _: False, value)
 
     def mark(field: str) -> Any:
@@ -101,7 +101,18 @@ def fold(params: Params, kind: type[Any], chosen: Callable[[str], bool] = lambda
         if node is None:
             return value
         if node is value:
-            return node.dense().astype(node.dtype)
+            return _dense(leaf)
         return node.bias(value.astype(jnp.float32)).astype(value.dtype) if leaf.path[-1] == BIAS else value
 
     return segments.map_leaves(plain, params, is_leaf=is_node)
+
+
+def _dense(leaf: Leaf) -> jax.Array:
+    """The kernel of a leaf's node as an array of the base's type."""
+
+    def dense(value: Any) -> jax.Array:
+        return value.dense().astype(value.dtype)
+
+    if any(map(is_quantized, jax.tree.leaves(leaf.value, is_leaf=is_quantized))):
+        return segments.each_layer(dense, leaf.value, leaf.layers is not None)
+    return dense(leaf.value)

@@ -1,6 +1,7 @@
 """LoRA: a low-rank difference beside frozen kernels (Hu et al. 2021, arXiv:2106.09685)."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,12 +12,12 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft.errors import UserError, unknown
 from jaxft.methods import dora, lora_start
-from jaxft.methods.base import Method
+from jaxft.methods.base import Material, Method
 from jaxft.methods.kernels import KERNEL, fold, key_of
-from jaxft.methods.partition import cast, check_patterns, first_match, mask_by_name
+from jaxft.methods.partition import cast, check_not_quantized, check_patterns, first_match, mask_by_name
 from jaxft.methods.rates import scaled
 from jaxft.models import segments
-from jaxft.models.node import Around, Kernel, Node, dense, dot, is_node, node, prepared, take
+from jaxft.models.node import Around, Kernel, Node, dense, dot, is_node, is_quantized, node, prepared, take
 
 Params = dict[str, Any]
 EMBEDDING = "embedding"  # and a table's
@@ -99,10 +100,7 @@ class LoRAKernel(Around):
         plain = LoRAKernel(base, self.lora_a, self.lora_b, self.scale, None)
         if self.magnitude is None:
             return plain
-        if self.scale.ndim == 0:
-            return dora.ScaledColumns(plain, self._factor(jnp.float32))
-        # one layer at a time: all at once would take the memory of every layer's dense kernel
-        factors = jax.lax.map(lambda own: segments.with_shared(own, self)._factor(jnp.float32), segments.own(self))
+        factors = segments.each_layer(lambda layer: layer._factor(jnp.float32), self, stacked=self.scale.ndim == 1)
         return dora.ScaledColumns(plain, factors)
 
     def dense(self) -> jax.Array:
@@ -144,7 +142,7 @@ class LoRA(Method):
     alpha_pattern: tuple[tuple[str, float], ...] = ()  # (pattern, alpha) for some of the targets, first match wins
     dora: bool = False  # train the length of each column by itself (Liu et al. 2024, arXiv:2402.09353)
     lora_plus_ratio: float = 1.0  # lora_b's learning rate, as a multiple of lora_a's (Hayou et al. 2024, arXiv:2402.12354)
-    start: str = lora_start.DEFAULT  # default, gaussian, pissa, pissa_niter_N (N steps of a randomized SVD) or olora
+    start: str = lora_start.DEFAULT  # default, gaussian, pissa, pissa_niter_N (N steps of a randomized SVD), olora, loftq or loftq_niter_N
     bias: str = "none"  # which biases train too: none, all, or lora_only, those of the targets
     modules_to_save: tuple[str, ...] = ()  # patterns of what trains whole beside the targets: lm_head, norm
 
@@ -165,6 +163,33 @@ class LoRA(Method):
 
     def init(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
         """Returns `params` with a LoRA around each target's kernel; raises `UserError` where a pattern matches nothing."""
+        if lora_start.loftq_iterations(self.start):
+            raise UserError(
+                f"method.start: '{self.start}' makes up for what quantization lost, so it takes the kernels as they were before. launch.py "
+                "reads them; in a program: params = method.init_from_kernels(rng, model, params, jaxft.OriginalKernels(source))."
+            )
+        return self._init(rng, model, params, None)
+
+    def begin(self, rng: jax.Array, model: nn.Module, params: Params, material: Material) -> Params:
+        """Returns what `init` does, or `init_from_kernels` where LoftQ starts from what was quantized."""
+        if not lora_start.loftq_iterations(self.start):
+            return self.init(rng, model, params)
+        return self.init_from_kernels(rng, model, params, material.kernel)
+
+    def init_from_kernels(self, rng: jax.Array, model: nn.Module, params: Params, kernel: Callable[[str], Any]) -> Params:
+        """Returns `params`, of a quantized model, with a LoRA that starts from what quantization lost (LoftQ, arXiv:2310.08659).
+
+        One turn (`loftq`) leaves the base as it is; more of them quantize it again, and the LoRA is that base's alone.
+
+        Args:
+          rng: not used by a start that is found from the kernels.
+          model: as for `init`.
+          params: as for `init`, the targets' kernels quantized; `UserError` is raised where one isn't.
+          kernel: gives the kernel of a name as it was, (in, out), one at a time.
+        """
+        return self._init(rng, model, params, kernel)
+
+    def _init(self, rng: jax.Array, model: nn.Module, params: Params, kernel: Callable[[str], Any] | None) -> Params:
         self._check(model, params)
         depth = sum(len(layers) for layers in segments.spans(params))
         per_layer: list[list[tuple[str, int, bool]]] = [[] for _ in range(depth)]
@@ -173,7 +198,7 @@ class LoRA(Method):
                 for layer, name in zip(leaf.layers, leaf.names, strict=True):
                     per_layer[layer].append((leaf.path[-2], self._rank_of(leaf, name), self.trains_whole(name)))
         params = segments.refine(params, lambda layer: tuple(per_layer[layer]))
-        return segments.map_leaves(lambda leaf: self._around(rng, leaf), params, is_leaf=is_node)
+        return segments.map_leaves(lambda leaf: self._around(rng, leaf, kernel), params, is_leaf=is_node)
 
     def mask(self, params: Params) -> Any:
         """Returns True at the low-rank leaves of each target, and at what trains whole."""
@@ -262,7 +287,8 @@ class LoRA(Method):
         tables = [name for name in names if name.endswith(f"/{EMBEDDING}") and self.trains_whole(name)]
         if tables and model.config.tie_word_embeddings:
             raise UserError(f"method.modules_to_save: {tables[0]} is the output head too in this model, which PEFT can't train as one.")
-        if lora_start.changes_base(self.start) and any(name.endswith(f"/{EMBEDDING}") for name in chosen):
+        check_not_quantized(params, self.trains_whole)
+        if lora_start.decomposes(self.start) and any(name.endswith(f"/{EMBEDDING}") for name in chosen):
             raise UserError(f"method.start: {self.start} is for linear layers; embeddings start at 'default'.")
 
     def _rank_of(self, leaf: segments.Leaf, name: str) -> int:
@@ -270,19 +296,22 @@ class LoRA(Method):
         if not self.is_target(name):
             return 0
         rank = self.rank_of(name)
-        if rank > min(leaf.shape) and lora_start.changes_base(self.start):
+        if rank > min(leaf.shape) and lora_start.decomposes(self.start):
             raise UserError(f"method.rank: {name} is {leaf.shape[0]} x {leaf.shape[1]}; '{self.start}' finds no rank of {rank} in it.")
         return rank
 
-    def _around(self, rng: jax.Array, leaf: segments.Leaf) -> Any:
+    def _around(self, rng: jax.Array, leaf: segments.Leaf, kernel: Callable[[str], Any] | None) -> Any:
         rank = self._rank_of(leaf, leaf.names[0])
         if not rank:
             return leaf.value
-        starts = [self._start(key_of(rng, name), leaf, index, rank) for index, name in enumerate(leaf.names)]
+        base = leaf.value
+        if kernel is None:
+            starts = [self._start(key_of(rng, name), leaf, index, rank) for index, name in enumerate(leaf.names)]
+        else:
+            starts, base = self._loftq(leaf, kernel, rank)
         lora_a, lora_b = jnp.stack([start.lora_a for start in starts]), jnp.stack([start.lora_b for start in starts])
         scale = jnp.asarray([self.scale_of(name) for name in leaf.names], jnp.float32)
         dropout = jnp.full(len(leaf.names), self.dropout, jnp.float32) if self.dropout and leaf.path[-1] == KERNEL else None
-        base = leaf.value
         if leaf.layers is None:
             lora_a, lora_b, scale, dropout = jax.tree.map(lambda part: part[0], (lora_a, lora_b, scale, dropout))
         made = LoRAKernel(base, lora_a, lora_b, scale, dropout)
@@ -291,8 +320,26 @@ class LoRA(Method):
             kept = {"start_a": jnp.copy(lora_a), "start_b": jnp.copy(lora_b)}  # a step donates what trains, and these stay
             made = dataclasses.replace(made, base=rest.astype(base.dtype), **kept)
         if self.dora:
-            made = dataclasses.replace(made, magnitude=dora.column_norms(made.base, lora_a, lora_b, scale))
+            made = dataclasses.replace(made, magnitude=segments.each_layer(dora.norms_of, made, leaf.layers is not None))
         return made
+
+    def _loftq(self, leaf: segments.Leaf, kernel: Callable[[str], Any], rank: int) -> tuple[list[lora_start.Start], Any]:
+        """The starts of a leaf's layers, and the base that goes with them; one layer's dense kernel at a time."""
+        if not is_quantized(leaf.value):
+            raise UserError(
+                f"method.start: '{self.start}' makes up for what quantization lost; {leaf.names[0]} isn't quantized. Set "
+                "config.model.quantization, or take start 'pissa' in its place."
+            )
+        starts, bases = [], []
+        for index, name in enumerate(leaf.names):
+            base = leaf.value if leaf.layers is None else jax.tree.map(lambda part, index=index: part[index], leaf.value)
+            whole = jnp.asarray(kernel(name)).astype(jnp.float32)
+            start, base = lora_start.loftq(self.start, whole, base, rank, self.scale_of(name))
+            starts.append(start)
+            bases.append(base)
+        if lora_start.loftq_iterations(self.start) == 1:
+            return starts, leaf.value
+        return starts, bases[0] if leaf.layers is None else jax.tree.map(lambda *parts: jnp.stack(parts), *bases)
 
     def _start(self, rng: jax.Array, leaf: segments.Leaf, index: int, rank: int) -> lora_start.Start:
         if leaf.path[-1] == EMBEDDING:
@@ -300,6 +347,14 @@ class LoRA(Method):
         if not lora_start.changes_base(self.start):
             return lora_start.linear(self.start, rng, leaf.shape, rank)
         if is_node(leaf.value):
-            raise UserError(f"method.start: '{self.start}' takes a part out of the base, which {type(leaf.value).__name__} isn't made for.")
+            other = " Start 'loftq' is made for it." if is_quantized(leaf.value) else ""
+            raise UserError(
+                f"method.start: '{self.start}' takes a part out of the base and leaves the rest, which {_held(leaf.value)} can't hold "
+                f"exactly.{other}"
+            )
         kernel = leaf.value if leaf.layers is None else leaf.value[index]
         return lora_start.from_kernel(self.start, rng, dense(kernel), rank, self.scale_of(leaf.names[index]))
+
+
+def _held(value: Any) -> str:
+    return f"a base in {value.format_name}" if is_quantized(value) else f"{type(value).__name__}"

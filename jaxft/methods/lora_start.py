@@ -1,4 +1,4 @@
-"""What a LoRA starts from: random, or a part of the kernel itself, which is taken out of the base."""
+"""What a LoRA starts from: random, a part of the kernel itself, which is taken out of the base, or what a quantized base has lost."""
 
 import dataclasses
 import re
@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.errors import UserError, nearest
+from jaxft.models.node import Quantized
 
-DEFAULT, GAUSSIAN, PISSA, OLORA = "default", "gaussian", "pissa", "olora"
-NAMES = (DEFAULT, GAUSSIAN, PISSA, "pissa_niter_4", OLORA)  # any number of iterations in place of 4
+DEFAULT, GAUSSIAN, PISSA, OLORA, LOFTQ = "default", "gaussian", "pissa", "olora", "loftq"
+NAMES = (DEFAULT, GAUSSIAN, PISSA, "pissa_niter_4", OLORA, LOFTQ, "loftq_niter_5")  # any number of iterations in place of 4 and 5
 _ITERATIONS = re.compile(rf"{PISSA}_niter_(\d+)")
+_LOFTQ = re.compile(rf"{LOFTQ}(?:_niter_([1-9]\d*))?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Start:
 
 def check(name: str) -> None:
     """Raises `UserError` for a start that there isn't."""
-    if name not in NAMES and _ITERATIONS.fullmatch(name) is None:
+    if name not in NAMES and _ITERATIONS.fullmatch(name) is None and _LOFTQ.fullmatch(name) is None:
         raise UserError(f"method.start: there is no '{name}'.{nearest(name, NAMES)} There are: {', '.join(NAMES)}.")
 
 
@@ -34,7 +36,22 @@ def changes_base(name: str) -> bool:
     >>> changes_base("pissa_niter_4"), changes_base("gaussian")
     (True, False)
     """
+    return name not in (DEFAULT, GAUSSIAN) and not loftq_iterations(name)
+
+
+def decomposes(name: str) -> bool:
+    """Returns whether this start is found from the kernel itself, which has to have the rank."""
     return name not in (DEFAULT, GAUSSIAN)
+
+
+def loftq_iterations(name: str) -> int:
+    """Returns how often LoftQ alternates, 0 for another start.
+
+    >>> loftq_iterations("loftq"), loftq_iterations("loftq_niter_5"), loftq_iterations("pissa")
+    (1, 5, 0)
+    """
+    found = _LOFTQ.fullmatch(name)
+    return 0 if found is None else int(found[1] or 1)
 
 
 def linear(name: str, rng: jax.Array, shape: tuple[int, ...], rank: int) -> Start:
@@ -70,6 +87,23 @@ def from_kernel(name: str, rng: jax.Array, kernel: jax.Array, rank: int, scale: 
     u, values, v = _largest(kernel, rank) if found is None else _largest_randomized(rng, kernel, rank, int(found[1]))
     root = jnp.sqrt(values / scale)
     return Start(u * root, root[:, None] * v)
+
+
+def loftq(name: str, kernel: jax.Array, quantized: Quantized, rank: int, scale: float) -> tuple[Start, Quantized]:
+    """Returns the start that makes up for what quantization lost of `kernel` (in, out) float32, and the base that goes with it.
+
+    LoftQ (Li et al. 2023, arXiv:2310.08659, algorithm 1): the rest of the kernel is quantized, and the error's largest singular values
+    and their vectors are the LoRA, in turn. The first turn's quantized kernel is the one given: with one turn the base stays as it is.
+    """
+    product = jnp.zeros_like(kernel)
+    for turn in range(loftq_iterations(name)):
+        if turn:
+            quantized = quantized.requantized(kernel - product)
+        u, values, v = _largest(kernel - quantized.dense(), rank)
+        root = jnp.sqrt(values / scale)
+        start = Start(u * root, root[:, None] * v)
+        product = scale * jnp.matmul(start.lora_a, start.lora_b, precision="highest")
+    return start, quantized
 
 
 def _largest(kernel: jax.Array, rank: int) -> tuple[Any, Any, Any]:

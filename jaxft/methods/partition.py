@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxft.errors import UserError
+from jaxft.models.node import is_quantized
 from jaxft.models.segments import Leaf, leaves, map_leaves, regroup
 
 Params = Any
@@ -75,8 +76,24 @@ def combine(trainable: Params, frozen: Params) -> Params:
     return jax.tree.map(lambda one, other: other if one is None else one, trainable, frozen, is_leaf=lambda leaf: leaf is None)
 
 
+def check_not_quantized(params: Params, trains: Callable[[str], bool]) -> None:
+    """Raises `UserError` where a kernel would train that is held in a number format of few bits."""
+    for leaf in leaves(params, is_leaf=is_quantized):
+        chosen = [name for name in leaf.names if is_quantized(leaf.value) and trains(name)]
+        if chosen:
+            raise UserError(
+                f"{chosen[0]} can't train: it is held in {leaf.value.format_name}, and an optimizer's steps are smaller than the gaps "
+                "between the values it has there. Train leaves beside it (method LoRA and its relatives, adapters, prefixes), leave "
+                "it out by the method's patterns, or load the model whole: config.model.quantization=none."
+            )
+
+
 def separate(params: Params, trains: Callable[[str], bool]) -> Params:
-    """Returns `params` with layers grouped so that each stored leaf trains whole or not at all, by its name."""
+    """Returns `params` with layers grouped so that each stored leaf trains whole or not at all, by its name.
+
+    Raises `UserError` where what would train is quantized.
+    """
+    check_not_quantized(params, trains)
     per_layer: dict[int, list[str]] = {}
     for leaf in leaves(params):
         if leaf.layers is not None:

@@ -15,7 +15,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 from jaxft.errors import UserError, unknown
-from jaxft.methods.base import Method, Params, Scores
+from jaxft.methods.base import Material, Method, Params
 from jaxft.methods.kernels import chosen_kernels, fold, is_kernel, key_of, mask_of_nodes, stacked, wrap
 from jaxft.methods.partition import first_match
 from jaxft.models import segments
@@ -132,12 +132,12 @@ class SparseMask(Method):
         self._check(params)
         return wrap(params, self._kind, lambda leaf: self._around(rng, leaf, None))
 
-    def begin(self, rng: jax.Array, model: nn.Module, params: Params, scores: Scores) -> Params:
+    def begin(self, rng: jax.Array, model: nn.Module, params: Params, material: Material) -> Params:
         """Returns what `init` does, or `init_from_scores` where the choice goes by gradients."""
         if self.choice not in FROM_GRADIENTS:
             return self.init(rng, model, params)
         self._check(params)
-        found = scores(params, self.is_target, self.choice, self.score_batches)
+        found = material.scores(params, self.is_target, self.choice, self.score_batches)
         return self.init_from_scores(rng, model, params, found)
 
     def init_from_scores(self, rng: jax.Array, model: nn.Module, params: Params, scores: Params) -> Params:

@@ -101,6 +101,13 @@ def with_shared(layer: Any, stack: Any) -> Any:
     return jax.tree.map(lambda leaf, part: leaf if is_shared(leaf) else part, stack, layer, is_leaf=is_shared)
 
 
+def each_layer(function: Callable[[Any], Any], node: Any, stacked: bool) -> Any:
+    """Returns `function` of a kernel's node, of one layer after the other where it is stacked: no two layers' dense kernels at once."""
+    if not stacked:
+        return function(node)
+    return jax.lax.map(lambda layer: function(with_shared(layer, node)), own(node))
+
+
 @dataclasses.dataclass(frozen=True)
 class Leaf:
     """A stored leaf and what users call it."""

@@ -7,27 +7,29 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
 from jaxft import console
-from jaxft.config import Experiment
+from jaxft.config import Experiment, ModelConfig
 from jaxft.data.batches import Batches
 from jaxft.data.sources import Rows, load_splits
 from jaxft.data.tokenize import COLUMNS, Examples, describe, tokenize
 from jaxft.errors import UserError, unknown
-from jaxft.hub.load import compute_type, describe_pretrained, load_pretrained
+from jaxft.hub.load import OriginalKernels, compute_type, describe_pretrained, load_pretrained
 from jaxft.hub.peft import adapter_format
 from jaxft.hub.tokenizer import load_tokenizer
-from jaxft.methods.base import Compose, Method
+from jaxft.methods.base import Compose, Material, Method
 from jaxft.methods.kernels import is_kernel
 from jaxft.methods.partition import combine, listing, partition, size, trainable_leaves
 from jaxft.models.layers import REMAT
 from jaxft.models.node import Prefix, Prompt, dense, is_node
 from jaxft.models.registry import family_of
 from jaxft.models.segments import Leaf, map_leaves
+from jaxft.quant.blockwise import Format
 from jaxft.train import optimizer as optimizers
 from jaxft.train import placement
 from jaxft.train.scores import gradient_scores
@@ -61,6 +63,7 @@ def check(experiment: Experiment) -> Mesh:
     train, evaluation = experiment.train, experiment.eval
     optimizers.check(experiment.optimizer)
     compute_type(experiment.model.dtype)
+    quantization(experiment.model)
     if train.remat not in REMAT:
         raise unknown("remat policy", train.remat, REMAT)
     if train.best_mode not in ("min", "max"):
@@ -92,6 +95,7 @@ def check(experiment: Experiment) -> Mesh:
     return placement.make_mesh(train)
 
 
+NONE, FORMATS = "none", ("nf4", "fp4", "int8")  # of model.quantization
 VALIDATION_METRICS = ("loss", "accuracy", "perplexity")
 
 
@@ -125,6 +129,7 @@ class Described:
     training_rows: Rows
     batches: Batches
     steps: int
+    kernels: OriginalKernels  # of the model's files
 
 
 def describe_run(experiment: Experiment) -> Described:
@@ -135,10 +140,11 @@ def describe_run(experiment: Experiment) -> Described:
         raise UserError("There is nothing to train on: set config.data.train to a hub data set, a file, or bundled:NAME.")
     if not source:
         raise UserError("There is no model: set config.model.source to a hub id, a local folder, a .gguf file, or bundled:NAME.")
-    model, shapes = describe_pretrained(source, "causal_lm", experiment.model.dtype, experiment.model.revision)
+    model, shapes = describe_pretrained(**from_source(experiment.model))
+    kernels = OriginalKernels(source, experiment.model.revision)
     tokenizer = load_tokenizer(source, experiment.model.revision)
     method = experiment.method.tokenized(tokenizer)
-    shapes = check_method(method, model, shapes, train.seed)
+    shapes = check_method(method, model, shapes, train.seed, kernels)
     examples, rows = load_data(experiment, tokenizer)
     check_positions(examples, experiment, model, virtual_tokens(shapes))
     share_prefix = not train.neftune_alpha  # its noise follows each example's length
@@ -146,21 +152,22 @@ def describe_run(experiment: Experiment) -> Described:
         examples["train"], data, train.batch_size, train.accumulation, train.seed, share_prefix, pad_token_id=pad_token(tokenizer)
     )
     steps = train.steps or max(round(train.epochs * batches.steps_per_epoch), 1)
-    return Described(experiment, mesh, model.clone(remat=train.remat), tokenizer, method, shapes, examples, rows, batches, steps)
+    model = model.clone(remat=train.remat)
+    return Described(experiment, mesh, model, tokenizer, method, shapes, examples, rows, batches, steps, kernels)
 
 
 def set_up(experiment: Experiment) -> Setup:
     """Loads data and model, adds the method, places everything, and prints what trains."""
     run = describe_run(experiment)
-    mesh, method, train, source = run.mesh, run.method, experiment.train, experiment.model
+    mesh, method, train = run.mesh, run.method, experiment.train
     placing = functools.partial(placement.shardings, mesh=mesh)
-    params = load_pretrained(source.source, "causal_lm", source.dtype, source.revision, placing)[1]
+    params = load_pretrained(**from_source(experiment.model), placing=placing)[1]
 
     def scores(params: Any, chosen: Callable[[str], bool], kind: str, count: int) -> Any:
         first = itertools.islice(micro_batches(run.batches), count)
         return gradient_scores(run.model, experiment.task, first, params, chosen, kind)
 
-    params = method.begin(key_for(train.seed, "method"), run.model, params, scores)
+    params = method.begin(key_for(train.seed, "method"), run.model, params, Material(scores, run.kernels))
     mask = method.mask(params)
     print_trainable(params, mask)
     optimizer = make_optimizer(run)
@@ -191,8 +198,30 @@ def make_optimizer(run: Described) -> optax.GradientTransformation:
     return run.method.optimizer(optimizers.make_optimizer(run.experiment.optimizer, run.steps), run.steps)
 
 
-def check_method(method: Method, model: Any, shapes: Any, seed: int) -> Any:
-    """Returns the model's shapes with the method's leaves; raises `UserError` where the method doesn't fit the model, by these alone."""
+def from_source(config: ModelConfig) -> dict[str, Any]:
+    """Returns the arguments of `load_pretrained` and `describe_pretrained` that a configuration gives."""
+    return {
+        "source": config.source,
+        "task": "causal_lm",
+        "dtype": config.dtype,
+        "revision": config.revision,
+        "quantization": quantization(config),
+        "quantized": config.quantized,
+    }
+
+
+def quantization(config: ModelConfig) -> Format | None:
+    """Returns the format that kernels are held in, or None; raises `UserError` for one that there isn't."""
+    if config.quantization not in (NONE, *FORMATS):
+        raise unknown("model.quantization", config.quantization, (NONE, *FORMATS))
+    return None if config.quantization == NONE else Format(config.quantization, config.block_size, config.double_quantization)
+
+
+def check_method(method: Method, model: Any, shapes: Any, seed: int, kernels: OriginalKernels | None = None) -> Any:
+    """Returns the model's shapes with the method's leaves; raises `UserError` where the method doesn't fit the model, by these alone.
+
+    `kernels` are those of the model's files, for methods that start from them.
+    """
     arrays: list[int] = []
 
     def like(params: Any, chosen: Callable[[str], bool], *_: Any) -> Any:  # in the place of scores
@@ -201,8 +230,12 @@ def check_method(method: Method, model: Any, shapes: Any, seed: int) -> Any:
 
         return map_leaves(score, params, is_leaf=is_node)
 
+    def zeros(name: str) -> Any:
+        assert kernels is not None
+        return jnp.zeros(kernels.shape(name))
+
     def begin(params: Any) -> Any:
-        params = method.begin(key_for(seed, "method"), model, params, like)
+        params = method.begin(key_for(seed, "method"), model, params, Material(like, zeros))
         arrays.extend(map(id, jax.tree.leaves(params)))
         return params
 

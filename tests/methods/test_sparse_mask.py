@@ -30,6 +30,7 @@ from jaxft.data.batches import evaluation_batches
 from jaxft.errors import UserError
 from jaxft.hub.peft import has_form
 from jaxft.methods import LoRA, SparseMask
+from jaxft.methods.base import Material
 from jaxft.methods.lora import LoRAKernel
 from jaxft.methods.partition import size
 from jaxft.methods.sparse_mask import SparseKernel
@@ -208,6 +209,9 @@ def scores(params, chosen, kind, count):
     return gradient_scores(base()[0], SFT(), BATCHES[:count], params, chosen, kind)
 
 
+MATERIAL = Material(scores, None)
+
+
 @pytest.mark.parametrize("choice", ["gradient", "fisher"])
 def test_gradients_of_training_batches_choose_the_weights(choice, gradients):
     model, params = base()
@@ -216,7 +220,7 @@ def test_gradients_of_training_batches_choose_the_weights(choice, gradients):
     np.testing.assert_allclose(found["layers"]["0-2"]["attention"]["q_proj"]["kernel"][1], expected, rtol=1e-3, atol=1e-7)
     assert found["layers"]["0-2"]["mlp"]["up_proj"]["kernel"] is None
     method = SparseMask(rank=1, choice=choice, score_batches=2, targets=("q_proj",))
-    made = method.begin(jax.random.key(0), model, params, scores)
+    made = method.begin(jax.random.key(0), model, params, MATERIAL)
     kernel = kernels(made)["layers/1/attention/q_proj/kernel"]
     taken = np.zeros(kernel.shape, bool)
     taken[kernel.rows, kernel.columns] = True
@@ -227,8 +231,8 @@ def test_gradients_of_training_batches_choose_the_weights(choice, gradients):
 def test_a_sum_passes_the_scores_on_of_kernels_as_they_act():
     model, params = base()
     method = LoRA(rank=2, targets=("q_proj",)) + SparseMask(rank=1, choice="fisher", score_batches=1, targets=("layers/1/attention",))
-    made = method.begin(jax.random.key(0), model, params, scores)
-    alone = method.methods[1].begin(jax.random.key(0), model, params, scores)
+    made = method.begin(jax.random.key(0), model, params, MATERIAL)
+    alone = method.methods[1].begin(jax.random.key(0), model, params, MATERIAL)
     one, other = kernels(made)["layers/1/attention/o_proj/kernel"], kernels(alone)["layers/1/attention/o_proj/kernel"]
     assert same_bits((one.rows, one.columns), (other.rows, other.columns))
     check_merged = method.merge(model, made)
