@@ -14,6 +14,7 @@ from jaxft.hub.checkpoint import ADAPTER_CONFIG
 from jaxft.hub.names import Entry, nodes_of, tensors_of
 from jaxft.hub.peft_format import WEIGHTS, Params, Written
 from jaxft.hub.peft_tensors import PREFIX, Slot, module_of
+from jaxft.methods import lora_start
 from jaxft.methods.kernels import KERNEL
 from jaxft.methods.lora import EMBEDDING, LoRA, LoRAKernel
 from jaxft.methods.partition import first_match
@@ -39,6 +40,11 @@ def write(model: nn.Module, params: Params, method: LoRA) -> Written:
         raise UserError("These parameters hold no LoRA: params = method.init(rng, model, params) adds one.")
     for entry in adapted:
         _check_made_by(method, entry)
+    if lora_start.loftq_iterations(method.start) > 1:
+        raise UserError(
+            f"method.start: '{method.start}' quantized the base again, and the adapter belongs to that one alone. Write the model: "
+            "jaxft.save_pretrained(folder, model, method.merge(model, params)), or start with 'loftq', which leaves the base as it is."
+        )
     return Written(_config(method, every, adapted), {slot.key: _reader(slot) for slot in _slots(method, every)})
 
 
