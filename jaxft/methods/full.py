@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from jaxft.errors import UserError
 from jaxft.methods.base import Method, Params
-from jaxft.methods.partition import cast, check_patterns, first_match, mask_by_name, names_of, separate
+from jaxft.methods.partition import cast, check_patterns, combine, first_match, mask_by_name, names_of, of_base, partition, separate
 from jaxft.methods.rates import scaled
 from jaxft.models import segments
 
@@ -61,7 +61,8 @@ class Full(Method):
                 return self.layer_decay ** (depth - 1 - int(match[1]))
             return self.layer_decay**depth if name.startswith(_BEFORE) else 1.0
 
-        return scaled(updates, factor)
+        own, others = partition(updates, of_base(updates))
+        return combine(scaled(own, factor), others)
 
     def _trains(self, name: str) -> bool:
         return first_match(self.exclude, name) is None

@@ -1,6 +1,7 @@
 """LoRA: a low-rank difference beside frozen kernels (Hu et al. 2021, arXiv:2106.09685)."""
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from jaxft.errors import UserError, unknown
 from jaxft.methods import dora, lora_start
 from jaxft.methods.base import Material, Method
 from jaxft.methods.kernels import KERNEL, fold, key_of
-from jaxft.methods.partition import cast, check_not_quantized, check_patterns, first_match, mask_by_name
+from jaxft.methods.partition import cast, check_not_quantized, check_patterns, combine, first_match, mask_by_name, names_of, partition
 from jaxft.methods.rates import scaled
 from jaxft.models import segments
 from jaxft.models.node import Around, Kernel, Node, dense, dot, is_node, is_quantized, node, prepared, take
@@ -202,7 +203,8 @@ class LoRA(Method):
 
     def mask(self, params: Params) -> Any:
         """Returns True at the low-rank leaves of each target, and at what trains whole."""
-        return segments.map_leaves(lambda leaf: self._trains(leaf.names[0]), params)
+        low_rank = segments.map_leaves(lambda leaf: self._is_low_rank(leaf.names[0]), params)
+        return jax.tree.map(operator.or_, low_rank, mask_by_name(params, self.trains_whole))
 
     def merge(self, model: nn.Module, params: Params) -> Params:
         """Returns plain kernels: base + scale * lora_a @ lora_b in float32, cast once to the base's type.
@@ -224,10 +226,13 @@ class LoRA(Method):
             return inner
 
         def factor(name: str) -> float:
-            fast = name.rsplit("/", 1)[-1] in _FAST and f"/{EMBEDDING}/" not in name
-            return self.lora_plus_ratio if fast and self._trains(name) else 1.0
+            return self.lora_plus_ratio if name.rsplit("/", 1)[-1] in _FAST and f"/{EMBEDDING}/" not in name else 1.0
 
-        return optax.chain(inner, optax.stateless(lambda updates, params: scaled(updates, factor)))
+        def faster(updates: Any, params: Any) -> Any:
+            own, others = partition(updates, self.mask(updates))
+            return combine(scaled(own, factor), others)
+
+        return optax.chain(inner, optax.stateless(faster))
 
     def rank_of(self, name: str) -> int:
         """Returns the rank at the target of this name."""
@@ -253,14 +258,12 @@ class LoRA(Method):
             return False
         return not self.layers or any(name.startswith(f"{segments.LAYERS}/{layer}/") for layer in self.layers)
 
-    def _trains(self, name: str) -> bool:
+    def _is_low_rank(self, name: str) -> bool:
         kernel, _, field = name.rpartition("/")
-        if field in ("lora_a", "lora_b", "magnitude"):
-            return self.is_target(kernel)
-        return self.trains_whole(name)
+        return field in ("lora_a", "lora_b", "magnitude") and self.is_target(kernel)
 
     def trains_whole(self, name: str) -> bool:
-        """Returns whether the leaf of this name trains as it is: a bias, or one of the modules to save."""
+        """Returns whether the base's leaf of this name trains as it is: a bias, or one of the modules to save."""
         if first_match(self.modules_to_save, name) is not None:
             return not self.is_target(name) and not self.is_target(name.rpartition("/")[0])
         if self.bias == "none" or not name.endswith("/bias"):
@@ -268,8 +271,8 @@ class LoRA(Method):
         return self.bias == "all" or self.is_target(name.removesuffix("bias") + KERNEL)
 
     def _check(self, model: nn.Module, params: Params) -> None:
-        names = [name for leaf in segments.leaves(params, is_leaf=is_node) for name in leaf.names]
-        kernels = [name for name in names if name.rsplit("/", 1)[-1] in (KERNEL, EMBEDDING)]
+        kernels = [name for leaf in segments.leaves(params, is_leaf=is_node) if leaf.path[-1] in (KERNEL, EMBEDDING) for name in leaf.names]
+        names = names_of(params)
         depth = sum(len(layers) for layers in segments.spans(params))
         for layer in self.layers:
             if not 0 <= layer < depth:

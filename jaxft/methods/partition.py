@@ -4,6 +4,7 @@ A pattern is a regular expression that matches whole components of a leaf's name
 `attention/(q|v)_proj`, `layers/[0-3]/mlp`, `lm_head/kernel`. Names never mention how layers are stacked.
 """
 
+import dataclasses
 import difflib
 import functools
 import re
@@ -14,8 +15,8 @@ import jax
 import numpy as np
 
 from jaxft.errors import UserError
-from jaxft.models.node import is_quantized
-from jaxft.models.segments import Leaf, leaves, map_leaves, regroup
+from jaxft.models.node import Around, is_node, is_quantized
+from jaxft.models.segments import Leaf, leaves, map_leaves, refine
 
 Params = Any
 
@@ -88,14 +89,26 @@ def check_not_quantized(params: Params, trains: Callable[[str], bool]) -> None:
             )
 
 
+def of_base(params: Params) -> Any:
+    """Returns which leaves are the base model's own, an optax mask: those of a node belong to what put it there, but for what it wraps."""
+
+    def mark(value: Any) -> Any:
+        others = jax.tree.map(lambda _: False, value)
+        if isinstance(value, Around):
+            return dataclasses.replace(others, base=mark(value.base))
+        return others if value is None or is_node(value) else True
+
+    return jax.tree.map(mark, params, is_leaf=is_node)
+
+
 def separate(params: Params, trains: Callable[[str], bool]) -> Params:
-    """Returns `params` with layers grouped so that each stored leaf trains whole or not at all, by its name.
+    """Returns `params` with layers grouped so that each stored leaf of the base trains whole or not at all, by its name.
 
     Raises `UserError` where what would train is quantized.
     """
     check_not_quantized(params, trains)
     per_layer: dict[int, list[str]] = {}
-    for leaf in leaves(params):
+    for leaf in leaves(partition(params, of_base(params))[0]):
         if leaf.layers is not None:
             for layer, name in zip(leaf.layers, leaf.names, strict=True):
                 per_layer.setdefault(layer, []).append(name)
@@ -103,11 +116,11 @@ def separate(params: Params, trains: Callable[[str], bool]) -> Params:
     def signature(layer: int) -> tuple[bool, ...]:
         return tuple(trains(name) for name in per_layer[layer])
 
-    return regroup(params, signature)
+    return refine(params, signature)
 
 
 def mask_by_name(params: Params, trains: Callable[[str], bool]) -> Any:
-    """Returns an optax mask: whether `trains` says so of each leaf's name; all layers of a stored leaf must agree."""
+    """Returns an optax mask: whether a leaf is the base's and `trains` says so of its name; all layers of a stored leaf must agree."""
 
     def decide(leaf: Leaf) -> bool:
         found = {trains(name) for name in leaf.names}
@@ -115,12 +128,13 @@ def mask_by_name(params: Params, trains: Callable[[str], bool]) -> Any:
             raise ValueError(f"Layers of {leaf.title} train in part: separate them first.")
         return found.pop()
 
-    return map_leaves(decide, params)
+    base, others = partition(params, of_base(params))
+    return combine(map_leaves(decide, base), jax.tree.map(lambda _: False, others))
 
 
 def names_of(params: Params) -> list[str]:
-    """Returns the name of every leaf, one for each layer."""
-    return [name for leaf in leaves(params) for name in leaf.names]
+    """Returns the name of every leaf of the base, one for each layer."""
+    return [name for leaf in leaves(partition(params, of_base(params))[0]) for name in leaf.names]
 
 
 def cast(params: Params, mask: Any, dtype: Any) -> Params:
@@ -137,12 +151,12 @@ def trainable_leaves(params: Params, mask: Any) -> list[Leaf]:
 
 
 def size(params: Params) -> int:
-    """Returns the number of parameters; an array that stands in several places counts once.
+    """Returns the number of parameters; an array that stands in several places counts once, a quantized kernel as if it were dense.
 
     >>> size({"a": np.zeros((2, 3)), "b": None})
     6
     """
-    return sum(int(np.prod(leaf.shape)) for leaf in distinct(params))
+    return sum(int(np.prod(leaf.shape)) for leaf in distinct(params, is_leaf=is_quantized))
 
 
 def size_in_bytes(params: Params) -> int:
@@ -150,9 +164,9 @@ def size_in_bytes(params: Params) -> int:
     return sum(int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in distinct(params))
 
 
-def distinct(params: Params) -> Iterable[Any]:
-    """Returns the arrays of `params`; one that stands in several places is there once."""
-    return {id(leaf): leaf for leaf in jax.tree.leaves(params)}.values()
+def distinct(params: Params, is_leaf: Callable[[Any], bool] | None = None) -> Iterable[Any]:
+    """Returns the arrays of `params`, with `is_leaf` whole nodes too; one that stands in several places is there once."""
+    return {id(leaf): leaf for leaf in jax.tree.leaves(params, is_leaf=is_leaf)}.values()
 
 
 def listing(params: Params, mask: Any) -> list[tuple[str, str, str, int, int]]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxft.methods.partition import combine, of_base, partition
 from jaxft.models.segments import Leaf, map_leaves
 
 
@@ -23,7 +24,7 @@ def scaled(updates: Any, factor: Callable[[str], float]) -> Any:
 
 
 def train_from(inner: optax.GradientTransformation, start: Callable[[str, Any], int]) -> optax.GradientTransformation:
-    """Returns `inner` for leaves that stay as they are before step `start(name, tree)`: neither gradient nor decay reaches them.
+    """Returns `inner` for leaves of the base that stay as they are before step `start(name, tree)`: no gradient nor decay reaches them.
 
     A leaf that hasn't started is no part of the gradient's norm, and its moments stay zero.
     """
@@ -33,7 +34,8 @@ def train_from(inner: optax.GradientTransformation, start: Callable[[str, Any], 
             steps = over_layers(leaf, [start(name, tree) for name in leaf.names], jnp.int32)
             return jnp.where(steps <= step, leaf.value, jnp.zeros_like(leaf.value))
 
-        return map_leaves(keep, tree)
+        base, others = partition(tree, of_base(tree))
+        return combine(map_leaves(keep, base), others)
 
     def init(params: Any) -> Any:
         return jnp.zeros((), jnp.int32), inner.init(params)

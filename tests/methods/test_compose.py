@@ -14,7 +14,7 @@ import experiments
 import jaxft
 from jaxft import overrides
 from jaxft.errors import UserError
-from jaxft.methods import BitFit, Compose, Full, LoRA, NormTuning, Partial
+from jaxft.methods import IA3, BitFit, Bottleneck, Compose, Full, LoRA, NormTuning, Partial, Prefix, PTuning
 from jaxft.models import segments
 
 SUM = LoRA(rank=2, targets=("q_proj", "layers/1/mlp")) + BitFit()
@@ -125,3 +125,36 @@ def test_a_lora_leaves_the_cuts_of_another_method():
     found = trains(Partial(last=1) + LoRA(rank=2, targets=("layers/0/attention/q_proj",)))
     low_rank = {f"layers/0/attention/q_proj/kernel/{side}" for side in ("lora_a", "lora_b")}
     assert found == trains(Partial(last=1)) | low_rank
+
+
+BASE_LEAVES = {
+    "biases beside bottlenecks": (Bottleneck(size=2), BitFit()),
+    "biases beside a projected prefix": (Prefix(virtual_tokens=2, projection=True), BitFit()),
+    "biases beside an encoder": (PTuning(virtual_tokens=2), BitFit()),
+    "a lora's biases beside bottlenecks": (LoRA(rank=2, targets=("q_proj",), bias="all", lora_plus_ratio=4.0), Bottleneck(size=2)),
+    "a layer beside bottlenecks": (Bottleneck(size=2), Partial(last=1)),
+    "a layer beside a lora": (Partial(last=1), LoRA(rank=2)),
+    "a layer within vectors": (Partial(layers=(1,), targets=("lm_head",)), IA3(targets=("q_proj", "lm_head"), feedforward=())),
+    "biases of some layers": (Partial(layers=(1,)), BitFit(targets=("layers/[02]/.*bias",))),
+}
+
+
+@pytest.mark.parametrize("name", BASE_LEAVES)
+def test_patterns_choose_among_the_leaves_of_the_base_whatever_stands_there(name):
+    first, second = BASE_LEAVES[name]
+    for method in (first + second, second + first):
+        assert trains(method) == trains(first) | trains(second)
+
+
+@pytest.mark.parametrize(
+    "method", [LoRA(bias="all", lora_plus_ratio=4.0), Full(layer_decay=0.5), Partial(last=3, unfreeze_every=5)], ids=repr
+)
+def test_rates_of_the_base_leave_the_leaves_of_other_methods_alone(method):
+    model, params = base("qwen2")
+    params = (method + Bottleneck(size=2)).init(jax.random.key(0), model, params)
+    trainable, _ = jaxft.partition(params, (method + Bottleneck(size=2)).mask(params))
+    optimizer = method.optimizer(optax.scale(-1.0), 10)
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, trainable), optimizer.init(trainable), trainable)
+    found = {float(leaf.value.max()) for leaf in segments.leaves(updates) if "mlp_output" in leaf.path}
+    others = {float(leaf.value.max()) for leaf in segments.leaves(updates) if "mlp_output" not in leaf.path}
+    assert found == {-1.0} != others
