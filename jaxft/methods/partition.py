@@ -93,10 +93,10 @@ def of_base(params: Params) -> Any:
     """Returns which leaves are the base model's own, an optax mask: those of a node belong to what put it there, but for what it wraps."""
 
     def mark(value: Any) -> Any:
-        others = jax.tree.map(lambda _: False, value)
         if isinstance(value, Around):
-            return dataclasses.replace(others, base=mark(value.base))
-        return others if value is None or is_node(value) else True
+            return dataclasses.replace(jax.tree.map(lambda _: False, value), base=mark(value.base))
+        own = value is not None and (is_quantized(value) or not is_node(value))
+        return jax.tree.map(lambda _: own, value)
 
     return jax.tree.map(mark, params, is_leaf=is_node)
 
@@ -108,7 +108,7 @@ def separate(params: Params, trains: Callable[[str], bool]) -> Params:
     """
     check_not_quantized(params, trains)
     per_layer: dict[int, list[str]] = {}
-    for leaf in leaves(partition(params, of_base(params))[0]):
+    for leaf in leaves(partition(params, of_base(params))[0], is_leaf=is_quantized):
         if leaf.layers is not None:
             for layer, name in zip(leaf.layers, leaf.names, strict=True):
                 per_layer.setdefault(layer, []).append(name)
@@ -134,7 +134,8 @@ def mask_by_name(params: Params, trains: Callable[[str], bool]) -> Any:
 
 def names_of(params: Params) -> list[str]:
     """Returns the name of every leaf of the base, one for each layer."""
-    return [name for leaf in leaves(partition(params, of_base(params))[0]) for name in leaf.names]
+    base = partition(params, of_base(params))[0]
+    return [name for leaf in leaves(base, is_leaf=is_quantized) for name in leaf.names]
 
 
 def cast(params: Params, mask: Any, dtype: Any) -> Params:
@@ -156,7 +157,8 @@ def size(params: Params) -> int:
     >>> size({"a": np.zeros((2, 3)), "b": None})
     6
     """
-    return sum(int(np.prod(leaf.shape)) for leaf in distinct(params, is_leaf=is_quantized))
+    found = distinct(params, is_leaf=is_quantized)
+    return sum(int(np.prod(leaf.shape)) for leaf in found if jax.tree.leaves(leaf))  # a kernel that was split off is empty
 
 
 def size_in_bytes(params: Params) -> int:

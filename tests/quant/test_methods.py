@@ -33,7 +33,7 @@ METHODS = {  # sums, each method at kernels of its own: compiling takes most of 
     + Bottleneck(size=4)
     + Prefix(virtual_tokens=3)
     + PTuning(virtual_tokens=2),
-    "without kernels": Full(exclude=("kernel", "prompt")) + Prompt(virtual_tokens=3),
+    "without kernels": NormTuning() + Prompt(virtual_tokens=3),
 }
 
 
