@@ -136,12 +136,12 @@ def _quantize_jit(kernel: jax.Array, format: Format, kept_as: Any) -> QuantizedK
 def _quantize(xp: ModuleType, kernel: Any, format: Format, kept_as: Any) -> QuantizedKernel:
     flat = kernel.T.reshape(-1)
     block = format.block_size
-    code, scales = encode_8bit(xp, flat, block) if format.code == "int8" else _encode_4bit(xp, flat, format)
+    code, scales = _encode_8bit(xp, flat, block) if format.code == "int8" else _encode_4bit(xp, flat, format)
     rows = kernel.shape[1] if kernel.shape[0] % block == 0 else 1
     nested_scales = offset = None
     if format.double_quantization:
         offset = mean(xp, scales)
-        scales, nested_scales = encode_8bit(xp, scales - offset, NESTED_BLOCK)
+        scales, nested_scales = _encode_8bit(xp, scales - offset, NESTED_BLOCK)
     return QuantizedKernel(code.reshape(rows, -1), scales.reshape(rows, -1), nested_scales, offset, kernel.shape, kept_as, format)
 
 
@@ -181,22 +181,30 @@ def _blocks(xp: ModuleType, values: Any, block: int) -> Any:
     return (xp.concatenate([values, xp.zeros(short, np.float32)]) if short else values).reshape(-1, block)
 
 
-def encode_8bit(xp: ModuleType, flat: Any, block: int, signed: bool = True) -> tuple[Any, Any]:
+def _encode_8bit(xp: ModuleType, flat: Any, block: int) -> tuple[Any, Any]:
     """Returns dynamic 8-bit codes, (values,) uint8, and each block's scale, (blocks,) float32."""
-    nearest = codes.bins(signed)
 
     def part(values: Any) -> tuple[Any, Any]:
-        blocks = _blocks(xp, values, block)
-        largest = xp.abs(blocks).max(axis=1)
-        inverse = np.float32(1) / xp.where(largest == 0, np.float32(1), largest)
-        # the bounds also keep XLA from fusing each product with the sum after it, which would round once instead of twice
-        place = (xp.clip(blocks * inverse[:, None], -1, 1) + np.float32(1)) * np.float32((codes.BINS - 1) / 2)
-        place = xp.where(place > 0, place, np.float32(0))  # zero times the infinite inverse of a subnormal scale is no number
-        code = _look_up(xp, nearest, (place + np.float32(0.5)).astype(np.int32))
-        code = xp.where((largest == 0)[:, None], np.uint8(0), code)  # a block of zeros: any code times zero
+        code, largest = encode_blocks(xp, _blocks(xp, values, block))
         return code.reshape(-1)[: values.size], largest
 
     return _in_parts(xp, part, flat)
+
+
+def encode_blocks(xp: ModuleType, blocks: Any, signed: bool = True) -> tuple[Any, Any]:
+    """Returns dynamic 8-bit codes of blocks (..., block) float32, uint8 of the same shape, and each block's scale, (...) float32."""
+    largest = xp.abs(blocks).max(axis=-1)
+    inverse = np.float32(1) / xp.where(largest == 0, np.float32(1), largest)
+    # the bounds also keep XLA from fusing each product with the sum after it, which would round once instead of twice
+    place = (xp.clip(blocks * inverse[..., None], -1, 1) + np.float32(1)) * np.float32((codes.BINS - 1) / 2)
+    place = xp.where(place > 0, place, np.float32(0))  # zero times the infinite inverse of a subnormal scale is no number
+    code = _look_up(xp, codes.bins(signed), (place + np.float32(0.5)).astype(np.int32))
+    return xp.where((largest == 0)[..., None], np.uint8(0), code), largest  # a block of zeros: any code times zero
+
+
+def decode_blocks(xp: ModuleType, code: Any, largest: Any, signed: bool = True) -> Any:
+    """Returns the values of codes (..., block) with scales (...), float32."""
+    return _look_up(xp, codes.dynamic(signed), code) * largest[..., None]
 
 
 def _in_parts(xp: ModuleType, function: Any, flat: Any) -> tuple[Any, Any]:

@@ -10,9 +10,11 @@ import optax
 from jaxft.config import OptimizerConfig
 from jaxft.errors import UserError, unknown
 from jaxft.models import segments
+from jaxft.train.moments import in_8_bits
 
 NO_DECAY = ("bias", "scale")  # leaves that weight decay leaves alone, by the last part of their name
 OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
+MOMENTS = {"float32": OPTIMIZERS, "int8": ("adamw", "lion")}  # and which optimizers can hold them so
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 
 
@@ -54,9 +56,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     schedule = make_schedule(config, steps)
     decay = config.weight_decay
     if config.name == "adamw":
-        update = optax.adamw(schedule, config.b1, config.b2, config.eps, weight_decay=decay, mask=decay_mask)
+        update = _decayed(_held(config, optax.scale_by_adam(config.b1, config.b2, config.eps)), schedule, decay)
     elif config.name == "lion":
-        update = optax.lion(schedule, config.b1, config.b2, weight_decay=decay, mask=decay_mask)
+        update = _decayed(_held(config, optax.scale_by_lion(config.b1, config.b2)), schedule, decay)
     elif config.name == "adafactor":
         update = optax.adafactor(schedule)
         update = _with_decay(update, schedule, decay) if decay else update
@@ -66,6 +68,15 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     else:
         raise unknown("optimizer", config.name, OPTIMIZERS)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update) if config.clip_norm else update
+
+
+def _held(config: OptimizerConfig, scaling: optax.GradientTransformation) -> optax.GradientTransformation:
+    return in_8_bits(scaling) if config.moments == "int8" else scaling
+
+
+def _decayed(scaling: optax.GradientTransformation, schedule: optax.Schedule, decay: float) -> optax.GradientTransformation:
+    """Returns the update of AdamW and Lion: what `scaling` makes of the gradient and the decay, times the rate."""
+    return optax.chain(scaling, optax.add_decayed_weights(decay, decay_mask), optax.scale_by_learning_rate(schedule))
 
 
 def _with_decay(inner: optax.GradientTransformation, schedule: optax.Schedule, decay: float) -> optax.GradientTransformation:
@@ -92,6 +103,13 @@ def check(config: OptimizerConfig) -> None:
     for name in ("b1", "b2", "eps"):
         if name not in _USED[config.name] and getattr(config, name) != getattr(OptimizerConfig, name):
             raise UserError(f"optimizer.{name} is set, but {config.name} has none. Leave it out, or take another optimizer.name.")
+    if config.moments not in MOMENTS:
+        raise unknown("type of optimizer.moments", config.moments, MOMENTS)
+    if config.name not in MOMENTS[config.moments]:
+        raise UserError(
+            f"optimizer.moments: {config.moments} is for {' and '.join(MOMENTS[config.moments])}, not for {config.name}. "
+            "Leave it out, or take one of them as optimizer.name."
+        )
     if config.learning_rate == 0:
         raise UserError("optimizer.learning_rate is 0: nothing would train.")
     for name in ("b1", "b2"):

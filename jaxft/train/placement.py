@@ -14,6 +14,7 @@ from jaxft.errors import UserError
 from jaxft.methods.partition import first_match
 from jaxft.models import segments
 from jaxft.models.node import Shared, is_node, is_shared, is_site
+from jaxft.train.moments import is_8bit
 from jaxft.train.state import State
 
 AXES = ("data", "fsdp", "tensor")
@@ -90,8 +91,12 @@ def _divides(mesh: Mesh, axis: Any, size: int) -> bool:
 def state_shardings(state: State, trainable: Any, mesh: Mesh, optimizer: optax.GradientTransformation) -> Any:
     """Returns the state's shardings: moments lie where their parameters do, everything else is on every device."""
     everywhere: Any = NamedSharding(mesh, P())
+
+    def beside(moment: Any, parameter: NamedSharding) -> Any:
+        return moment.placement(parameter) if is_8bit(moment) else parameter
+
     moments = optax.tree_utils.tree_map_params(
-        optimizer, lambda _, sharding: sharding, state.optimizer, trainable, transform_non_params=lambda _: everywhere
+        optimizer, beside, state.optimizer, trainable, transform_non_params=lambda _: everywhere, is_leaf=is_8bit
     )
     moments = jax.tree.map(lambda sharding, leaf: sharding if len(sharding.spec) <= leaf.ndim else everywhere, moments, state.optimizer)
     return State(everywhere, trainable, moments)
