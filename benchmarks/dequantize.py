@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxft.quant import Format, codes, quantize
 from jaxft.quant.blockwise import weight
+from jaxft.quant.fused import fused
 
 HERE = pathlib.Path(__file__).resolve().parent
 BLOCK = 64
@@ -28,6 +29,7 @@ BOOK = codes.NF4
 BYTES = np.arange(256)
 PAIRS = np.stack([BOOK[BYTES >> 4], BOOK[BYTES & 15]], axis=1)
 FLOOR, DENSE = "write W, nothing looked up", "dense W, nothing dequantized"
+FUSED = "one Pallas kernel"  # jaxft/quant/fused.py, on a GPU only: elsewhere it is interpreted
 
 
 def main() -> None:
@@ -58,6 +60,8 @@ def measure(shape: tuple[int, int], tokens: int, repeats: int) -> list[dict[str,
         calls[name, "seconds"] = jax.jit(form), (kernel.codes, kernel.scales)
         calls[name, "product_seconds"] = jax.jit(lambda x, c, s, form=form: x @ form(c, s).mT), (x, kernel.codes, kernel.scales)
     calls[FLOOR, "seconds"] = jax.jit(lambda scales: jnp.repeat(scales, BLOCK, axis=1) * 2), (kernel.scales,)
+    if jax.default_backend() == "gpu":
+        calls[FUSED, "product_seconds"] = jax.jit(lambda x, kernel: fused(x, kernel)), (x, kernel)
     calls[DENSE, "product_seconds"] = jax.jit(lambda x, w: x @ w.mT), (x, expected)
     for function, arguments in calls.values():
         jax.block_until_ready(function(*arguments))
@@ -69,7 +73,7 @@ def measure(shape: tuple[int, int], tokens: int, repeats: int) -> list[dict[str,
             best[key] = min(best.get(key, np.inf), time.perf_counter() - start)
     return [
         {"shape": shape, "form": name, "seconds": best.get((name, "seconds")), "product_seconds": best.get((name, "product_seconds"))}
-        for name in [*FORMS, FLOOR, DENSE]
+        for name in dict.fromkeys(name for name, _ in calls)
     ]
 
 
