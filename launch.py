@@ -24,7 +24,10 @@ flags.DEFINE_string("workdir", None, "The run's folder. Default: runs/NAME, or r
 flags.DEFINE_string("prompt", None, "generate: one prompt.", flag_values=FLAGS)
 flags.DEFINE_string("prompts", None, "generate: a file of prompts, one {'prompt': ...} or row of the data a line.", flag_values=FLAGS)
 flags.DEFINE_string(
-    "format", None, "export: peft, adapterhub (the adapter) or hf (the merged model); default: the method's.", flag_values=FLAGS
+    "format",
+    None,
+    "export: peft, adapterhub (the adapter), hf (merged), bitsandbytes (merged, 4 bits); default: the method's.",
+    flag_values=FLAGS,
 )
 flags.DEFINE_string("output", None, "generate: the file for the answers. export: the folder.", flag_values=FLAGS)
 flags.DEFINE_boolean("list", False, "List the experiments.", flag_values=FLAGS)

@@ -58,6 +58,12 @@ def check(config: Any, name: str, where: str) -> None:
         raise UserError(f"{where}: llm_int8_skip_modules is {skipped!r}, not a list of names.")
 
 
+def check_code(code: str) -> None:
+    """Raises `UserError` for a code book that bitsandbytes' 4-bit folders don't hold; a model that isn't quantized has "none"."""
+    if code not in (*CODES, "none"):
+        raise UserError(f"bitsandbytes' 4-bit folders hold {' and '.join(CODES)}; this model is in {code}. Write it whole: format hf.")
+
+
 def format_of(config: Mapping[str, Any]) -> Format:
     """Returns the format that a quantization_config names."""
     return Format(config.get("bnb_4bit_quant_type", "fp4"), BLOCK_SIZE, bool(config.get("bnb_4bit_use_double_quant")))
@@ -90,8 +96,7 @@ def written(formats: Iterable[Format], dtype: str, dense: Iterable[str]) -> dict
     """
     kinds = sorted({(format.code, format.double_quantization) for format in formats})
     for code, _ in kinds:
-        if code not in CODES:
-            raise UserError(f"bitsandbytes' 4-bit folders hold {' and '.join(CODES)}; this model is in {code}. Write it whole: format hf.")
+        check_code(code)
     if len(kinds) != 1:
         raise UserError("A bitsandbytes folder is of one code book, with double quantization or without; this model's kernels differ.")
     (code, double), *_ = kinds

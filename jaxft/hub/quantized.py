@@ -5,11 +5,14 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxft.errors import UserError
 from jaxft.hub.bitsandbytes_config import format_of, is_converted
 from jaxft.hub.names import entries
 from jaxft.methods.kernels import chosen_kernels, is_kernel, wrap
+from jaxft.models.node import is_quantized
+from jaxft.models.segments import Leaf, leaves
 from jaxft.quant.blockwise import Format, quantize
 
 Params = dict[str, Any]
@@ -33,8 +36,25 @@ def quantized(params: Params, format: Format | None, patterns: Sequence[str] = P
 
 
 def in_formats(params: Params, formats: Mapping[str, Format]) -> Params:
-    """Returns `params` with each kernel that `formats` names in its format; a kernel that is quantized already is made dense first."""
-    return wrap(params, formats.get, lambda leaf: quantize(leaf.value, formats[leaf.names[0]]))
+    """Returns `params` with each kernel that `formats` names in its format; one that is quantized already stays as it is."""
+
+    def held(leaf: Leaf) -> Any:
+        return leaf.value if is_quantized(leaf.value) else _quantize(leaf.value, formats[leaf.names[0]])
+
+    return wrap(params, formats.get, held)
+
+
+def _quantize(kernel: Any, format: Format) -> Any:
+    """Computed on the host, where nothing is compiled for it and no bit differs; traced, for its shapes."""
+    if isinstance(kernel, jax.core.Tracer):
+        return quantize(kernel, format)
+    return jax.device_put(quantize(np.asarray(jax.device_get(kernel)), format))
+
+
+def formats_of(params: Params) -> dict[str, Format]:
+    """Returns the format of each kernel that is quantized, whatever a method put around it, by our names."""
+    held = [leaf for leaf in leaves(params, is_leaf=is_quantized) if is_quantized(leaf.value)]
+    return {name: leaf.value.format for leaf in held for name in leaf.names}
 
 
 def shapes_in_formats(shapes: Params, formats: Mapping[str, Format]) -> Params:

@@ -11,6 +11,7 @@ from jaxft.data.batches import evaluation_batches
 from jaxft.data.tokenize import Examples
 from jaxft.errors import UserError
 from jaxft.generation import Sampling, generate
+from jaxft.methods.partition import partition
 from jaxft.tasks.answers import AnswerFormat, exact_match, majority_match
 from jaxft.tasks.head import Sums
 from jaxft.train import placement
@@ -44,12 +45,19 @@ class Evaluator:
 
     def loss(self, state: State, examples: Examples) -> dict[str, float]:
         """Returns mean negative log-likelihood (nats a scored token), perplexity and token accuracy."""
+        return self._measured(state.trainable, self._setup.frozen, examples)
+
+    def loss_of(self, params: Any, examples: Examples) -> dict[str, float]:
+        """Returns what `loss` does, of parameters in another form than the run's."""
+        return self._measured(*partition(params, jax.tree.map(lambda _: False, params)), examples)
+
+    def _measured(self, trainable: Any, frozen: Any, examples: Examples) -> dict[str, float]:
         setup = self._setup
         rows = -(-min(setup.experiment.eval.batch_size, len(examples)) // _shares(setup)) * _shares(setup)
         total: Any = Sums(*[0.0] * 4)  # type: ignore[arg-type]  # floats of this host
         for batch in evaluation_batches(examples, setup.experiment.data, rows, True, pad_token(setup.tokenizer)):
             placed = placement.place_batch(batch, setup.mesh, placement.EVALUATION_BATCH)
-            sums = jax.device_get(self._program(state.trainable, setup.frozen, placed))
+            sums = jax.device_get(self._program(trainable, frozen, placed))
             total = jax.tree.map(lambda one, other: one + float(other), total, sums)
         loss = total.nll / total.weight
         return {"loss": loss, "perplexity": float(np.exp(loss)), "accuracy": total.correct / total.weight}

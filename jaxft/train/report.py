@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxft import console
-from jaxft.config import Experiment
+from jaxft.config import Experiment, ModelConfig
 from jaxft.data.tokenize import Examples
+from jaxft.hub.bitsandbytes_config import CODES
 from jaxft.hub.sources import BUNDLED, find
 from jaxft.train.evaluate import Evaluation
 
-_LIBRARIES = {"peft": "peft", "adapterhub": "adapter-transformers", "hf": "transformers"}  # the hub's names
+_LIBRARIES = {"peft": "peft", "adapterhub": "adapter-transformers", "hf": "transformers", "bitsandbytes": "transformers"}  # the hub's names
 _SHOWN = 3  # answers
 _PROMPT_CHARACTERS = 400
 
@@ -47,8 +48,9 @@ def _one_line(text: str) -> str:
     return " | ".join(text.strip().splitlines())
 
 
-def adapter_command(folder: pathlib.Path, source: str, format: str) -> str:
-    """Returns where the adapter is, and how peft, or adapters, uses it."""
+def adapter_command(folder: pathlib.Path, model: ModelConfig, format: str) -> str:
+    """Returns where the adapter is, and how peft, or adapters, uses it, on the base in the form it was trained on."""
+    source = model.source
     base = f'"{source}"'
     if source.startswith(BUNDLED) or pathlib.Path(source).is_file():
         found = find(source, "", ())
@@ -62,10 +64,14 @@ def adapter_command(folder: pathlib.Path, source: str, format: str) -> str:
             "    adapters.init(base)\n"
             f'    base.load_adapter("{folder}", with_head=False, set_active=True, use_safetensors=True)\n'
         )
+    quantized = model.quantization in CODES
+    settings = f'load_in_4bit=True, bnb_4bit_quant_type="{model.quantization}", bnb_4bit_use_double_quant={model.double_quantization}'
+    if quantized:
+        base = f"{base}, quantization_config=BitsAndBytesConfig({settings})"
     return (
         f"The adapter is in {folder}. With peft:\n\n"
         "    from peft import PeftModel\n"
-        "    from transformers import AutoModelForCausalLM\n\n"
+        f"    from transformers import AutoModelForCausalLM{', BitsAndBytesConfig' if quantized else ''}\n\n"
         f"    base = AutoModelForCausalLM.from_pretrained({base})\n"
         f'    model = PeftModel.from_pretrained(base, "{folder}")\n'
     )

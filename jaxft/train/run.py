@@ -19,11 +19,13 @@ from jaxft.data.conversations import question
 from jaxft.data.tokenize import prompt_tokens
 from jaxft.errors import UserError, unknown
 from jaxft.generation import generate as generate_tokens
+from jaxft.hub import bitsandbytes_config
 from jaxft.hub.folder import check_replaceable
 from jaxft.hub.peft import adapter_format, has_form, save_adapter
-from jaxft.hub.save import save_pretrained
+from jaxft.hub.save import BITSANDBYTES, HF, save_pretrained
 from jaxft.methods.base import Compose, Method
 from jaxft.methods.partition import size
+from jaxft.train import requantize
 from jaxft.train.checkpoint import Checkpoints, Progress, check_same, fingerprint, newest_step
 from jaxft.train.evaluate import Evaluation, Evaluator, make_sampling
 from jaxft.train.logs import peak_memory_bytes
@@ -32,7 +34,8 @@ from jaxft.train.report import adapter_command, card, model_command, print_answe
 from jaxft.train.setup import Setup, can_merge, set_up
 from jaxft.train.state import State
 
-FORMATS = ("peft", "adapterhub", "hf")
+WHOLE = (HF, BITSANDBYTES)  # formats of a merged model
+FORMATS = ("peft", "adapterhub", *WHOLE)
 CONFIG, SUMMARY = "config.json", "summary.json"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 
@@ -117,20 +120,26 @@ def export(experiment: Experiment, workdir: pathlib.Path, format: str | None, ou
     Args:
       experiment: the run's configuration.
       workdir: the run's folder.
-      format: `peft` or `adapterhub`, the adapter; `hf`, the merged model; None, what a run ends with.
+      format: `peft` or `adapterhub`, the adapter; `hf`, the merged model; `bitsandbytes`, the merged model quantized again, which prints
+        what that loses; None, what a run ends with.
       output: a folder, or None for one in `workdir`.
     """
     own = adapter_format(experiment.method) or "hf"
     format = format or own
     if format not in FORMATS:
         raise unknown("export format", format, FORMATS)
-    if format not in ("hf", own):
+    if format not in (*WHOLE, own):
         raise UserError(f"{experiment.method.title} has no form in {format}. Give --format={own}.")
     folder = output or workdir / "export" / format
+    if format == BITSANDBYTES:
+        bitsandbytes_config.check_code(experiment.model.quantization)
     check_replaceable(folder)
-    setup, state, _, _ = _load_best(experiment, workdir)
-    _export(setup, state, format, experiment.method, folder, _summary_of(workdir))
-    console.say(f"{folder} holds the {'merged model' if format == 'hf' else 'adapter'}.")
+    setup, state, _, evaluator = _load_best(experiment, workdir)
+    if format == BITSANDBYTES:
+        requantize.export(setup, state, evaluator, folder, _summary_of(workdir))
+    else:
+        _export(setup, state, format, experiment.method, folder, _summary_of(workdir))
+    console.say(f"{folder} holds the {'merged model' if format in WHOLE else 'adapter'}.")
 
 
 def own_exports(setup: Setup, state: State) -> list[tuple[str, str, Method]]:
@@ -303,7 +312,7 @@ def _finish(
     )
     for name, format, _ in exports:
         folder = workdir / "export" / name
-        console.say(model_command(folder) if format == "hf" else adapter_command(folder, setup.experiment.model.source, format))
+        console.say(model_command(folder) if format == HF else adapter_command(folder, setup.experiment.model, format))
     return summary
 
 

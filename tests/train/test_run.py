@@ -14,6 +14,9 @@ import safetensors.numpy
 import torch
 import transformers
 
+import jaxft
+from jaxft.models.node import is_quantized
+
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 24
 QUICK = "--xla_backend_optimization_level=0"  # these programs compile for longer than they run
@@ -248,6 +251,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(material, tmp_path):
         (("--config.optimizer.name=adam",), "Did you mean 'adamw'"),
         (("--config.train.remat=dot",), "Did you mean 'dots'"),
         (("--config.method.targets=q_prj",), "q_proj"),
+        (("--config.model.quantization=nf3",), "Did you mean 'nf4'"),
+        (("--config.model.quantization=nf4", "--config.method=Full()"), "can't train: it is held in nf4"),
         (("--config.method.rank=33", "--config.method.start=pissa"), "finds no rank of 33"),
         (("--config.data.train=nowhere.jsonl",), "nowhere.jsonl"),
     ],
@@ -329,3 +334,23 @@ def test_a_sum_that_can_not_be_merged_is_exported_as_its_parts(material, tmp_pat
     assert (tmp_path / "run" / "export" / "2-Bottleneck" / "adapter.safetensors").exists()
     code, _, err = finish(start(material, tmp_path / "other", "--config.method=Partial(targets=('norm',)) + Prefix(virtual_tokens=3)"))
     assert (code, "could be written nowhere" in err) == (2, True), err
+
+
+@pytest.mark.slow
+def test_a_quantized_base_trains_and_is_merged_into_four_bits(material, tmp_path):
+    flags = ("--config.model.quantization=nf4", "--config.model.block_size=32", "--config.train.steps=9", "--config.eval.generate=false")
+    code, out, err = finish(start(material, tmp_path / "run", *flags))
+    assert code == 0, err
+    losses = [line["loss"] for line in logged(tmp_path / "run")]
+    assert losses[-1] < losses[0]
+    assert 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)' in out
+    code, out, err = finish(
+        start(material, tmp_path / "run", *flags, "--format=bitsandbytes", f"--output={tmp_path / 'merged'}", mode="export")
+    )
+    assert code == 0, err
+    assert "Merged and quantized again" in out
+    assert "kernels, mean relative error" in out
+    _, params = jaxft.load_pretrained(tmp_path / "merged")
+    assert is_quantized(params["layers"]["0-2"]["mlp"]["up_proj"]["kernel"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert model.model.layers[0].mlp.up_proj.weight.quant_state.blocksize == 32

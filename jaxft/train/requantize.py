@@ -1,0 +1,68 @@
+"""A merged model in 4 bits again, and what that loses."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxft import console
+from jaxft.hub.quantized import PATTERNS, chosen, formats_of, in_formats
+from jaxft.hub.save import BITSANDBYTES, save_pretrained
+from jaxft.models import segments
+from jaxft.models.node import dense, is_node, is_quantized
+from jaxft.quant.blockwise import Format
+from jaxft.train.evaluate import Evaluator
+from jaxft.train.report import card
+from jaxft.train.setup import Setup
+from jaxft.train.state import State
+
+
+def export(setup: Setup, state: State, evaluator: Evaluator, folder: pathlib.Path, summary: Mapping[str, Any]) -> None:
+    """Writes the merged model as a folder of bitsandbytes' 4-bit weights; prints what they lose.
+
+    Kernels that the base holds in 4 bits are quantized again in its format; of a base that isn't quantized, every linear layer but the
+    output head, in NF4 with double quantization.
+    """
+    experiment, params = setup.experiment, setup.params(state)
+    merged = experiment.method.merge(setup.model, params)
+    formats = formats_of(params) or chosen(merged, Format(), PATTERNS)
+    again = in_formats(merged, formats)
+    errors = kernel_errors(merged, again)
+    _report(errors, evaluator, state, again, experiment.eval.split)
+    save_pretrained(folder, setup.model, again, setup.tokenizer, card=card(experiment, summary, BITSANDBYTES), format=BITSANDBYTES)
+
+
+def kernel_errors(params: Any, again: Any) -> dict[str, float]:
+    """Returns, by name, how far each kernel is off that is quantized in `again` and wasn't in `params`: |difference| / |kernel|."""
+    before = {name: (leaf, index) for leaf in segments.leaves(params, is_leaf=is_node) for index, name in enumerate(leaf.names)}
+    found = {}
+    for leaf in segments.leaves(again, is_leaf=is_node):
+        for index, name in enumerate(leaf.names if is_quantized(leaf.value) else ()):
+            old, place = before[name]
+            if not is_quantized(old.value):
+                found[name] = float(_error(_layer(old, place), _layer(leaf, index)))
+    return found
+
+
+def _layer(leaf: segments.Leaf, index: int) -> Any:
+    return leaf.value if leaf.layers is None else jax.tree.map(lambda part: part[index], leaf.value)
+
+
+def _error(kernel: Any, again: Any) -> jax.Array:
+    kernel, again = dense(kernel), dense(again)
+    return jnp.linalg.norm(again - kernel) / jnp.linalg.norm(kernel)
+
+
+def _report(errors: Mapping[str, float], evaluator: Evaluator, state: State, again: Any, split: str) -> None:
+    examples = evaluator.chosen(split)
+    before, after = evaluator.loss(state, examples)["loss"], evaluator.loss_of(again, examples)["loss"]
+    worst = max(errors, key=errors.__getitem__, default="")
+    rows = [("answer loss", f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")]
+    if errors:
+        rows += [
+            ("kernels, mean relative error", "-", f"{sum(errors.values()) / len(errors):.4f}", ""),
+            (f"largest: {worst}", "-", f"{errors[worst]:.4f}", ""),
+        ]
+    console.table(f"Merged and quantized again, on {len(examples):,} rows of {split}", ("", "before", "after", "difference"), rows)
