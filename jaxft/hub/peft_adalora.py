@@ -84,7 +84,7 @@ def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params:
     settings |= {ours: config[theirs] for theirs, ours in _NAMES.items() if config.get(theirs) == 0}
     targets = peft_lora_config.summarize(dict.fromkeys(names, True), [place(entry) for entry in linear], "/")
     method = AdaLoRA(**settings, targets=tuple(targets))
-    params = method.init(jax.random.key(0), model, params)
+    params = method.added(jax.random.key(0), model, params)
     slots = []
     for entry in nodes_of(linear_layers(model, params), AdaLoRAKernel, method.is_target):
         slots += _slots(entry, _kept(config, entry.module, method.init_rank, where))

@@ -15,8 +15,8 @@ from jaxft.hub.names import Entry, nodes_of, tensors_of
 from jaxft.hub.peft_format import WEIGHTS, Params, Written
 from jaxft.hub.peft_tensors import PREFIX, Slot, module_of
 from jaxft.methods import lora_start
-from jaxft.methods.kernels import KERNEL
-from jaxft.methods.lora import EMBEDDING, LoRA, LoRAKernel
+from jaxft.methods.kernels import EMBEDDING, KERNEL
+from jaxft.methods.lora import LoRA, LoRAKernel
 from jaxft.methods.partition import first_match
 
 METHOD = LoRA
@@ -58,7 +58,7 @@ def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params:
     chosen = set(peft_lora_config.targets(config, [entry.module for entry in kernels], where, "linear layers and embeddings", linear))
     peft_leaves.check_free(every, LoRAKernel, chosen, METHOD.__name__)
     method = _method(config, every, chosen, where)
-    params = method.init(jax.random.key(0), model, params)
+    params = method.added(jax.random.key(0), model, params)
     made = tensors_of(model, params)
     slots = _slots(method, made)
     peft_tensors.check(folder / WEIGHTS, slots, kernels)

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft.errors import UserError
 from jaxft.methods.base import Method
-from jaxft.methods.kernels import KERNEL, fold, key_of
+from jaxft.methods.kernels import KERNEL, check_ranks, fold, key_of
 from jaxft.methods.lora import dropped, narrow
 from jaxft.methods.partition import check_patterns, first_match, partition
 from jaxft.models import segments
@@ -102,7 +102,15 @@ class AdaLoRA(Method):
             raise UserError(f"method.alpha is above 0, not {self.alpha}.")
 
     def init(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
-        """Returns `params` with an AdaLoRA around each target's kernel; raises `UserError` where a pattern matches nothing."""
+        """Returns `params` with an AdaLoRA around each target's kernel.
+
+        Raises `UserError` where a pattern matches nothing, and for a rank above a kernel's smaller side.
+        """
+        check_ranks(params, lambda name: self.init_rank if self.is_target(name) else 0, "method.init_rank")
+        return self.added(rng, model, params)
+
+    def added(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
+        """Returns what `init` does, of any rank: peft's files may have one that is larger than the kernel's."""
         kernels = [name for leaf in segments.leaves(params, is_leaf=is_node) if leaf.path[-1] == KERNEL for name in leaf.names]
         check_patterns(self.targets, kernels, "method.targets")
         per_layer: dict[int, list[tuple[str, bool]]] = {}

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxft.errors import UserError
 from jaxft.methods.base import Params
 from jaxft.methods.partition import check_patterns, first_match
 from jaxft.models import segments
@@ -15,6 +16,7 @@ from jaxft.models.node import BASE, is_node, is_quantized
 from jaxft.models.segments import Leaf
 
 KERNEL, BIAS = "kernel", "bias"  # what the families call a linear layer's parameters
+EMBEDDING = "embedding"  # and a table's
 
 
 def is_kernel(leaf: Leaf) -> bool:
@@ -32,6 +34,17 @@ def chosen_kernels(params: Params, targets: Sequence[str], field: str = "method.
     names = kernel_names(params)
     check_patterns(targets, names, field)
     return [name for name in names if first_match(targets, name) is not None]
+
+
+def check_ranks(params: Params, rank_of: Callable[[str], int], field: str = "method.rank") -> None:
+    """Raises `UserError` for a rank, by a kernel's or table's name and 0 where it is no target, that is above its smaller side."""
+    for leaf in segments.leaves(params, is_leaf=is_node):
+        for name in leaf.names if leaf.path[-1] in (KERNEL, EMBEDDING) else ():
+            if (rank := rank_of(name)) > min(leaf.shape):
+                raise UserError(
+                    f"{field}: {name} is {leaf.shape[0]} x {leaf.shape[1]}; a rank of {rank} is above that of any such matrix, "
+                    f"{min(leaf.shape)}. Lower it."
+                )
 
 
 def wrap(params: Params, kind: Callable[[str], Hashable], around: Callable[[Leaf], Any]) -> Params:

@@ -14,14 +14,13 @@ from jax.sharding import PartitionSpec as P
 from jaxft.errors import UserError, unknown
 from jaxft.methods import dora, lora_start
 from jaxft.methods.base import Material, Method
-from jaxft.methods.kernels import KERNEL, fold, key_of
+from jaxft.methods.kernels import EMBEDDING, KERNEL, check_ranks, fold, key_of
 from jaxft.methods.partition import cast, check_not_quantized, check_patterns, combine, first_match, mask_by_name, names_of, partition
 from jaxft.methods.rates import scaled
 from jaxft.models import segments
 from jaxft.models.node import Around, Kernel, Node, dense, dot, is_node, is_quantized, node, prepared, take
 
 Params = dict[str, Any]
-EMBEDDING = "embedding"  # and a table's
 BIASES = ("none", "all", "lora_only")
 _FAST = ("lora_b", "magnitude", "bias", "scale")  # what LoRA+'s ratio reaches in peft: B and everything of one axis
 
@@ -163,12 +162,20 @@ class LoRA(Method):
         lora_start.check(self.start)
 
     def init(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
-        """Returns `params` with a LoRA around each target's kernel; raises `UserError` where a pattern matches nothing."""
+        """Returns `params` with a LoRA around each target's kernel.
+
+        Raises `UserError` where a pattern matches nothing, and for a rank above a kernel's smaller side.
+        """
         if lora_start.loftq_iterations(self.start):
             raise UserError(
                 f"method.start: '{self.start}' makes up for what quantization lost, so it takes the kernels as they were before. launch.py "
                 "reads them; in a program: params = method.init_from_kernels(rng, model, params, jaxft.OriginalKernels(source))."
             )
+        check_ranks(params, self._target_rank)
+        return self.added(rng, model, params)
+
+    def added(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
+        """Returns what `init` does, of any rank: peft's files may have one that is larger than the kernel's."""
         return self._init(rng, model, params, None)
 
     def begin(self, rng: jax.Array, model: nn.Module, params: Params, material: Material) -> Params:
@@ -188,6 +195,7 @@ class LoRA(Method):
           params: as for `init`, the targets' kernels quantized; `UserError` is raised where one isn't.
           kernel: gives the kernel of a name as it was, (in, out), one at a time.
         """
+        check_ranks(params, self._target_rank)
         return self._init(rng, model, params, kernel)
 
     def _init(self, rng: jax.Array, model: nn.Module, params: Params, kernel: Callable[[str], Any] | None) -> Params:
@@ -233,6 +241,9 @@ class LoRA(Method):
             return combine(scaled(own, factor), others)
 
         return optax.chain(inner, optax.stateless(faster))
+
+    def _target_rank(self, name: str) -> int:
+        return self.rank_of(name) if self.is_target(name) else 0
 
     def rank_of(self, name: str) -> int:
         """Returns the rank at the target of this name."""

@@ -68,7 +68,7 @@ def combine_adapters(
     names = list(dict.fromkeys(name for found in kernels for name in found))
     method = _method(names, kernels, how, rank)
     settings = (how, density, sign, method.rank)
-    params = method.init(jax.random.key(0), model, base)
+    params = method.added(jax.random.key(0), model, base)
 
     def fill(leaf: segments.Leaf) -> Any:
         if not isinstance(leaf.value, LoRAKernel):

@@ -89,12 +89,21 @@ class VeRA(Method):
             raise UserError(f"method.seed is a whole number from 0 up to 2**32, not {self.seed}.")
 
     def init(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
-        """Returns `params` with vectors around each target's kernel; raises `UserError` where a pattern matches nothing."""
+        """Returns `params` with vectors around each target's kernel.
+
+        Raises `UserError` where a pattern matches nothing, and for more vectors than the largest kernel has weights.
+        """
         chosen = set(chosen_kernels(params, self.targets))
         leaves = segments.leaves(params, is_leaf=is_node)
         shapes = [leaf.shape for leaf in leaves if is_kernel(leaf) and chosen & set(leaf.names)]
-        vera_a, vera_b = projections(self.seed, self.rank, *map(max, zip(*shapes, strict=True)))
-        shared = Shared(jnp.asarray(vera_a)), Shared(jnp.asarray(vera_b))
+        rows, columns = map(max, zip(*shapes, strict=True))
+        if self.rank > rows * columns:  # it may well be above a kernel's own rank
+            raise UserError(
+                f"method.rank is {self.rank}; the largest target is {rows} x {columns}, with fewer weights than that. Lower it."
+            )
+        # drawn on the host when numbers are there: a check by shapes alone takes no memory
+        drawn = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, self.rank), (self.rank, columns))]
+        shared = [Shared(part) for part in jax.pure_callback(lambda: projections(self.seed, self.rank, rows, columns), drawn)]
         return wrap(params, lambda name: self.is_target(name) or None, lambda leaf: self._around(leaf, *shared))
 
     def mask(self, params: Params) -> Any:

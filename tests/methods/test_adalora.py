@@ -224,3 +224,11 @@ def test_another_method_beside_it_changes_neither_its_budget_nor_its_regularizer
     assert penalty == pytest.approx(sum(part for _, part in parts), rel=1e-6)
     for name, value in (parts[0][0] | parts[1][0]).items():
         np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-6)
+
+
+def test_a_file_of_peft_may_have_a_rank_above_the_matrix():
+    reference, model, base = make_pair("llama")
+    tuned, method = with_adapter(make_tuned(reference, init_r=20), model, base)
+    assert (method.init_rank, segments.one_layer(tuned, 0)["attention"]["v_proj"]["kernel"].lora_e.shape) == (20, (20,))
+    with pytest.raises(UserError, match="method.init_rank: layers/0/attention/v_proj/kernel is 32 x 16; a rank of 20"):
+        method.init(jax.random.key(0), model, base)

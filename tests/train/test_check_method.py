@@ -1,11 +1,13 @@
 """What a run finds out of a method before the model is loaded, by shapes alone."""
 
+import resource
+
 import jax
 import pytest
 from method_checks import base
 
 from jaxft.errors import UserError
-from jaxft.methods import IA3, AdaLoRA, BitFit, LoRA, Partial, Prefix, Prompt, SparseMask
+from jaxft.methods import IA3, AdaLoRA, BitFit, LoRA, Partial, Prefix, Prompt, SparseMask, VeRA
 from jaxft.train.setup import check_method, virtual_tokens
 
 LOOK = [SparseMask(rank=1, choice=choice, targets=("q_proj",)) for choice in ("random", "magnitude", "gradient", "fisher")]
@@ -38,3 +40,27 @@ def test_kernels_that_another_method_wraps_are_scored_as_what_they_act_as(other,
 def test_a_method_that_does_not_fit_is_refused():
     with pytest.raises(UserError, match="method.last is 4; the model has 3 layers"):
         check(LOOK[1] + Partial(last=4))
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (LoRA(rank=17), "method.rank: layers/0/attention/k_proj/kernel is 32 x 16; a rank of 17 is above that of any such matrix, 16"),
+        (LoRA(rank=4, rank_pattern=(("q_proj", 10**9),)), "layers/0/attention/q_proj/kernel is 32 x 32; a rank of 1000000000"),
+        (LoRA(rank=33, targets=("embed",)), "embed/embedding is 97 x 32; a rank of 33"),
+        (LoRA(rank=10**12, targets=("q_proj",), start="pissa"), "a rank of 1000000000000 is above"),
+        (AdaLoRA(init_rank=10**9), "method.init_rank: layers/0/attention/k_proj/kernel is 32 x 16; a rank of 1000000000"),
+        (VeRA(rank=10**9), "method.rank is 1000000000; the largest target is 56 x 56, with fewer weights"),
+        (SparseMask(rank=10**9), "a rank of 1000000000 asks for"),
+    ],
+    ids=lambda found: getattr(found, "title", ""),
+)
+def test_a_rank_above_the_matrix_is_refused(method, message):
+    with pytest.raises(UserError, match=message):
+        check(method)
+
+
+def test_the_check_of_a_large_method_takes_no_memory():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    check(VeRA(rank=3000) + Prefix(virtual_tokens=10**8))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB; the prefix alone would take 36 GiB
