@@ -12,11 +12,12 @@ import safetensors
 from flax import linen as nn
 
 from jaxft.errors import UserError, nearest
+from jaxft.hub import adapter_keys
 from jaxft.hub.checkpoint import ADAPTER_CONFIG, header
 from jaxft.hub.names import listed
 from jaxft.hub.sources import PICKLE_SUFFIXES
 from jaxft.methods.base import Params
-from jaxft.methods.bottleneck import NONLINEARITIES, Bottleneck, BottleneckAdapter
+from jaxft.methods.bottleneck import NONLINEARITIES, STARTS, Bottleneck, BottleneckAdapter
 from jaxft.models import segments
 from jaxft.models.node import is_node
 
@@ -60,6 +61,7 @@ _DEFAULTS: dict[str, Any] = {  # what jaxft has no other value of; None and Fals
 _READ = frozenset({"mh_adapter", "output_adapter", "reduction_factor", "non_linearity", "original_ln_before", "original_ln_after"}) | (
     frozenset({"residual_before_ln", "is_parallel", "init_weights", "leave_out", "dropout", "scaling"})
 )
+_NEEDED = ("mh_adapter", "output_adapter", "reduction_factor", "non_linearity")  # the library has no defaults of these
 # What changes nothing in an adapter that is written: how it started, settings of PHM layers where there are none, and of norms.
 _WITHOUT_EFFECT = frozenset(key for key in _DEFAULTS if "phm" in key.lower() and key != "phm_layer") | (
     frozenset({"init_weights_seed", "inv_adapter_reduction_factor", "hypercomplex_nonlinearity", "adapter_residual_before_ln"})
@@ -122,6 +124,10 @@ def read(folder: pathlib.Path, config: Mapping[str, Any], model: nn.Module, para
         if config.get(key) not in (None, own):
             raise UserError(f"{where}: the adapter is of another base model: its {key} is {config[key]!r}, this model's {own!r}.")
     method = _method(config["config"], where)
+    depth = model.config.num_hidden_layers
+    for key, layers in (("leave_out", method.leave_out), ("reduction_factor", [layer for layer, _ in method.layer_reductions])):
+        if beyond := [layer for layer in layers if layer >= depth]:
+            raise UserError(f"{where}: {key} has layer {beyond[0]}; the model's are numbered 0 to {depth - 1}.")
     if not (folder / WEIGHTS).exists():
         raise _no_weights(folder)
     params = method.init(jax.random.key(0), model, params)
@@ -203,19 +209,27 @@ def _whole(number: float) -> float | int:
 
 def _method(config: Any, where: str) -> Bottleneck:
     """The method of the library's settings."""
-    if not isinstance(config, dict) or config.get("architecture") or "reduction_factor" not in config:
+    if not isinstance(config, dict) or config.get("architecture"):
         kind = config.get("architecture") if isinstance(config, dict) else config
         raise UserError(f"{where} is of the kind {kind!r}; of AdapterHub's adapters jaxft reads bottleneck adapters.")
+    adapter_keys.check(config, adapter_keys.ADAPTERHUB, where, _NEEDED)
     _check_options(config, where)
     scaling, reduction = config.get("scaling", 1.0), config["reduction_factor"]
     by_layer = isinstance(reduction, Mapping)
     if by_layer and "default" not in reduction:
         raise UserError(f"{where}: reduction_factor has no 'default'. Add one.")
-    activation = str(config["non_linearity"]).lower()
+    if wrong := [layer for layer in reduction if layer != "default" and not layer.isdecimal()] if by_layer else []:
+        raise UserError(f"{where}: reduction_factor has the key '{wrong[0]}'; its keys are layers, and 'default'.")
+    activation = config["non_linearity"].lower()
     if activation not in NONLINEARITIES:
         raise UserError(f"{where}: non_linearity is {activation!r}; jaxft has {', '.join(sorted(NONLINEARITIES))}.")
+    start = config.get("init_weights", "bert")
+    if start not in STARTS:
+        raise UserError(f"{where}: init_weights is {start!r}; jaxft has {', '.join(STARTS)}.")
+    if not any(config[place] for place in _PLACES.values()):
+        raise UserError(f"{where}: {' and '.join(_PLACES.values())} are false: the adapter is nowhere.")
     return Bottleneck(
-        sites=tuple(site for site, place in _PLACES.items() if config.get(place)),
+        sites=tuple(site for site, place in _PLACES.items() if config[place]),
         input=_input(config, where),
         reduction=float(reduction["default"] if by_layer else reduction),
         layer_reductions=tuple((int(layer), float(f)) for layer, f in reduction.items() if layer != "default") if by_layer else (),
@@ -224,7 +238,7 @@ def _method(config: Any, where: str) -> Bottleneck:
         trained_scale=scaling if isinstance(scaling, str) else "",
         leave_out=tuple(config.get("leave_out") or ()),
         dropout=float(config.get("dropout") or 0.0),
-        init_weights=config.get("init_weights", "bert"),
+        init_weights=start,
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxft.errors import UserError, nearest
-from jaxft.hub import adapterhub, peft_adalora, peft_ia3, peft_lora, peft_norm_tuning, peft_shira, peft_vera, peft_virtual
+from jaxft.hub import adapter_keys, adapterhub, peft_adalora, peft_ia3, peft_lora, peft_norm_tuning, peft_shira, peft_vera, peft_virtual
 from jaxft.hub import folder as folders
 from jaxft.hub.checkpoint import ADAPTER_CONFIG, read_json
 from jaxft.hub.peft_format import WEIGHTS, Format, Params
@@ -135,6 +135,7 @@ def load_adapter(folder: str | pathlib.Path, model: nn.Module, params: Params) -
     config = read_json(folder / ADAPTER_CONFIG)
     if adapterhub.is_adapterhub(config):
         return adapterhub.read(folder, config, model, params)
+    adapter_keys.check(config, adapter_keys.PEFT, str(folder / ADAPTER_CONFIG))
     kinds = {found.PEFT_TYPE: found for found in FORMATS}
     kind = config.get("peft_type")
     if kind not in kinds:

@@ -82,6 +82,8 @@ def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params:
     names = [place(entry) for entry in linear if entry.module in chosen]
     settings = {ours: type(getattr(AdaLoRA(), ours))(config.get(theirs) or DEFAULTS[theirs] or 0) for theirs, ours in _NAMES.items()}
     settings |= {ours: config[theirs] for theirs, ours in _NAMES.items() if config.get(theirs) == 0}
+    if settings["target_rank"] > settings["init_rank"]:
+        raise UserError(f"{where}: target_r is {settings['target_rank']}, above init_r, {settings['init_rank']}.")
     targets = peft_lora_config.summarize(dict.fromkeys(names, True), [place(entry) for entry in linear], "/")
     method = AdaLoRA(**settings, targets=tuple(targets))
     params = method.added(jax.random.key(0), model, params)

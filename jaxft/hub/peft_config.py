@@ -1,6 +1,5 @@
 """What adapter_config.json has for every kind of adapter: which keys jaxft honours, what it refuses."""
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,7 +20,6 @@ COMMON: dict[str, Any] = {
 # What changes nothing in what an adapter that is written already computes.
 _WITHOUT_EFFECT = frozenset({"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"})
 _TARGETS = frozenset({"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"})
-MODULES = ("target_modules", "exclude_modules", "layers_pattern", "feedforward_modules")  # keys that hold names, or an expression
 
 
 def check(config: Mapping[str, Any], defaults: Mapping[str, Any], honoured: Iterable[str], where: str) -> None:
@@ -46,33 +44,6 @@ def check(config: Mapping[str, Any], defaults: Mapping[str, Any], honoured: Iter
         raise UserError(f"{where} has a key that jaxft doesn't know, '{key}'.{nearest(key, defaults)}")
     if not config.get("target_modules"):
         raise UserError(f"{where} has no target_modules.")
-    for key in MODULES:
-        _check_modules(config.get(key), key, where)
-
-
-def _check_modules(value: Any, key: str, where: str) -> None:
-    if value is not None and not isinstance(value, (str, list)):
-        raise UserError(f"{where}: {key} is {value!r}, which PEFT wouldn't take.")
-    try:
-        re.compile(value if isinstance(value, str) else "")
-    except re.error as error:
-        raise UserError(f"{where}: '{value}' is no regular expression: {error}.") from error
-
-
-def whole_number(config: Mapping[str, Any], key: str, default: int, where: str) -> int:
-    """Returns a key's value; raises `UserError` where it is no whole number."""
-    value = config.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise UserError(f"{where}: {key} is {value!r}, which PEFT wouldn't take.")
-    return value
-
-
-def number(config: Mapping[str, Any], key: str, default: float, where: str) -> float:
-    """Returns a key's value; raises `UserError` where it is no number."""
-    value = config.get(key, default)
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise UserError(f"{where}: {key} is {value!r}, which PEFT wouldn't take.")
-    return float(value)
 
 
 def patterns(names: Iterable[str], every: Iterable[str], separator: str) -> list[str]:

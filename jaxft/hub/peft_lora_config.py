@@ -90,25 +90,6 @@ def check(
         raise UserError(f"{where} has a key that jaxft doesn't know, '{key}'.{nearest(key, defaults)}")
     if not config.get("target_modules"):
         raise UserError(f"{where} has no target_modules.")
-    kinds: dict[str, Any] = {
-        "r": int,
-        "lora_alpha": (int, float),
-        "rank_pattern": dict,
-        "alpha_pattern": dict,
-        "target_modules": (str, list),
-        "modules_to_save": list,
-    }
-    for key, kind in kinds.items():
-        if config.get(key) and not isinstance(config[key], kind):
-            raise UserError(f"{where}: {key} is {config[key]!r}, which PEFT wouldn't take.")
-    for key, kind in (("rank_pattern", (int, list)), ("alpha_pattern", (int, float))):  # AdaLoRA's rank_pattern has lists
-        if wrong := [value for value in (config.get(key) or {}).values() if not isinstance(value, kind)]:
-            raise UserError(f"{where}: {key} has the value {wrong[0]!r}, which PEFT wouldn't take.")
-    for pattern in (*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {}), *_expressions(config)):
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"{where}: '{pattern}' is no regular expression: {error}.") from error
 
 
 def targets(
@@ -186,10 +167,6 @@ def summarize(values: Mapping[str, Any], every: Iterable[str], separator: str) -
     return patterns
 
 
-def _expressions(config: Mapping[str, Any]) -> list[str]:
-    return [config[key] for key in ("target_modules", "exclude_modules", "layers_pattern") if isinstance(config.get(key), str)]
-
-
 def _is_target(config: Mapping[str, Any], module: str) -> bool:
     wanted = config["target_modules"]
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
@@ -214,5 +191,5 @@ def _in_layers(config: Mapping[str, Any], module: str) -> bool:
     patterns = config.get("layers_pattern") or [r"[^.]*"]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
-            return int(match[1]) in ([layers] if isinstance(layers, int) else layers)
+            return int(match[match.re.groups]) in ([layers] if isinstance(layers, int) else layers)
     return False

@@ -69,8 +69,7 @@ def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params:
     peft_leaves.check_free(linear, SparseKernel, chosen, METHOD.__name__)
     every = [entry.path.rpartition("/")[0] for entry in linear]
     names = [name for entry, name in zip(linear, every, strict=True) if entry.module in chosen]
-    rank = peft_config.whole_number(config, "r", DEFAULTS["r"], where)
-    method = SparseMask(rank=rank, targets=tuple(peft_config.patterns(names, every, "/")))
+    method = SparseMask(rank=config.get("r", DEFAULTS["r"]), targets=tuple(peft_config.patterns(names, every, "/")))
     params = method.init(jax.random.key(0), model, params)
     adapted = nodes_of(linear_layers(model, params), SparseKernel, method.is_target)
     shapes: dict[str, tuple[int, ...]] = {_INDICES.format(module=entry.module): (2, _count(entry)) for entry in adapted}

@@ -74,11 +74,11 @@ def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params:
     every = [entry.path.rpartition("/")[0] for entry in linear]
     names = [name for entry, name in zip(linear, every, strict=True) if entry.module in chosen]
     method = VeRA(
-        rank=peft_config.whole_number(config, "r", DEFAULTS["r"], where),
-        d_initial=peft_config.number(config, "d_initial", DEFAULTS["d_initial"], where),
-        dropout=peft_config.number(config, "vera_dropout", 0.0, where),
+        rank=config.get("r", DEFAULTS["r"]),
+        d_initial=float(config.get("d_initial", DEFAULTS["d_initial"])),
+        dropout=float(config.get("vera_dropout") or 0.0),
         targets=tuple(peft_config.patterns(names, every, "/")),
-        seed=peft_config.whole_number(config, "projection_prng_key", 0, where),
+        seed=config.get("projection_prng_key", 0),
     )
     params = method.init(jax.random.key(0), model, params)
     adapted = nodes_of(linear_layers(model, params), VeRAKernel, method.is_target)

@@ -12,6 +12,7 @@ import safetensors
 from flax import linen as nn
 
 from jaxft.errors import UserError, nearest
+from jaxft.hub import adapter_keys
 from jaxft.hub.checkpoint import ADAPTER_CONFIG, header
 from jaxft.hub.names import listed
 from jaxft.hub.peft_format import WEIGHTS, Params, Written
@@ -71,9 +72,10 @@ class VirtualTokens:
         """Returns `params` with a folder's virtual tokens, and the method that gives the same structure."""
         base: Any = model
         where = str(folder / ADAPTER_CONFIG)
+        adapter_keys.check(config, adapter_keys.PEFT, where, ("num_virtual_tokens",))
         self._check(config, base.config, where)
         create: Any = self.METHOD
-        method = create(virtual_tokens=_whole(config, "num_virtual_tokens", where), **self.made(config, where))
+        method = create(virtual_tokens=config["num_virtual_tokens"], **self.made(config, where))
         params = method.init(jax.random.key(0), model, params)
         tensor = self._tensor(folder / WEIGHTS, (method.virtual_tokens, self.width(base.config)))
         node = params[self.site]
@@ -125,18 +127,10 @@ def _folded(node: Any) -> jax.Array:
     return jnp.moveaxis(stacked, 2, 0).reshape(node.virtual_tokens, -1)
 
 
-def _whole(config: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
-    value = config.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{where}: {key} is {value!r}, which PEFT wouldn't take.")
-    return value
-
-
-def _hidden(config: Mapping[str, Any], where: str) -> int:
+def _hidden(config: Mapping[str, Any]) -> int:
     """The width of an encoder, 0 where it is peft's default."""
-    width = _whole(config, "encoder_hidden_size", where, _whole(config, "token_dim", where))
-    return 0 if width == config["token_dim"] else width
+    width = config.get("encoder_hidden_size") or 0
+    return 0 if width == config.get("token_dim") else width
 
 
 def _prefix_width(config: Any) -> int:
@@ -164,7 +158,7 @@ def _prefix_settings(method: Prefix, model: Any) -> dict[str, Any]:
 def _prefix_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     projection = bool(config.get("prefix_projection"))
     start = "zero" if config.get("init_weights") == "zero" else "random"
-    return {"projection": projection, "projection_hidden": _hidden(config, where), "folded": projection, "start": start}
+    return {"projection": projection, "projection_hidden": _hidden(config), "folded": projection, "start": start}
 
 
 def _prompt_settings(method: Prompt, model: Any) -> dict[str, Any]:
@@ -192,8 +186,8 @@ def _p_tuning_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     encoder = config.get("encoder_reparameterization_type") or "MLP"
     if encoder not in ("MLP", "LSTM"):
         raise UserError(f"{where}: encoder_reparameterization_type is {encoder!r}, which PEFT wouldn't take.")
-    layers = _whole(config, "encoder_num_layers", where, PTuning.layers)
-    return {"encoder": encoder.lower(), "hidden_size": _hidden(config, where), "layers": layers, "folded": True}
+    layers = config.get("encoder_num_layers") or PTuning.layers
+    return {"encoder": encoder.lower(), "hidden_size": _hidden(config), "layers": layers, "folded": True}
 
 
 PREFIX = VirtualTokens(

@@ -126,7 +126,7 @@ def prompt(tmp_path):
     ("key", "value", "message"),
     [
         ("num_virtual_tokens", 4, "doesn't fit"),
-        ("num_virtual_tokens", "5", "wouldn't take"),
+        ("num_virtual_tokens", "5", "num_virtual_tokens is '5'; it has to be a whole number, 1 or more"),
         ("token_dim", 64, "another base model"),
         ("num_layers", 9, "another base model"),
         ("modules_to_save", ["lm_head"], "modules_to_save"),
