@@ -7,7 +7,9 @@ names the field.
 import ast
 import dataclasses
 import difflib
+import functools
 import math
+import operator
 import re
 import types
 import typing
@@ -20,6 +22,7 @@ from ml_collections import config_dict, config_flags
 from jaxft.config import Experiment
 from jaxft.errors import UserError, unknown
 
+_SHOWN = 80  # letters of a text in a message
 CLASS = "class"  # the key of a method's or task's class name: a word that no Python field can have
 _FLAG = re.compile(r"--?(?P<no>no)?config(\.(?P<path>[^=]*))?(=(?P<text>.*))?", re.DOTALL)
 _NOUNS = {str: ("text", "texts"), int: ("a whole number", "whole numbers"), float: ("a number", "numbers"), bool: ("true or false", "")}
@@ -145,20 +148,31 @@ def method_from_text(text: str) -> Any:
     """
     try:
         return _method_of(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: of Python's parser, where a text is too deep
+        shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
         raise UserError(
-            f"config.method: '{text}' is no method. Write NAME(FIELD=VALUE, ...), as LoRA(rank=8), or a sum of such, with quotes around it."
+            f"config.method: '{shown}' is no method. Write NAME(FIELD=VALUE, ...), as LoRA(rank=8), or a sum of such, in quotes."
         ) from error
 
 
 def _method_of(tree: ast.expr) -> Any:
-    if isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
-        return _method_of(tree.left) + _method_of(tree.right)
+    terms = []
+    while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
+        terms.append(tree.right)
+        tree = tree.left
+    if terms:
+        return functools.reduce(operator.add, map(_method_of, (tree, *reversed(terms))))
     if isinstance(tree, ast.Name):
         return _instance({CLASS: tree.id}, _classes()["method"], "config.method")
     if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name) or tree.args:
         raise ValueError(ast.dump(tree))
-    given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in tree.keywords}
+    given = {}
+    for keyword in tree.keywords:
+        if keyword.arg is None:
+            raise ValueError("a field without a name")
+        if keyword.arg in given:
+            raise UserError(f"config.method.{keyword.arg} is given twice.")
+        given[keyword.arg] = ast.literal_eval(keyword.value)
     return _instance({CLASS: tree.func.id, **given}, _classes()["method"], "config.method")
 
 
@@ -310,7 +324,11 @@ def _instance(found: Any, module: types.ModuleType, field: str) -> Any:
         raise unknown(field.removeprefix("config."), str(name), known)
     kind: Any = known[name]
     if name == "Compose":
-        return kind(methods=tuple(_instance(part, module, field) for part in found.get("methods", ())))
+        parts = found.pop("methods", ())
+        if found or not isinstance(parts, (list, tuple)):
+            wrong = next(iter(found), "methods")
+            raise UserError(f"{field}.{wrong}: a sum of methods has its methods alone. Write it as LoRA(rank=8) + BitFit().")
+        return kind(methods=tuple(_instance(part, module, field) for part in parts))
     return _build(kind, found, field)
 
 

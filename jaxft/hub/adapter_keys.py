@@ -61,6 +61,7 @@ TEXT = Kind("text", lambda value: isinstance(value, str))
 SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
 NATURAL, POSITIVE = _whole_from(0), _whole_from(1)
 NUMBER = Kind("a number", _is_number)
+NOT_0 = Kind("a number that isn't 0", lambda value: _is_number(value) and value != 0)
 ABOVE_0 = Kind("a number above 0", lambda value: _is_number(value) and value > 0)
 FROM_0 = Kind("a number, 0 or more", lambda value: _is_number(value) and value >= 0)
 INSIDE = Kind("a number between 0 and 1", lambda value: _is_number(value) and 0 < value < 1)
@@ -121,7 +122,7 @@ ADAPTERHUB: dict[str, Kind] = {
     "output_adapter": SWITCH,
     "reduction_factor": ABOVE_0 | _object_of(ABOVE_0, "numbers above 0, with layers as keys", expressions=False),
     "residual_before_ln": SWITCH | TEXT,
-    "scaling": NUMBER | _one_of("learned", "channel"),
+    "scaling": NOT_0 | _one_of("learned", "channel"),
 }
 
 

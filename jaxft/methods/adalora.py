@@ -13,7 +13,7 @@ from jaxft.errors import UserError
 from jaxft.methods.base import Method
 from jaxft.methods.kernels import KERNEL, check_ranks, fold, key_of
 from jaxft.methods.lora import dropped, narrow
-from jaxft.methods.partition import check_patterns, first_match, partition
+from jaxft.methods.partition import check_targets, first_match, partition
 from jaxft.models import segments
 from jaxft.models.node import Around, Kernel, dense, dot, is_node, node
 
@@ -112,7 +112,7 @@ class AdaLoRA(Method):
     def added(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
         """Returns what `init` does, of any rank: peft's files may have one that is larger than the kernel's."""
         kernels = [name for leaf in segments.leaves(params, is_leaf=is_node) if leaf.path[-1] == KERNEL for name in leaf.names]
-        check_patterns(self.targets, kernels, "method.targets")
+        check_targets(self.targets, kernels)
         per_layer: dict[int, list[tuple[str, bool]]] = {}
         for leaf in segments.leaves(params, is_leaf=is_node):
             for layer, name in zip(leaf.layers or (), leaf.names, strict=False):

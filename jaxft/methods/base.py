@@ -87,7 +87,11 @@ class Method(abc.ABC):
 class Compose(Method):
     """Several methods at once: their leaves are added in order, and all of them train."""
 
-    methods: tuple[Method, ...]
+    methods: tuple[Method, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise UserError("A sum of no methods trains nothing. Write one as LoRA(rank=8) + BitFit().")
 
     def init(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
         """Returns `params` with every method's leaves; raises `UserError` where two methods train the same leaf."""

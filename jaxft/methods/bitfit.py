@@ -7,7 +7,7 @@ import jax
 from flax import linen as nn
 
 from jaxft.methods.base import Method, Params
-from jaxft.methods.partition import cast, check_patterns, first_match, mask_by_name, names_of, separate
+from jaxft.methods.partition import cast, check_targets, first_match, mask_by_name, names_of, separate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class BitFit(Method):
 
     def init(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
         """Returns `params`, layers grouped by what trains; raises `UserError` where a pattern matches nothing."""
-        check_patterns(self.targets, names_of(params), "method.targets")
+        check_targets(self.targets, names_of(params))
         return separate(params, self._trains)
 
     def mask(self, params: Params) -> Any:

@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from jaxft.errors import UserError, unknown
 from jaxft.methods.base import Method, Params
+from jaxft.methods.partition import check_layers
 from jaxft.models import segments
 from jaxft.models.layers import ACTIVATIONS
 from jaxft.models.node import Join
@@ -126,6 +127,8 @@ class Bottleneck(Method):
             raise UserError("method.size is at least 1, or 0 for a size by the reduction; layer_reductions don't go with a size.")
         if self.trained_scale and self.scaling != 1.0:
             raise UserError("method.scaling is the fixed factor: with method.trained_scale it stays 1.")
+        if self.scaling == 0.0:
+            raise UserError("method.scaling is 0: what is added would be nothing.")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"method.dropout is a rate from 0 up to, not including, 1, not {self.dropout}.")
 
@@ -174,9 +177,7 @@ class Bottleneck(Method):
 
     def _check_layers(self, depth: int) -> None:
         for field, layers in (("leave_out", self.leave_out), ("layer_reductions", [layer for layer, _ in self.layer_reductions])):
-            for layer in layers:
-                if not 0 <= layer < depth:
-                    raise UserError(f"method.{field}: there is no layer {layer}; the model's are numbered 0 to {depth - 1}.")
+            check_layers(layers, depth, f"method.{field}")
         if set(self.leave_out) >= set(range(depth)):
             raise UserError("method.leave_out leaves every layer out: nothing trains.")
 

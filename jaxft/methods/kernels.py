@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxft.errors import UserError
 from jaxft.methods.base import Params
-from jaxft.methods.partition import check_patterns, first_match
+from jaxft.methods.partition import check_targets, first_match
 from jaxft.models import segments
 from jaxft.models.node import BASE, is_node, is_quantized
 from jaxft.models.segments import Leaf
@@ -29,10 +29,10 @@ def kernel_names(params: Params) -> list[str]:
     return [name for leaf in segments.leaves(params, is_leaf=is_node) if is_kernel(leaf) for name in leaf.names]
 
 
-def chosen_kernels(params: Params, targets: Sequence[str], field: str = "method.targets") -> list[str]:
-    """Returns the names of the kernels that `targets` choose; raises `UserError` for a pattern that matches none."""
+def chosen_kernels(params: Params, targets: Sequence[str]) -> list[str]:
+    """Returns the names of the kernels that `targets` choose; raises `UserError` for no pattern, and one that matches none."""
     names = kernel_names(params)
-    check_patterns(targets, names, field)
+    check_targets(targets, names)
     return [name for name in names if first_match(targets, name) is not None]
 
 

@@ -15,7 +15,18 @@ from jaxft.errors import UserError, unknown
 from jaxft.methods import dora, lora_start
 from jaxft.methods.base import Material, Method
 from jaxft.methods.kernels import EMBEDDING, KERNEL, check_ranks, fold, key_of
-from jaxft.methods.partition import cast, check_not_quantized, check_patterns, combine, first_match, mask_by_name, names_of, partition
+from jaxft.methods.partition import (
+    cast,
+    check_layers,
+    check_not_quantized,
+    check_patterns,
+    check_targets,
+    combine,
+    first_match,
+    mask_by_name,
+    names_of,
+    partition,
+)
 from jaxft.methods.rates import scaled
 from jaxft.models import segments
 from jaxft.models.node import Around, Kernel, Node, dense, dot, is_node, is_quantized, node, prepared, take
@@ -285,10 +296,8 @@ class LoRA(Method):
         kernels = [name for leaf in segments.leaves(params, is_leaf=is_node) if leaf.path[-1] in (KERNEL, EMBEDDING) for name in leaf.names]
         names = names_of(params)
         depth = sum(len(layers) for layers in segments.spans(params))
-        for layer in self.layers:
-            if not 0 <= layer < depth:
-                raise UserError(f"method.layers: there is no layer {layer}; the model's are numbered 0 to {depth - 1}.")
-        check_patterns(self.targets, kernels, "method.targets")
+        check_layers(self.layers, depth, "method.layers")
+        check_targets(self.targets, kernels)
         chosen = [name for name in kernels if self.is_target(name)]
         if not chosen:
             raise UserError(f"method.layers: no target of {', '.join(self.targets)} lies in the layers {self.layers}.")

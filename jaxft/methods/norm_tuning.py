@@ -7,7 +7,7 @@ import jax
 from flax import linen as nn
 
 from jaxft.methods.base import Method, Params
-from jaxft.methods.partition import cast, check_patterns, first_match, mask_by_name, names_of, separate
+from jaxft.methods.partition import cast, check_targets, first_match, mask_by_name, names_of, separate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class NormTuning(Method):
 
     def init(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
         """Returns `params`, layers grouped by what trains; raises `UserError` where a pattern matches no norm."""
-        check_patterns(self.targets, [name for name in names_of(params) if is_norm(name)], "method.targets")
+        check_targets(self.targets, [name for name in names_of(params) if is_norm(name)])
         return separate(params, self.trains)
 
     def mask(self, params: Params) -> Any:

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from jaxft.errors import UserError
 from jaxft.methods.base import Method, Params
-from jaxft.methods.partition import cast, check_patterns, first_match, mask_by_name, names_of, separate
+from jaxft.methods.partition import cast, check_layers, check_patterns, first_match, mask_by_name, names_of, separate
 from jaxft.methods.rates import train_from
 from jaxft.models import segments
 
@@ -48,9 +48,7 @@ class Partial(Method):
         for name in ("last", "first"):
             if getattr(self, name) > depth:
                 raise UserError(f"method.{name} is {getattr(self, name)}; the model has {depth} layers.")
-        for layer in self.layers:
-            if not 0 <= layer < depth:
-                raise UserError(f"method.layers: there is no layer {layer}; the model's are numbered 0 to {depth - 1}.")
+        check_layers(self.layers, depth, "method.layers")
         check_patterns(self.targets, names_of(params), "method.targets")
         return separate(params, self._chooses(depth))
 

@@ -45,11 +45,31 @@ def first_match(patterns: Iterable[str], name: str) -> int | None:
     return next((number for number, pattern in enumerate(patterns) if matches(pattern, name)), None)
 
 
+def check_targets(patterns: Sequence[str], names: Sequence[str], field: str = "method.targets") -> None:
+    """Raises `UserError` where there is no pattern, and for one that matches none of `names`, with those that exist."""
+    if not patterns:
+        raise UserError(f"{field} is empty: nothing is chosen. Give it a pattern, as one of {', '.join(sorted(_short(names)))}.")
+    check_patterns(patterns, names, field)
+
+
+def check_layers(layers: Sequence[int], depth: int, field: str) -> None:
+    """Raises `UserError` for a layer that a model of `depth` layers doesn't have, and for one that is named twice."""
+    for layer in layers:
+        if not 0 <= layer < depth:
+            raise UserError(f"{field}: there is no layer {layer}; the model's are numbered 0 to {depth - 1}.")
+    if twice := [layer for place, layer in enumerate(layers) if layer in layers[:place]]:
+        raise UserError(f"{field} names layer {twice[0]} twice.")
+
+
+def _short(names: Iterable[str]) -> set[str]:
+    return {re.sub(r"layers/\d+/", "layers/N/", name) for name in names}
+
+
 def check_patterns(patterns: Sequence[str], names: Sequence[str], field: str) -> None:
     """Raises `UserError` for a pattern that matches none of `names`, with those that exist."""
     for pattern in patterns:
         if not any(matches(pattern, name) for name in names):
-            short = sorted({re.sub(r"layers/\d+/", "layers/N/", name) for name in names})
+            short = sorted(_short(names))
             near = difflib.get_close_matches(pattern, [part for name in short for part in name.split("/")], n=1)
             hint = f" Did you mean '{near[0]}'?" if near else ""
             raise UserError(f"{field}: the pattern '{pattern}' matches nothing.{hint} It is matched against: {', '.join(short)}.")

@@ -114,6 +114,8 @@ class SparseMask(Method):
             raise UserError(f"method.rank is at least 1, not {self.rank}.")
         if not 0.0 <= self.density < 1.0:
             raise UserError(f"method.density is a share from 0 up to, not including, 1, not {self.density}.")
+        if self.density and self.rank != SparseMask.rank:
+            raise UserError(f"method.density, {self.density}, stands in the place of method.rank, {self.rank}: set one of them.")
         if self.choice not in CHOICES:
             raise unknown("method.choice", self.choice, CHOICES)
         if self.score_batches < 1:

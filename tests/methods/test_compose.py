@@ -14,7 +14,7 @@ import experiments
 import jaxft
 from jaxft import overrides
 from jaxft.errors import UserError
-from jaxft.methods import IA3, BitFit, Bottleneck, Compose, Full, LoRA, NormTuning, Partial, Prefix, PTuning
+from jaxft.methods import IA3, AdaLoRA, BitFit, Bottleneck, Compose, Full, LoRA, NormTuning, Partial, Prefix, PTuning, SparseMask, VeRA
 from jaxft.models import segments
 
 SUM = LoRA(rank=2, targets=("q_proj", "layers/1/mlp")) + BitFit()
@@ -100,6 +100,7 @@ def test_the_command_line_takes_sums():
     assert flag("LoRA(rank=2, targets=('q_proj', 'layers/1/mlp')) + BitFit()") == SUM
     assert flag("LoRA(rank=4)+NormTuning()+BitFit") == Compose((LoRA(rank=4), NormTuning(), BitFit()))
     assert flag("Partial(last=2)") == Partial(last=2)
+    assert len(flag("+".join(["BitFit()"] * 800)).methods) == 800
     assert flag("LoRA(alpha=8)", "--config.method.rank=2") == LoRA(alpha=8.0, rank=2)
 
 
@@ -114,11 +115,49 @@ def test_the_command_line_takes_sums():
         ("LoRA(rnk=4)", "Did you mean 'config.method.rank'"),
         ("LoRA(rank=4.5)", "config.method.rank: expected a whole number, found 4.5"),
         ("LoRA(rank=0)", "at least 1, not 0"),
+        ("LoRA(rank=4, rank=8)", "config.method.rank is given twice"),
+        ("LoRA(**{'rank': 4})", "is no method. Write NAME"),
+        ("LoRA(**{})", "is no method. Write NAME"),
+        ("Compose()", r"A sum of no methods trains nothing. Write one as LoRA\(rank=8\) \+ BitFit\(\)"),
+        ("Compose", "A sum of no methods"),
+        ("Compose(foo=1)", "config.method.foo: a sum of methods has its methods alone"),
+        ("Compose(methods=3)", "config.method.methods: a sum of methods has its methods alone"),
+        ("+".join(["BitFit()"] * 100_000), r"'BitFit\(\)\+.{60,90}\.\.\.' is no method. Write NAME"),
+        ("(" * 100_000, "is no method. Write NAME"),
     ],
 )
 def test_an_expression_that_is_none_is_refused(text, message):
     with pytest.raises(UserError, match=message):
         flag(text)
+
+
+def test_a_sum_of_nothing_is_refused():
+    with pytest.raises(UserError, match="A sum of no methods"):
+        Compose()
+
+
+@pytest.mark.parametrize("kind", [LoRA, AdaLoRA, VeRA, IA3, SparseMask, BitFit, NormTuning])
+def test_no_target_is_told(kind):
+    model, params = base("qwen2")
+    with pytest.raises(UserError, match="^method.targets is empty: nothing is chosen. Give it a pattern, as one of .*layers/N/"):
+        kind(targets=()).init(jax.random.key(0), model, params)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LoRA(layers=(1, 0, 1)), "method.layers names layer 1 twice"),
+        (lambda: Partial(layers=(2, 2)), "method.layers names layer 2 twice"),
+        (lambda: Bottleneck(leave_out=(0, 0)), "method.leave_out names layer 0 twice"),
+        (lambda: Bottleneck(layer_reductions=((1, 2.0), (1, 4.0))), "method.layer_reductions names layer 1 twice"),
+        (lambda: Bottleneck(scaling=0.0), "method.scaling is 0: what is added would be nothing"),
+        (lambda: SparseMask(rank=4, density=0.1), "method.density, 0.1, stands in the place of method.rank, 4: set one of them"),
+    ],
+)
+def test_settings_without_an_effect_are_refused(make, message):
+    model, params = base("qwen2")
+    with pytest.raises(UserError, match=message):
+        make().init(jax.random.key(0), model, params)
 
 
 def test_a_lora_leaves_the_cuts_of_another_method():
