@@ -8,7 +8,18 @@ import numpy as np
 from flax import linen as nn
 
 from jaxft.errors import UserError, nearest
-from jaxft.hub import adapter_keys, adapterhub, peft_adalora, peft_ia3, peft_lora, peft_norm_tuning, peft_shira, peft_vera, peft_virtual
+from jaxft.hub import (
+    adapter_keys,
+    adapterhub,
+    peft_adalora,
+    peft_ia3,
+    peft_lora,
+    peft_norm_tuning,
+    peft_saved,
+    peft_shira,
+    peft_vera,
+    peft_virtual,
+)
 from jaxft.hub import folder as folders
 from jaxft.hub.checkpoint import ADAPTER_CONFIG, read_json
 from jaxft.hub.peft_format import WEIGHTS, Format, Params
@@ -25,6 +36,7 @@ FORMATS: tuple[Any, ...] = (  # what follows peft_format.Format
     peft_vera,
     *peft_virtual.FORMATS,
 )
+_ALONE = (peft_lora, *peft_virtual.FORMATS)  # where nothing trains whole beside the method: LoRA's modules_to_save is its own
 _CARD = """---
 library_name: peft
 ---
@@ -86,7 +98,8 @@ def save_adapter(
       folder: where; what is there is replaced if jaxft wrote it.
       model: as `load_pretrained` gives it.
       params: as `method.init` makes them, trained or not.
-      method: the method that made them.
+      method: the method that made them; but for LoRA and virtual tokens, with a `Partial(targets=...)` added to it, whose modules PEFT
+        saves whole (modules_to_save).
       base_model: what the adapter belongs to, a hub id or a folder, for peft to find it.
       card: README.md, Markdown; empty is a short one.
       name: of the adapter, in AdapterHub's form alone; PEFT's has none.
@@ -98,13 +111,16 @@ def save_adapter(
         config, tensors = adapterhub.write(model, params, method, name)
         _write(pathlib.Path(folder), config, adapterhub.WEIGHTS, tensors, card or _HUB_CARD)
         return
-    found = format_of(method)
-    if found is None:
+    own, whole = peft_saved.split(method)
+    found = format_of(own)
+    if found is None or (whole is not None and found in _ALONE):
         raise UserError(
-            f"PEFT has no form for {type(method).__name__}. Write the whole model: "
+            f"PEFT has no form for {method.title}. Write the whole model: "
             "jaxft.save_pretrained(folder, model, method.merge(model, params))."
         )
-    written = found.write(model, params, method)
+    written = found.write(model, params, own)
+    if whole is not None:
+        written = peft_saved.added(written, model, params, whole)
     config = {**written.config, "base_model_name_or_path": base_model or None}
     _write(pathlib.Path(folder), config, WEIGHTS, written.tensors, card or _CARD)
 
@@ -146,4 +162,9 @@ def load_adapter(folder: str | pathlib.Path, model: nn.Module, params: Params) -
         if any(path.suffix in PICKLE_SUFFIXES for path in folder.iterdir()):
             raise pickle_refusal(str(folder))
         raise UserError(f"{folder} has no {WEIGHTS}.")
-    return kinds[kind].read(folder, config, model, params)
+    found = kinds[kind]
+    if not config.get("modules_to_save") or found in _ALONE:
+        return found.read(folder, config, model, params)
+    saved = peft_saved.chosen(config, model, params, str(folder / ADAPTER_CONFIG))
+    params, method = found.read(folder, config | {"modules_to_save": None}, model, params, saved)
+    return peft_saved.read(folder, model, params, method, saved)

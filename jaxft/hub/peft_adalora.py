@@ -1,6 +1,7 @@
 """AdaLoRA as PEFT writes and reads it: pruned triplets are left out of the file, and named in the configuration's rank_pattern."""
 
 import pathlib
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -71,7 +72,9 @@ def write(model: nn.Module, params: Params, method: AdaLoRA) -> Written:
     return Written(DEFAULTS | config, {slot.key: slot.read for entry in adapted for slot in _slots(entry, kept[entry.module])})
 
 
-def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params: Params) -> tuple[Params, AdaLoRA]:
+def read(
+    folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params: Params, saved: Collection[str] = ()
+) -> tuple[Params, AdaLoRA]:
     """Returns `params` with a folder's AdaLoRA around its targets, pruned triplets zero, and the method that gives the same structure."""
     where = str(folder / ADAPTER_CONFIG)
     peft_lora_config.check(config, where, PEFT_TYPE, DEFAULTS, _HONOURED)
@@ -90,7 +93,7 @@ def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params:
     slots = []
     for entry in nodes_of(linear_layers(model, params), AdaLoRAKernel, method.is_target):
         slots += _slots(entry, _kept(config, entry.module, method.init_rank, where))
-    peft_tensors.check(folder / WEIGHTS, slots, linear)
+    peft_tensors.check(folder / WEIGHTS, slots, linear, saved)
     return peft_tensors.fill(folder / WEIGHTS, params, slots), method
 
 

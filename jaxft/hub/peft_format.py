@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,8 +31,10 @@ class Format(Protocol):
     def write(self, model: nn.Module, params: Params, method: Any) -> Written:
         """Returns what the method's leaves in `params` are in PEFT's files; raises `UserError` where they aren't the method's."""
 
-    def read(self, folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params: Params) -> tuple[Params, Any]:
-        """Returns `params` with the folder's adapter, and its method.
+    def read(
+        self, folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params: Params, saved: Collection[str] = ()
+    ) -> tuple[Params, Any]:
+        """Returns `params` with the folder's adapter, and its method; the tensors of `saved` modules are left to others.
 
         Raises `UserError` for an option that jaxft doesn't have, and for weights that are missing, left over, or of another shape.
         """

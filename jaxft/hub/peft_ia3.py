@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -42,7 +43,7 @@ def write(model: nn.Module, params: Params, method: IA3) -> Written:
     return Written(config, peft_leaves.tensors(map(_place, scaled)))
 
 
-def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params: Params) -> tuple[Params, IA3]:
+def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params: Params, saved: Collection[str] = ()) -> tuple[Params, IA3]:
     """Returns `params` with a folder's vectors, and the method that gives the same structure."""
     where = str(folder / ADAPTER_CONFIG)
     peft_config.check(config, DEFAULTS, ("feedforward_modules", "init_ia3_weights"), where)
@@ -55,7 +56,7 @@ def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params:
     method = IA3(tuple(peft_config.patterns(names.values(), every, "/")), tuple(peft_config.patterns(inputs, names.values(), "/")))
     params = method.init(jax.random.key(0), model, params)
     scaled = nodes_of(linear_layers(model, params), Scaled, method.is_target)
-    return peft_leaves.read(folder, params, map(_place, scaled), peft_leaves.held(folder, linear)), method
+    return peft_leaves.read(folder, params, map(_place, scaled), peft_leaves.held(folder, linear, saved)), method
 
 
 def _is_feedforward(config: dict[str, Any], module: str) -> bool:

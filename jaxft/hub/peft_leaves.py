@@ -67,12 +67,15 @@ def check(folder: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], have: Map
         raise UserError(f"{folder / WEIGHTS} doesn't fit: {'; '.join(problems)}.")
 
 
-def held(folder: pathlib.Path, linear: Iterable[Entry], types: Collection[str] = FLOATS) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of a folder's weights that are the adapter's own.
+def held(
+    folder: pathlib.Path, linear: Iterable[Entry], saved: Collection[str], types: Collection[str] = FLOATS
+) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a folder's weights that are the adapter's own, without those of `saved` modules.
 
     peft writes the base model's output head too where that is a target; `UserError` is raised where it isn't that of `linear`.
     """
-    have = header(folder / WEIGHTS, types)
+    every = header(folder / WEIGHTS, types)
+    have = {name: shape for name, shape in every.items() if name.removeprefix(PREFIX).rpartition(".")[0] not in saved}
     for entry in linear:
         if entry.index is None and have.pop(name := _BASE.format(module=entry.module), None) is not None:
             _check_base(folder / WEIGHTS, name, entry)

@@ -1,7 +1,7 @@
 """LoRA as PEFT writes and reads it."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxft.errors import UserError
-from jaxft.hub import peft_leaves, peft_lora_config, peft_tensors
+from jaxft.hub import peft_leaves, peft_lora_config, peft_saved, peft_tensors
 from jaxft.hub.checkpoint import ADAPTER_CONFIG
 from jaxft.hub.names import Entry, nodes_of, tensors_of
 from jaxft.hub.peft_format import WEIGHTS, Params, Written
@@ -48,7 +48,9 @@ def write(model: nn.Module, params: Params, method: LoRA) -> Written:
     return Written(_config(method, every, adapted), {slot.key: _reader(slot) for slot in _slots(method, every)})
 
 
-def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params: Params) -> tuple[Params, LoRA]:
+def read(
+    folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params: Params, saved: Collection[str] = ()
+) -> tuple[Params, LoRA]:
     """Returns `params` with a folder's LoRA around its targets, and the method that gives the same structure."""
     where = str(folder / ADAPTER_CONFIG)
     peft_lora_config.check(config, where)
@@ -61,7 +63,7 @@ def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params:
     params = method.added(jax.random.key(0), model, params)
     made = tensors_of(model, params)
     slots = _slots(method, made)
-    peft_tensors.check(folder / WEIGHTS, slots, kernels)
+    peft_tensors.check(folder / WEIGHTS, slots, kernels, saved)
     return peft_tensors.fill(folder / WEIGHTS, params, slots), method
 
 
@@ -85,7 +87,7 @@ def _slots(method: LoRA, every: list[Entry]) -> list[Slot]:
         if getattr(entry.leaf.value, field) is not None
     ]
     modules = {entry.module for entry in adapted}
-    saved = {module_of(entry) for entry in every if _is_saved(method, entry)}
+    saved = _saved(method, every)
     for entry in every:
         if method.is_target(entry.path):
             continue
@@ -97,9 +99,13 @@ def _slots(method: LoRA, every: list[Entry]) -> list[Slot]:
     return found
 
 
-def _is_saved(method: LoRA, entry: Entry) -> bool:
-    """Whether an entry's module is one of modules_to_save."""
-    return not method.is_target(entry.path) and first_match(method.modules_to_save, entry.path) is not None
+def _saved(method: LoRA, every: list[Entry]) -> set[str]:
+    """The modules that train whole."""
+    return {
+        module_of(entry)
+        for entry in every
+        if not method.is_target(entry.path) and first_match(method.modules_to_save, entry.path) is not None
+    }
 
 
 def _reader(slot: Slot) -> Callable[[], np.ndarray]:
@@ -144,25 +150,13 @@ def _config(method: LoRA, every: list[Entry], adapted: list[Entry]) -> dict[str,
         "use_dora": method.dora,
         "init_lora_weights": method.start if method.start == "gaussian" else True,
         "bias": method.bias,
-        "modules_to_save": _modules_to_save(method, every),
+        "modules_to_save": peft_saved.names(_saved(method, every), map(module_of, every)),
         "rank_pattern": peft_lora_config.summarize({name: found for name, found in ranks.items() if found != rank}, modules, "."),
         "alpha_pattern": peft_lora_config.summarize({name: _number(a) for name, a in alphas.items() if a != alpha}, modules, "."),
         "target_modules": sorted(
             peft_lora_config.summarize(dict.fromkeys(modules, True), [entry.module for entry in kernels_of(every)], ".")
         ),
     }
-
-
-def _modules_to_save(method: LoRA, every: list[Entry]) -> list[str] | None:
-    """Names that peft, which takes each module that ends with one, understands as these and no others."""
-    modules = {module_of(entry) for entry in every}
-    saved = {module_of(entry) for entry in every if _is_saved(method, entry)}
-
-    def short(module: str) -> str:
-        tail = module.rpartition(".")[2]
-        return tail if all(other in saved for other in modules if other.endswith(tail)) else module
-
-    return sorted({short(module) for module in saved}) or None
 
 
 def _number(number: float) -> float | int:

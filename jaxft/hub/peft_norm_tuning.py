@@ -1,6 +1,7 @@
 """Norm tuning as PEFT writes and reads it: LN_TUNING."""
 
 import pathlib
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -8,9 +9,9 @@ from flax import linen as nn
 
 from jaxft.errors import UserError
 from jaxft.hub import peft_config, peft_leaves, peft_lora_config
-from jaxft.hub.checkpoint import ADAPTER_CONFIG, header
+from jaxft.hub.checkpoint import ADAPTER_CONFIG
 from jaxft.hub.names import Entry, entries
-from jaxft.hub.peft_format import WEIGHTS, Params, Written
+from jaxft.hub.peft_format import Params, Written
 from jaxft.hub.peft_leaves import PREFIX, Place
 from jaxft.methods.norm_tuning import NormTuning, is_norm
 from jaxft.models.registry import family_of
@@ -32,7 +33,9 @@ def write(model: nn.Module, params: Params, method: NormTuning) -> Written:
     return Written(DEFAULTS | {"target_modules": targets}, peft_leaves.tensors(map(_place, tuned)))
 
 
-def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params: Params) -> tuple[Params, NormTuning]:
+def read(
+    folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params: Params, saved: Collection[str] = ()
+) -> tuple[Params, NormTuning]:
     """Returns `params` with a folder's norms, and the method that gives the same structure."""
     where = str(folder / ADAPTER_CONFIG)
     peft_config.check(config, DEFAULTS, (), where)
@@ -43,7 +46,7 @@ def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params:
     method = NormTuning(tuple(peft_config.patterns([_name(entry) for entry in norms if _module(entry) in chosen], every, "/")))
     params = method.init(jax.random.key(0), model, params)
     places = [_place(entry) for entry in _norms(model, params) if _module(entry) in chosen]
-    return peft_leaves.read(folder, params, places, header(folder / WEIGHTS)), method
+    return peft_leaves.read(folder, params, places, peft_leaves.held(folder, (), saved)), method
 
 
 def _norms(model: nn.Module, params: Params) -> list[Entry]:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -60,7 +61,9 @@ def write(model: nn.Module, params: Params, method: SparseMask) -> Written:
     return Written(DEFAULTS | {"r": rank, "target_modules": targets}, tensors)
 
 
-def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params: Params) -> tuple[Params, SparseMask]:
+def read(
+    folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params: Params, saved: Collection[str] = ()
+) -> tuple[Params, SparseMask]:
     """Returns `params` with a folder's sparse differences, and the method that gives the same structure, at places of its own."""
     where = str(folder / ADAPTER_CONFIG)
     peft_config.check(config, DEFAULTS, ("init_weights", "mask_type", "r", "random_seed"), where)
@@ -74,7 +77,7 @@ def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params:
     adapted = nodes_of(linear_layers(model, params), SparseKernel, method.is_target)
     shapes: dict[str, tuple[int, ...]] = {_INDICES.format(module=entry.module): (2, _count(entry)) for entry in adapted}
     shapes |= {_WEIGHT.format(module=entry.module): (_count(entry),) for entry in adapted}
-    peft_leaves.check(folder, shapes, peft_leaves.held(folder, linear, (*FLOATS, "I32")))
+    peft_leaves.check(folder, shapes, peft_leaves.held(folder, linear, saved, (*FLOATS, "I32")))
     return _fill(folder / WEIGHTS, params, adapted), method
 
 

@@ -59,15 +59,12 @@ def module_of(entry: Entry) -> str:
     return entry.name.rpartition(".")[0]
 
 
-def check(path: pathlib.Path, slots: Sequence[Slot], kernels: Sequence[Entry], ignored: Collection[str] = ()) -> None:
+def check(path: pathlib.Path, slots: Sequence[Slot], kernels: Sequence[Entry], saved: Collection[str] = ()) -> None:
     """Raises `UserError` for tensors of the file that are missing, left over, or of another shape.
 
     peft writes the base's own weight of a targeted head or embedding beside the adapter: it must be this model's.
     """
-    have = peft_leaves.held(path.parent, kernels)
-    for name in ignored:
-        have.pop(name, None)
-    peft_leaves.check(path.parent, {slot.key: slot.shape for slot in slots}, have)
+    peft_leaves.check(path.parent, {slot.key: slot.shape for slot in slots}, peft_leaves.held(path.parent, kernels, saved))
 
 
 def fill(path: pathlib.Path, params: Params, slots: Sequence[Slot]) -> Params:

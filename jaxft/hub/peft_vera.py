@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -64,7 +64,9 @@ def write(model: nn.Module, params: Params, method: VeRA) -> Written:
     return Written(config, {**peft_leaves.tensors(_places(adapted)), **shared})
 
 
-def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params: Params) -> tuple[Params, VeRA]:
+def read(
+    folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params: Params, saved: Collection[str] = ()
+) -> tuple[Params, VeRA]:
     """Returns `params` with a folder's VeRA around its targets, and the method that gives the same structure."""
     where = str(folder / ADAPTER_CONFIG)
     peft_config.check(config, DEFAULTS, _HONOURED, where)
@@ -82,7 +84,7 @@ def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params:
     )
     params = method.init(jax.random.key(0), model, params)
     adapted = nodes_of(linear_layers(model, params), VeRAKernel, method.is_target)
-    have = peft_leaves.held(folder, linear)
+    have = peft_leaves.held(folder, linear, saved)
     params = _with_projections(folder, params, have, adapted)
     vectors = {name: shape for name, shape in have.items() if name not in _PROJECTIONS}
     return peft_leaves.read(folder, params, _places(adapted), vectors), method

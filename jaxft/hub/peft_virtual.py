@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -68,7 +68,9 @@ class VirtualTokens:
         own = {"peft_type": self.PEFT_TYPE, "num_virtual_tokens": method.virtual_tokens} | self.settings(method, model)
         return Written(_COMMON | self.shape(base.config) | own, {_TENSOR: lambda: np.asarray(jax.device_get(_folded(node)), np.float32)})
 
-    def read(self, folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params: Params) -> tuple[Params, Any]:
+    def read(
+        self, folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params: Params, saved: Collection[str] = ()
+    ) -> tuple[Params, Any]:
         """Returns `params` with a folder's virtual tokens, and the method that gives the same structure."""
         base: Any = model
         where = str(folder / ADAPTER_CONFIG)

@@ -1,0 +1,85 @@
+"""PEFT's modules_to_save beside any kind of adapter: modules that train whole, which here are a `Partial` in a sum with the method."""
+
+import pathlib
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from jaxft.errors import UserError
+from jaxft.hub import peft_lora_config, peft_tensors
+from jaxft.hub.names import Entry, tensors_of
+from jaxft.hub.peft_format import WEIGHTS, Params, Written
+from jaxft.hub.peft_tensors import PREFIX, Slot, module_of
+from jaxft.methods.base import Compose, Method
+from jaxft.methods.kernels import EMBEDDING
+from jaxft.methods.partial import Partial
+from jaxft.methods.partition import first_match
+from jaxft.models.node import is_node
+
+
+def split(method: Method) -> tuple[Method, Partial | None]:
+    """Returns a method and what of it trains whole by patterns alone, or None where it is no such sum.
+
+    >>> from jaxft.methods import IA3
+    >>> split(IA3() + Partial(targets=("lm_head",)))[1].targets
+    ('lm_head',)
+    """
+    if isinstance(method, Compose) and len(method.methods) == 2:
+        first, second = method.methods
+        if isinstance(second, Partial) and second.targets and second == Partial(targets=second.targets):
+            return first, second
+    return method, None
+
+
+def added(written: Written, model: nn.Module, params: Params, whole: Partial) -> Written:
+    """Returns an adapter with the modules that `whole` trains; raises `UserError` where one of them has another tensor in it."""
+    every = tensors_of(model, params)
+    saved = {module_of(entry) for entry in every if first_match(whole.targets, entry.path) is not None}
+    if overlap := [module for module in saved if any(name.startswith(f"{PREFIX}{module}.") for name in written.tensors)]:
+        raise UserError(f"{overlap[0]} trains whole and has an adapter too, which PEFT's files can't hold. Leave one of them out.")
+    tensors = {slot.key: slot.read for slot in slots(every, saved)}
+    return Written({**written.config, "modules_to_save": names(saved, map(module_of, every))}, {**written.tensors, **tensors})
+
+
+def names(saved: Collection[str], modules: Iterable[str]) -> list[str] | None:
+    """Returns names that peft, which takes each module that ends with one, understands as these modules and no others.
+
+    >>> names({"model.norm"}, ["model.norm", "model.layers.0.mlp.up_proj"])
+    ['norm']
+    """
+    modules = set(modules)
+
+    def short(module: str) -> str:
+        tail = module.rpartition(".")[2]
+        return tail if all(other in saved for other in modules if other.endswith(tail)) else module
+
+    return sorted({short(module) for module in saved}) or None
+
+
+def slots(every: Iterable[Entry], saved: Collection[str]) -> list[Slot]:
+    """Returns the places of the saved modules' tensors."""
+    return [peft_tensors.whole(PREFIX + entry.name, entry) for entry in every if module_of(entry) in saved]
+
+
+def chosen(config: Mapping[str, Any], model: Any, params: Params, where: str) -> set[str]:
+    """Returns which modules a configuration saves; raises `UserError` for a name that is no module's, and for a tied embedding."""
+    every = tensors_of(model, params)
+    saved = peft_lora_config.saved_modules(config, dict.fromkeys(map(module_of, every)), where)
+    if model.config.tie_word_embeddings and any(module_of(entry) in saved and entry.path.endswith(f"/{EMBEDDING}") for entry in every):
+        raise UserError(f"{where}: modules_to_save has the embeddings, which are the output head too in this model.")
+    for entry in every:
+        if module_of(entry) in saved and is_node(entry.leaf.value):
+            raise UserError(f"These parameters hold {type(entry.leaf.value).__name__} at {entry.path}, which {where} saves whole.")
+    return saved
+
+
+def read(folder: pathlib.Path, model: nn.Module, params: Params, method: Method, saved: Collection[str]) -> tuple[Params, Method]:
+    """Returns `params` with the saved modules of a folder, and the sum of `method` and what trains them."""
+    every = tensors_of(model, params)
+    places = dict.fromkeys([entry.path.rpartition("/")[0] for entry in every if module_of(entry) in saved], True)
+    patterns = peft_lora_config.summarize(places, [entry.path.rpartition("/")[0] for entry in every], "/")
+    whole = Partial(targets=tuple(patterns))
+    params = whole.init(jax.random.key(0), model, params)
+    return peft_tensors.fill(folder / WEIGHTS, params, slots(tensors_of(model, params), saved)), method + whole
