@@ -69,7 +69,8 @@ def write(model: nn.Module, params: Params, method: AdaLoRA) -> Written:
         "rank_pattern": {f"{module}.lora_E": mask.tolist() for module, mask in kept.items()} if pruned else None,
         "target_modules": sorted(peft_lora_config.summarize(dict.fromkeys(modules, True), [entry.module for entry in linear], ".")),
     }
-    return Written(DEFAULTS | config, {slot.key: slot.read for entry in adapted for slot in _slots(entry, kept[entry.module])})
+    tensors = {slot.key: slot.read for entry in adapted for slot in _slots(entry, kept[entry.module])}
+    return Written(DEFAULTS | config, tensors | peft_leaves.base_weights(adapted))
 
 
 def read(

@@ -40,7 +40,7 @@ def write(model: nn.Module, params: Params, method: IA3) -> Written:
     # peft wants each feedforward module's pattern among the targets'
     inputs, others = peft_config.patterns(feedforward, every, "."), peft_config.patterns(outputs, every, ".")
     config = DEFAULTS | {"feedforward_modules": inputs, "target_modules": sorted({*inputs, *others})}
-    return Written(config, peft_leaves.tensors(map(_place, scaled)))
+    return Written(config, {**peft_leaves.tensors(map(_place, scaled)), **peft_leaves.base_weights(scaled)})
 
 
 def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params: Params, saved: Collection[str] = ()) -> tuple[Params, IA3]:

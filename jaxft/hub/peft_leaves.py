@@ -1,6 +1,7 @@
 """Tensors of an adapter's file that are leaves of ours, one for one."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
@@ -15,7 +16,7 @@ from jaxft.hub.checkpoint import FLOATS, header
 from jaxft.hub.names import Entry, listed
 from jaxft.hub.peft_format import WEIGHTS, Params
 from jaxft.models import segments
-from jaxft.models.node import dense, find
+from jaxft.models.node import dense, find, innermost, is_node
 from jaxft.models.segments import Leaf
 
 PREFIX = "base_model.model."  # of the names of tensors that belong to a module
@@ -82,11 +83,25 @@ def held(
     return have
 
 
+def base_weights(adapted: Iterable[Entry]) -> dict[str, Callable[[], np.ndarray]]:
+    """Returns the base's own weights of an output head or a table among `adapted`, which peft writes beside the adapter."""
+
+    def read(entry: Entry) -> np.ndarray:
+        return entry.swap(np.asarray(jax.device_get(innermost(entry.leaf.value))))
+
+    return {
+        _BASE.format(module=entry.module): functools.partial(read, entry)
+        for entry in adapted
+        if entry.index is None and not is_node(innermost(entry.leaf.value))
+    }
+
+
 def _check_base(path: pathlib.Path, name: str, entry: Entry) -> None:
     with safetensors.safe_open(path, framework="numpy") as file:
         stored = file.get_tensor(name)
-    dtype = entry.leaf.value.dtype
-    ours = entry.swap(np.asarray(jax.device_get(dense(entry.leaf.value))))
+    base = innermost(entry.leaf.value)
+    dtype = base.dtype
+    ours = entry.swap(np.asarray(jax.device_get(dense(base))))
     if stored.shape != ours.shape or not np.array_equal(stored.astype(dtype), ours.astype(dtype)):
         raise UserError(f"{path}: {name} isn't this model's {entry.name}: the adapter is of another base model, or trained its head whole.")
 

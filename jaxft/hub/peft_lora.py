@@ -45,7 +45,10 @@ def write(model: nn.Module, params: Params, method: LoRA) -> Written:
             f"method.start: '{method.start}' quantized the base again, and the adapter belongs to that one alone. Write the model: "
             "jaxft.save_pretrained(folder, model, method.merge(model, params)), or start with 'loftq', which leaves the base as it is."
         )
-    return Written(_config(method, every, adapted), {slot.key: _reader(slot) for slot in _slots(method, every)})
+    tensors = {slot.key: _reader(slot) for slot in _slots(method, every)}
+    if adapted[0].leaf.value.start_a is None:  # else the base isn't the original one
+        tensors |= peft_leaves.base_weights(adapted)
+    return Written(_config(method, every, adapted), tensors)
 
 
 def read(

@@ -61,7 +61,7 @@ def write(model: nn.Module, params: Params, method: VeRA) -> Written:
         "vera_dropout": method.dropout,
     }
     shared = {name: lambda field=field: np.asarray(getattr(first, field).value).T for name, field in _PROJECTIONS.items()}
-    return Written(config, {**peft_leaves.tensors(_places(adapted)), **shared})
+    return Written(config, {**peft_leaves.tensors(_places(adapted)), **shared, **peft_leaves.base_weights(adapted)})
 
 
 def read(
