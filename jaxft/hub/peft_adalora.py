@@ -1,5 +1,6 @@
 """AdaLoRA as PEFT writes and reads it: pruned triplets are left out of the file, and named in the configuration's rank_pattern."""
 
+import functools
 import pathlib
 from collections.abc import Collection
 from typing import Any
@@ -90,12 +91,15 @@ def read(
         raise UserError(f"{where}: target_r is {settings['target_rank']}, above init_r, {settings['init_rank']}.")
     targets = peft_lora_config.summarize(dict.fromkeys(names, True), [place(entry) for entry in linear], "/")
     method = AdaLoRA(**settings, targets=tuple(targets))
-    params = method.added(jax.random.key(0), model, params)
-    slots = []
-    for entry in nodes_of(linear_layers(model, params), AdaLoRAKernel, method.is_target):
-        slots += _slots(entry, _kept(config, entry.module, method.init_rank, where))
-    peft_tensors.check(folder / WEIGHTS, slots, linear, saved)
-    return peft_tensors.fill(folder / WEIGHTS, params, slots), method
+    add = functools.partial(method.added, jax.random.key(0), model)
+
+    def slots(params: Params) -> list[Slot]:
+        adapted = nodes_of(linear_layers(model, params), AdaLoRAKernel, method.is_target)
+        return [slot for entry in adapted for slot in _slots(entry, _kept(config, entry.module, method.init_rank, where))]
+
+    peft_tensors.check(folder / WEIGHTS, slots(jax.eval_shape(add, params)), linear, saved)  # nothing is made for a file that doesn't fit
+    params = add(params)
+    return peft_tensors.fill(folder / WEIGHTS, params, slots(params)), method
 
 
 def _values(entry: Entry) -> np.ndarray:

@@ -1,5 +1,6 @@
 """LoRA as PEFT writes and reads it."""
 
+import functools
 import pathlib
 from collections.abc import Callable, Collection
 from typing import Any
@@ -63,11 +64,11 @@ def read(
     chosen = set(peft_lora_config.targets(config, [entry.module for entry in kernels], where, "linear layers and embeddings", linear))
     peft_leaves.check_free(every, LoRAKernel, chosen, METHOD.__name__)
     method = _method(config, every, chosen, where)
-    params = method.added(jax.random.key(0), model, params)
-    made = tensors_of(model, params)
-    slots = _slots(method, made)
-    peft_tensors.check(folder / WEIGHTS, slots, kernels, saved)
-    return peft_tensors.fill(folder / WEIGHTS, params, slots), method
+    add = functools.partial(method.added, jax.random.key(0), model)
+    shapes = tensors_of(model, jax.eval_shape(add, params))  # nothing is made for a file that doesn't fit
+    peft_tensors.check(folder / WEIGHTS, _slots(method, shapes), kernels, saved)
+    params = add(params)
+    return peft_tensors.fill(folder / WEIGHTS, params, _slots(method, tensors_of(model, params))), method
 
 
 def kernels_of(every: list[Entry]) -> list[Entry]:

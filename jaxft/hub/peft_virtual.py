@@ -78,8 +78,8 @@ class VirtualTokens:
         self._check(config, base.config, where)
         create: Any = self.METHOD
         method = create(virtual_tokens=config["num_virtual_tokens"], **self.made(config, where))
-        params = method.init(jax.random.key(0), model, params)
         tensor = self._tensor(folder / WEIGHTS, (method.virtual_tokens, self.width(base.config)))
+        params = method.init(jax.random.key(0), model, params)
         node = params[self.site]
         value = jnp.asarray(tensor.astype(np.float32).reshape(node.embedding.shape))
         return params | {self.site: dataclasses.replace(node, embedding=value)}, method

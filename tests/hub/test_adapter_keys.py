@@ -101,6 +101,23 @@ def test_a_value_of_pefts_keys_that_is_of_no_use_is_named(kind, key, value, fold
     assert "method." not in message
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("LORA", {"r": 10**9}),
+        ("LORA", {"rank_pattern": {"q_proj": 10**9}}),
+        ("ADALORA", {"init_r": 10**6, "rank_pattern": None}),
+        ("PREFIX_TUNING", {"num_virtual_tokens": 10**9}),
+    ],
+    ids=str,
+)
+def test_a_size_that_the_tensors_do_not_have_takes_no_memory(kind, changes, folders, tmp_path):
+    shutil.copytree(folders / kind, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    message, _ = refused(tmp_path / "a", config | changes)
+    assert "doesn't fit" in message
+
+
 def test_a_key_that_peft_always_has_is_missed(folders, tmp_path):
     shutil.copytree(folders / "PREFIX_TUNING", tmp_path / "a")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
