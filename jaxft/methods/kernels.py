@@ -29,10 +29,10 @@ def kernel_names(params: Params) -> list[str]:
     return [name for leaf in segments.leaves(params, is_leaf=is_node) if is_kernel(leaf) for name in leaf.names]
 
 
-def chosen_kernels(params: Params, targets: Sequence[str]) -> list[str]:
+def chosen_kernels(params: Params, targets: Sequence[str], field: str = "method.targets") -> list[str]:
     """Returns the names of the kernels that `targets` choose; raises `UserError` for no pattern, and one that matches none."""
     names = kernel_names(params)
-    check_targets(targets, names)
+    check_targets(targets, names, field)
     return [name for name in names if first_match(targets, name) is not None]
 
 
