@@ -153,7 +153,7 @@ def mask_by_name(params: Params, trains: Callable[[str], bool]) -> Any:
 
 
 def names_of(params: Params) -> list[str]:
-    """Returns the name of every leaf of the base, one for each layer."""
+    """Returns the name of every leaf of the base, one for each layer; a quantized kernel has one, whatever it is made of."""
     base = partition(params, of_base(params))[0]
     return [name for leaf in leaves(base, is_leaf=is_quantized) for name in leaf.names]
 

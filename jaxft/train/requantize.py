@@ -15,7 +15,7 @@ from jaxft.models.node import dense, is_node, is_quantized
 from jaxft.quant.blockwise import Format
 from jaxft.train.evaluate import Evaluator
 from jaxft.train.report import card
-from jaxft.train.setup import Setup
+from jaxft.train.setup import Setup, on_host
 from jaxft.train.state import State
 
 
@@ -26,7 +26,7 @@ def export(setup: Setup, state: State, evaluator: Evaluator, folder: pathlib.Pat
     output head, in NF4 with double quantization.
     """
     experiment, params = setup.experiment, setup.params(state)
-    merged = experiment.method.merge(setup.model, params)
+    merged = experiment.method.merge(setup.model, on_host(params))
     formats = formats_of(params) or chosen(merged, Format(), PATTERNS)
     again = in_formats(merged, formats)
     errors = kernel_errors(merged, again)

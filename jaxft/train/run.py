@@ -31,7 +31,7 @@ from jaxft.train.evaluate import Evaluation, Evaluator, make_sampling
 from jaxft.train.logs import peak_memory_bytes
 from jaxft.train.loop import Loop, Outcome
 from jaxft.train.report import adapter_command, card, model_command, print_answers, print_comparison
-from jaxft.train.setup import Setup, can_merge, set_up
+from jaxft.train.setup import Setup, can_merge, on_host, set_up
 from jaxft.train.state import State
 
 WHOLE = (HF, BITSANDBYTES)  # formats of a merged model
@@ -342,7 +342,7 @@ def _export(setup: Setup, state: State, format: str, method: Method, folder: pat
     if format != "hf":
         save_adapter(folder, setup.model, params, method, base_model=experiment.model.source, card=text)
     else:
-        save_pretrained(folder, setup.model, method.merge(setup.model, params), setup.tokenizer, card=text)
+        save_pretrained(folder, setup.model, method.merge(setup.model, on_host(params)), setup.tokenizer, card=text)
 
 
 def _summary_of(workdir: pathlib.Path) -> dict[str, Any]:

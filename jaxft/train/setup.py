@@ -253,6 +253,15 @@ def check_method(method: Method, model: Any, shapes: Any, seed: int, kernels: Or
     return params
 
 
+def on_host(params: Any) -> Any:
+    """Returns `params` where memory is largest: a merged model is a second copy of the weights, for which a device may have no room."""
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        return params
+    return jax.device_put(params, host)
+
+
 def can_merge(method: Method, model: Any, params: Any) -> bool:
     """Returns whether a method can be folded into the base, by shapes alone."""
     try:

@@ -13,7 +13,7 @@ import jaxft
 from jaxft.errors import UserError
 from jaxft.hub.load import OriginalKernels, describe_pretrained
 from jaxft.methods import IA3, AdaLoRA, BitFit, Bottleneck, Full, LoRA, NormTuning, Partial, Prefix, Prompt, PTuning, SparseMask, VeRA
-from jaxft.methods.partition import trainable_leaves
+from jaxft.methods.partition import size, size_in_bytes, trainable_leaves
 from jaxft.models import segments
 from jaxft.models.node import dense as dense_of
 from jaxft.models.node import is_node, is_quantized
@@ -80,6 +80,16 @@ def test_merged_is_the_kernel_made_dense_and_changed_and_the_rest_stays_quantize
     assert held == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"}
 
 
+def test_parameters_are_counted_as_of_dense_kernels_and_bytes_as_they_lie():
+    model, quantized, whole = base()
+    for params, like in ((quantized, whole), (LoRA(rank=2).init(jax.random.key(0), model, start) for start in (quantized, whole))):
+        assert size(params) == size(like)
+        assert [*map(size, jaxft.partition(params, LoRA().mask(params)))] == [*map(size, jaxft.partition(like, LoRA().mask(like)))]
+    kernel = quantized["layers"]["0-1"]["mlp"]["up_proj"]["kernel"]
+    assert size(kernel) == 2 * 64 * 128
+    assert size_in_bytes(kernel) == 2 * (64 * 128 // 2 + 128 + 4 + 4)  # of a layer: codes, a scale a block, theirs, the offset
+
+
 def test_twenty_steps_leave_every_bit_of_the_base():
     method, (model, params, _) = LoRA(rank=4), base()
     tuned = method.init(jax.random.key(0), model, params)
@@ -97,6 +107,10 @@ REFUSED = {
     "full beside a LoRA": (LoRA(targets=("q_proj",)) + Full(exclude=("mlp", "k_proj", "v_proj", "o_proj")), "q_proj/kernel can't train"),
     "pissa": (LoRA(start="pissa"), "takes a part out of the base.*a base in nf4 can't hold exactly. Start 'loftq' is made for it"),
     "olora": (LoRA(start="olora"), "a base in nf4 can't hold exactly"),
+    "a pattern without a match": (
+        Full(exclude=("kernl",)),
+        "matched against: .*attention/k_proj/kernel, layers/N/attention/o_proj/kernel,",
+    ),
     "loftq of too high a rank": (LoRA(start="loftq", rank=65), "finds no rank of 65"),
     "loftq of embeddings": (LoRA(start="loftq", targets=("layers", "embed")), "embeddings start at 'default'"),
 }
@@ -112,5 +126,11 @@ def test_what_makes_no_sense_is_refused_by_shapes_alone(name):
 
 def test_what_leaves_the_kernels_alone_is_taken():
     model, shapes = describe_pretrained(dense(), quantization=FORMAT, quantized=("layers/0",))
-    for method in (Partial(last=1), NormTuning(), Partial(targets=("embed", "lm_head")), LoRA(start="loftq", layers=(0,))):
+    for method in (
+        Full(exclude=("layers/0",)),
+        Partial(last=1),
+        NormTuning(),
+        Partial(targets=("embed", "lm_head")),
+        LoRA(start="loftq", layers=(0,)),
+    ):
         check_method(method, model, shapes, 0, OriginalKernels(dense()))
