@@ -14,7 +14,7 @@ import sft_job
 
 import jaxft
 from jaxft.hub.peft import adapter_format
-from jaxft.methods.partition import size
+from jaxft.methods.partition import size, size_in_bytes
 from jaxft.train.optimizer import make_optimizer
 from jaxft.train.state import new_state
 from jaxft.train.step import make_step
@@ -42,7 +42,7 @@ def train(job: sft_job.Job) -> Trained:
     if adapter_format(method):
         jaxft.save_adapter(job.path("adapter"), model, params, method)
     trainable, frozen = jaxft.partition(params, method.mask(params))
-    counts = {"trainable_parameters": size(trainable), "total_parameters": size(params)}
+    counts = {"trainable_parameters": size(trainable), "total_parameters": size(params), "frozen_bytes": size_in_bytes(frozen)}
     del params
     optimizer = method.optimizer(make_optimizer(config.optimizer, config.train.steps), config.train.steps)
     state = new_state(trainable, optimizer)

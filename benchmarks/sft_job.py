@@ -100,9 +100,19 @@ def training_batches(job: Job, source: str) -> Any:
     return batches(max(1, round(job.examples_per_step * rows_per_epoch / len(examples))))
 
 
+def base_model(job: Job, source: str) -> tuple[Any, Any]:
+    """Returns the recipe's model, in float32 or as it is quantized, and its parameters."""
+    import jaxft
+    from jaxft.train.setup import from_source
+
+    config = experiment(job)
+    held = dataclasses.replace(config.model, source=source, dtype="float32", revision="main")
+    model, params = jaxft.load_pretrained(**from_source(held))
+    return model.clone(remat=config.train.remat), params
+
+
 def initial_parameters(job: Job, source: str, batches: Any) -> tuple[Any, Any, Any]:
     """Returns the model, its parameters with the method's that both sides start from, and the method."""
-    import jaxft
     from jaxft.hub.load import OriginalKernels
     from jaxft.hub.tokenizer import load_tokenizer
     from jaxft.methods.base import Material
@@ -111,8 +121,7 @@ def initial_parameters(job: Job, source: str, batches: Any) -> tuple[Any, Any, A
     from jaxft.train.state import key_for
 
     config = experiment(job)
-    model, params = jaxft.load_pretrained(source, dtype="float32")
-    model = model.clone(remat=config.train.remat)
+    model, params = base_model(job, source)
     method = config.method.tokenized(load_tokenizer(source))
 
     def scores(params: Any, chosen: Any, kind: str, count: int) -> Any:
@@ -142,7 +151,7 @@ def _write_tiny(job: Job) -> str:
     import transformers
 
     torch.manual_seed(job.seed)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = transformers.LlamaConfig(vocab_size=49152, tie_word_embeddings=True, **shape)
     transformers.LlamaForCausalLM(config).save_pretrained(job.path("tiny"))
     return str(job.path("tiny"))

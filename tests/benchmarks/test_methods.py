@@ -27,4 +27,4 @@ def test_quick_benchmark_agrees_and_reports(tmp_path):
         for found, expected in zip(ours["losses"], theirs["losses"], strict=True):
             assert abs(found / expected - 1) < TOLERANCE
     assert (tmp_path / "methods.png").exists()
-    assert "| prompt | PEFT | 640 |" in (tmp_path / "methods.md").read_text()
+    assert "| prompt | PEFT | 1,280 |" in (tmp_path / "methods.md").read_text()
