@@ -8,7 +8,8 @@ import jax
 from flax import linen as nn
 
 from jaxft.errors import UserError
-from jaxft.hub import peft_lora_config, peft_tensors
+from jaxft.hub import peft_leaves, peft_lora_config, peft_tensors
+from jaxft.hub.checkpoint import FLOATS, header
 from jaxft.hub.names import Entry, tensors_of
 from jaxft.hub.peft_format import WEIGHTS, Params, Written
 from jaxft.hub.peft_tensors import PREFIX, Slot, module_of
@@ -82,4 +83,8 @@ def read(folder: pathlib.Path, model: nn.Module, params: Params, method: Method,
     patterns = peft_lora_config.summarize(places, [entry.path.rpartition("/")[0] for entry in every], "/")
     whole = Partial(targets=tuple(patterns))
     params = whole.init(jax.random.key(0), model, params)
-    return peft_tensors.fill(folder / WEIGHTS, params, slots(tensors_of(model, params), saved)), method + whole
+    wanted = slots(tensors_of(model, params), saved)
+    stored = header(folder / WEIGHTS, (*FLOATS, "I32"))  # beside the indices of a SHiRA
+    found = {slot.key: stored[slot.key] for slot in wanted if slot.key in stored}
+    peft_leaves.check(folder, {slot.key: slot.shape for slot in wanted}, found)
+    return peft_tensors.fill(folder / WEIGHTS, params, wanted), method + whole

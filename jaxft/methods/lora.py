@@ -216,7 +216,7 @@ class LoRA(Method):
         for leaf in segments.leaves(params, is_leaf=is_node):
             if leaf.layers is not None:
                 for layer, name in zip(leaf.layers, leaf.names, strict=True):
-                    per_layer[layer].append((leaf.path[-2], self._rank_of(leaf, name), self.trains_whole(name)))
+                    per_layer[layer].append((leaf.path[-2], self._target_rank(name), self.trains_whole(name)))
         params = segments.refine(params, lambda layer: tuple(per_layer[layer]))
         return segments.map_leaves(lambda leaf: self._around(rng, leaf, kernel), params, is_leaf=is_node)
 
@@ -254,6 +254,7 @@ class LoRA(Method):
         return optax.chain(inner, optax.stateless(faster))
 
     def _target_rank(self, name: str) -> int:
+        """The rank at the kernel or table of this name, 0 where it is no target."""
         return self.rank_of(name) if self.is_target(name) else 0
 
     def rank_of(self, name: str) -> int:
@@ -314,17 +315,8 @@ class LoRA(Method):
         if lora_start.decomposes(self.start) and any(name.endswith(f"/{EMBEDDING}") for name in chosen):
             raise UserError(f"method.start: {self.start} is for linear layers; embeddings start at 'default'.")
 
-    def _rank_of(self, leaf: segments.Leaf, name: str) -> int:
-        """The rank at a leaf's layer, 0 where it isn't a target."""
-        if not self.is_target(name):
-            return 0
-        rank = self.rank_of(name)
-        if rank > min(leaf.shape) and lora_start.decomposes(self.start):
-            raise UserError(f"method.rank: {name} is {leaf.shape[0]} x {leaf.shape[1]}; '{self.start}' finds no rank of {rank} in it.")
-        return rank
-
     def _around(self, rng: jax.Array, leaf: segments.Leaf, kernel: Callable[[str], Any] | None) -> Any:
-        rank = self._rank_of(leaf, leaf.names[0])
+        rank = self._target_rank(leaf.names[0])
         if not rank:
             return leaf.value
         base = leaf.value

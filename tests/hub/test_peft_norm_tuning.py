@@ -43,7 +43,7 @@ def test_training_is_that_of_peft():
 
 BROKEN = {
     "unknown": ({"use_magic": True}, "a key that jaxft doesn't know, 'use_magic'"),
-    "modules": ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
+    "modules": ({"modules_to_save": ["lm_head"]}, "it lacks base_model.model.lm_head.weight"),
     "task": ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'"),
     "none": ({"target_modules": []}, "has no target_modules"),
     "linear": ({"target_modules": ["q_proj"]}, "choose none of the model's norms: .*input_layernorm"),

@@ -308,7 +308,7 @@ def _bias(params):
         ({"targets": ("layers/7",)}, "method.targets: the pattern 'layers/7' matches nothing"),
         ({"targets": ("q_proj",), "rank_pattern": (("v_proj", 2),)}, "method.rank_pattern: the pattern 'v_proj' matches nothing"),
         ({"targets": ("q_proj",), "alpha_pattern": (("mlp", 2.0),)}, "method.alpha_pattern: the pattern 'mlp' matches nothing"),
-        ({"rank": 33, "start": "pissa"}, "'pissa' finds no rank of 33 in it"),
+        ({"rank": 33, "start": "pissa"}, "a rank of 33 is above that of any such matrix, 16"),
         ({"targets": ("norm",)}, "matches nothing"),
     ],
     ids=str,

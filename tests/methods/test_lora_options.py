@@ -33,7 +33,7 @@ METHODS = {
     "pissa": LoRA(rank=3, alpha=7.0, start="pissa", rank_pattern=(("k_proj", 2),)),
     "fast pissa with dora": LoRA(rank=3, alpha=7.0, start="pissa_niter_3", dora=True),
     "olora": LoRA(rank=3, alpha=7.0, start="olora", rslora=True),
-    "gaussian": LoRA(rank=40, alpha=7.0, start="gaussian", layers=(0, 2)),
+    "gaussian": LoRA(rank=16, alpha=7.0, start="gaussian", layers=(0, 2)),
     "modules": LoRA(rank=3, alpha=7.0, targets=("q_proj",), bias="all", modules_to_save=("lm_head", "norm")),
 }
 

@@ -75,7 +75,8 @@ class Pair:
         """Returns jaxft's leaves by their names in an adapter's file."""
         with tempfile.TemporaryDirectory() as folder:
             jaxft.save_adapter(f"{folder}/adapter", self.model, jaxft.combine(trainable, self.frozen), self.method)
-            return safetensors.numpy.load_file(f"{folder}/adapter/adapter_model.safetensors")
+            found = safetensors.numpy.load_file(f"{folder}/adapter/adapter_model.safetensors")
+        return {name: leaf for name, leaf in found.items() if name in self.leaves}  # without the base's own weight of a targeted head
 
 
 @functools.cache

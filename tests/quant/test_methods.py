@@ -111,7 +111,7 @@ REFUSED = {
         Full(exclude=("kernl",)),
         "matched against: .*attention/k_proj/kernel, layers/N/attention/o_proj/kernel,",
     ),
-    "loftq of too high a rank": (LoRA(start="loftq", rank=65), "finds no rank of 65"),
+    "loftq of too high a rank": (LoRA(start="loftq", rank=65), "a rank of 65 is above"),
     "loftq of embeddings": (LoRA(start="loftq", targets=("layers", "embed")), "embeddings start at 'default'"),
 }
 

@@ -253,7 +253,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(material, tmp_path):
         (("--config.method.targets=q_prj",), "q_proj"),
         (("--config.model.quantization=nf3",), "Did you mean 'nf4'"),
         (("--config.model.quantization=nf4", "--config.method=Full()"), "can't train: it is held in nf4"),
-        (("--config.method.rank=33", "--config.method.start=pissa"), "finds no rank of 33"),
+        (("--config.method.rank=33", "--config.method.start=pissa"), "a rank of 33 is above"),
         (("--config.data.train=nowhere.jsonl",), "nowhere.jsonl"),
     ],
 )
