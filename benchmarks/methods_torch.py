@@ -10,7 +10,7 @@ import torch
 import torch_loop
 import transformers
 
-LAST = 6  # layers that partial_llama2 trains
+LAST, FINAL_NORM = 6, "model.norm.weight"  # layers that partial_llama2 trains, and what stands above them
 BOTTLENECK = "bottleneck_llama2"  # AdapterHub's library, which pins an older transformers: an environment of its own
 WITHOUT_ADAPTER = ("full_llama2", "partial_llama2")  # transformers alone
 
@@ -27,7 +27,7 @@ def load(job: sft_job.Job) -> Any:
         return model
     if job.recipe in WITHOUT_ADAPTER:
         for name, leaf in model.named_parameters():
-            leaf.requires_grad_(job.recipe == "full_llama2" or "norm" in name or _in_last_layers(name, model.config.num_hidden_layers))
+            leaf.requires_grad_(job.recipe == "full_llama2" or name == FINAL_NORM or _in_last_layers(name, model.config.num_hidden_layers))
         return model
 
     import peft

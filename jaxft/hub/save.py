@@ -147,5 +147,17 @@ def _write_config(temporary: pathlib.Path, config: Any, dtype: np.dtype, quantiz
         generation = {name: hf[name] for name in _GENERATION_KEYS if hf.get(name) is not None} | {"_from_model_config": True}
     hf |= {"architectures": [config.architecture], "dtype": dtype.name, "transformers_version": transformers.__version__}
     written = transformers.AutoConfig.for_model(hf.pop("model_type"), **hf).to_diff_dict()
-    folders.write_json(temporary / CONFIG, written | ({QUANTIZATION: quantization} if quantization else {}))
+    folders.write_json(temporary / CONFIG, _rotary_keys(written) | ({QUANTIZATION: quantization} if quantization else {}))
     folders.write_json(temporary / GENERATION_CONFIG, generation | {"transformers_version": transformers.__version__})
+
+
+def _rotary_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns a config.json with the rotary embedding's keys of before transformers 5, which all of its versions read.
+
+    An older one doesn't know rope_parameters: it would take its default base of 10,000 without a word.
+    """
+    if (rotary := config.get("rope_parameters")) is None:
+        return config
+    scaling = {name: value for name, value in rotary.items() if name != "rope_theta"}
+    rest = {name: value for name, value in config.items() if name != "rope_parameters"}
+    return rest | {"rope_theta": rotary["rope_theta"], "rope_scaling": None if scaling == {"rope_type": "default"} else scaling}

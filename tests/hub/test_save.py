@@ -56,6 +56,19 @@ def test_loading_it_again_gives_the_same_model(name, folder, tmp_path):
     assert {**vars(again.config), "hf": ""} == {**vars(model.config), "hf": ""}
 
 
+@pytest.mark.parametrize(("kind", "factor"), [("default", None), ("linear", 4.0)])
+def test_transformers_before_version_5_finds_the_rotary_base(kind, factor, tmp_path):
+    config = transformers.LlamaConfig(vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    config.rope_parameters = {"rope_theta": 54321.0, "rope_type": kind} | ({"factor": factor} if factor else {})
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "theirs")
+    jaxft.save_pretrained(tmp_path / "ours", *jaxft.load_pretrained(str(tmp_path / "theirs")))
+    written = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert "rope_parameters" not in written  # a key of version 5, which reads the older ones too
+    assert written["rope_theta"] == 54321.0
+    assert written["rope_scaling"] == ({"rope_type": kind, "factor": factor} if factor else None)
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "ours").rope_parameters == config.rope_parameters
+
+
 def test_over_the_shard_size_it_is_sharded(loaded, folder):
     model, params = loaded
     jaxft.save_pretrained(folder, model, params, max_shard_size="20KB")
