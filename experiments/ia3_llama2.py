@@ -4,7 +4,10 @@
 
 The recipe of lora_llama2, with vectors that scale keys, values and the feed-forward layers' inner activations in training.
 
-Hardware: two CPU cores. Not measured yet.
+Hardware: two CPU cores, 2.4 GB of memory; 291 tokens/s, a step in 1.02 of lora_llama2's time (benchmarks/results/methods.md). 57,600
+parameters train.
+Measured result, 50 steps, 48 reviews held out, exact match of condition, rating, both (answer loss): 29.2%, 77.1%, 20.8% (0.579);
+lora_llama2 has 37.5%, 83.3%, 31.2% (0.514), the untuned model 0% (4.230).
 """
 
 import dataclasses

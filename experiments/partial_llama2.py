@@ -5,7 +5,9 @@
 The recipe of lora_llama2, with the last six of SmolLM2's thirty layers and its last norm in training. The layers below take no backward
 pass. What is exported is the whole model.
 
-Hardware: two CPU cores. Not measured yet.
+Hardware: two CPU cores, 2.1 GB of memory; 509 tokens/s, a step in 0.58 of lora_llama2's time (benchmarks/results/methods.md). 21,241,152
+parameters train.
+Its result on held-out reviews isn't measured yet.
 """
 
 import dataclasses

@@ -4,8 +4,10 @@
 
 As lora_llama2, with 20 keys and values in every layer trained in the place of a LoRA. They start as those of the task's own words.
 
-Hardware: as lora_llama2.
-Not measured yet.
+Hardware: two CPU cores, 2.4 GB of memory; 279 tokens/s, a step in 1.01 of lora_llama2's time (benchmarks/results/methods.md). 230,400
+parameters train.
+Measured result, 50 steps, 48 reviews held out, exact match of condition, rating, both (answer loss): 31.2%, 75.0%, 25.0% (0.727);
+lora_llama2 has 37.5%, 83.3%, 31.2% (0.514), the untuned model 0% (4.230).
 """
 
 import dataclasses

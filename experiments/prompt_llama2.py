@@ -4,8 +4,10 @@
 
 As lora_llama2, with the embeddings of 20 virtual tokens trained in the place of a LoRA. They start as those of the task's own words.
 
-Hardware: as lora_llama2.
-Not measured yet.
+Hardware: two CPU cores, 2.5 GB of memory; 306 tokens/s, a step in 0.96 of lora_llama2's time (benchmarks/results/methods.md). 11,520
+parameters train.
+Measured result, 50 steps, 48 reviews held out, exact match of condition, rating, both (answer loss): 14.6%, 77.1%, 10.4% (0.983);
+lora_llama2 has 37.5%, 83.3%, 31.2% (0.514), the untuned model 0% (4.230).
 """
 
 import dataclasses

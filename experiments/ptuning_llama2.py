@@ -4,8 +4,10 @@
 
 As lora_llama2, with 20 virtual tokens and the encoder that makes their embeddings trained in the place of a LoRA.
 
-Hardware: as lora_llama2.
-Not measured yet.
+Hardware: two CPU cores, 2.5 GB of memory; 299 tokens/s, a step in 0.97 of lora_llama2's time (benchmarks/results/methods.md). 1,008,576
+parameters train.
+Measured result, 50 steps, 48 reviews held out, exact match of condition, rating, both (answer loss): 6.2%, 75.0%, 4.2% (1.092); lora_llama2
+has 37.5%, 83.3%, 31.2% (0.514), the untuned model 0% (4.230).
 """
 
 import dataclasses
