@@ -83,16 +83,8 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of each side, 2 or more; the first isn't timed")
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), help="these methods alone")
-    parser.add_argument("--output", type=pathlib.Path, default=HERE / "results", help="folder for methods.json, methods.md and methods.png")
-    parser.add_argument("--quick", action="store_true", help="2 steps of a tiny random model")
-    options = parser.parse_args()
-    if options.quick:
-        options.steps = sft.QUICK_STEPS
-    if options.steps < 2:
-        parser.error("--steps must be 2 or more: the first step isn't timed.")
-    return options
+    return sft.parsed(parser, 4, "methods.json, methods.md and methods.png")
 
 
 def measure(name: str, job: sft_job.Job, folder: str) -> dict[str, Any]:

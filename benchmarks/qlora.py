@@ -10,7 +10,6 @@ beside the rest. Needs jaxft's extra `benchmark`. Writes qlora.json and qlora.md
 
 import argparse
 import json
-import pathlib
 import tempfile
 from typing import Any
 
@@ -19,33 +18,19 @@ import methods
 import sft
 import sft_job
 
-HERE = pathlib.Path(__file__).resolve().parent
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "bitsandbytes", "peft", "transformers", "torch", "numpy")
 LORA, QLORA, PEFT = "jaxft, LoRA", "jaxft, QLoRA", "PEFT and bitsandbytes, QLoRA"
 
 
 def main() -> None:
     """Runs the three sides and writes the report."""
-    options = _options()
+    options = sft.parsed(argparse.ArgumentParser(description=__doc__.splitlines()[0]), 5, "qlora.json and qlora.md")
     options.output.mkdir(parents=True, exist_ok=True)
     report = {"machine": machine.describe(PACKAGES), "steps": options.steps, "sides": measure(options)}
     text = render(report)
     print(text)
     (options.output / "qlora.json").write_text(json.dumps(report, indent=1) + "\n")
     (options.output / "qlora.md").write_text(text + "\n")
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=5, help="optimizer steps of each side, 2 or more; the first isn't timed")
-    parser.add_argument("--output", type=pathlib.Path, default=HERE / "results", help="folder for qlora.json and qlora.md")
-    parser.add_argument("--quick", action="store_true", help="2 steps of a tiny random model")
-    options = parser.parse_args()
-    if options.quick:
-        options.steps = sft.QUICK_STEPS
-    if options.steps < 2:
-        parser.error("--steps must be 2 or more: the first step isn't timed.")
-    return options
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

@@ -63,7 +63,7 @@ TRIAL_SECONDS = 300  # then a trial is given up: ten times what the slowest vari
 
 def main() -> None:
     """Runs both sides and writes the report."""
-    options = _options()
+    options = parsed(argparse.ArgumentParser(description=__doc__.splitlines()[0]), 20, "sft.json, sft.md and sft.png")
     options.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         job = sft_job.Job(sft_job.TINY if options.quick else sft_job.BUNDLED, folder, options.steps)
@@ -82,11 +82,17 @@ def main() -> None:
     plot(report, options.output / "sft.png")
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each side, 2 or more; the first isn't timed")
-    parser.add_argument("--output", type=pathlib.Path, default=HERE / "results", help="folder for sft.json, sft.md and sft.png")
-    parser.add_argument("--quick", action="store_true", help="2 steps of a tiny random model, and one variant of TRL")
+def parsed(parser: argparse.ArgumentParser, steps: int, files: str) -> argparse.Namespace:
+    """Returns the options of a benchmark that trains: a parser's own, and those that all have.
+
+    Args:
+      parser: with what the benchmark alone has.
+      steps: where none are asked for.
+      files: that it writes.
+    """
+    parser.add_argument("--steps", type=int, default=steps, help="optimizer steps of each side, 2 or more; the first isn't timed")
+    parser.add_argument("--output", type=pathlib.Path, default=HERE / "results", help=f"folder for {files}")
+    parser.add_argument("--quick", action="store_true", help="2 steps of a tiny random model")
     options = parser.parse_args()
     if options.quick:
         options.steps = QUICK_STEPS
