@@ -6,7 +6,8 @@ The recipe of lora_llama2, with two random matrices for all of SmolLM2's layers,
 
 Hardware: two CPU cores, 2.6 GB of memory; 269 tokens/s, a step in 1.08 of lora_llama2's time (benchmarks/results/methods.md). 168,960
 parameters train.
-Its result on held-out reviews isn't measured yet.
+Measured result, 50 steps, 48 reviews held out, exact match of condition, rating, both (answer loss): 14.6%, 81.2%, 8.3% (0.888);
+lora_llama2 has 37.5%, 83.3%, 31.2% (0.514), the untuned model 0% (4.230).
 """
 
 import dataclasses
