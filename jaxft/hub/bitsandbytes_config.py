@@ -64,9 +64,9 @@ def check_code(code: str) -> None:
         raise UserError(f"bitsandbytes' 4-bit folders hold {' and '.join(CODES)}; this model is in {code}. Write it whole: format hf.")
 
 
-def format_of(config: Mapping[str, Any]) -> Format:
-    """Returns the format that a quantization_config names."""
-    return Format(config.get("bnb_4bit_quant_type", "fp4"), BLOCK_SIZE, bool(config.get("bnb_4bit_use_double_quant")))
+def format_of(config: Mapping[str, Any], block_size: int = BLOCK_SIZE) -> Format:
+    """Returns the format that a quantization_config names; it says nothing of the size of blocks."""
+    return Format(config.get("bnb_4bit_quant_type", "fp4"), block_size, bool(config.get("bnb_4bit_use_double_quant")))
 
 
 def is_converted(config: Mapping[str, Any], module: str) -> bool:

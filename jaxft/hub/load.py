@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from jaxft.errors import UserError, unknown
 from jaxft.hub import sources
+from jaxft.hub.bitsandbytes_config import BLOCK_SIZE
 from jaxft.hub.bitsandbytes_folder import BitsandbytesFolder
 from jaxft.hub.checkpoint import QUANTIZATION, Checkpoint, SafetensorsFolder, architecture_of, read_config
 from jaxft.hub.gguf_file import GGUFFile
@@ -64,7 +65,8 @@ def load_pretrained(
     >>> params["layers"]["0-29"]["attention"]["q_proj"]["kernel"].shape
     (30, 576, 576)
     """
-    model, family, checkpoint, name = _open(source, task, dtype, revision)
+    _check_options(task, dtype, quantization)
+    model, family, checkpoint, name = _open(source, dtype, revision)
     shapes = _shapes(model)
     stored = _stored(checkpoint)
     held = {entry.path: stored[entry.name] for entry in entries(family.module, shapes) if entry.name in stored}
@@ -83,14 +85,15 @@ def describe_pretrained(
     """Returns a pre-trained model and the shapes of its parameters, from its configuration alone: nothing else is downloaded or read.
 
     Arguments and errors are those of `load_pretrained`. What the files of a quantized model don't say in their configuration, the size of
-    its blocks, is taken for bitsandbytes' default.
+    its blocks, is taken for that of `quantization`, or bitsandbytes' default.
     """
-    _check_options(task, dtype)
+    _check_options(task, dtype, quantization)
     found = sources.find(source, revision, sources.CONFIG_FILES)
     config = GGUFFile(found.gguf).config if found.gguf else read_config(found)
     family, model = _model(config, found.name, dtype)
     shapes = _shapes(model)
-    held = configured(family.module, shapes, config[QUANTIZATION]) if QUANTIZATION in config else {}
+    block_size = BLOCK_SIZE if quantization is None else quantization.block_size
+    held = configured(family.module, shapes, config[QUANTIZATION], block_size) if QUANTIZATION in config else {}
     return model, shapes_in_formats(shapes, _formats(shapes, quantization, quantized, held, found.name))
 
 
@@ -129,18 +132,19 @@ class OriginalKernels:
 
     @functools.cached_property
     def _opened(self) -> tuple[Checkpoint, dict[str, Entry]]:
-        model, family, checkpoint, _ = _open(self._source, "causal_lm", "float32", self._revision)
+        model, family, checkpoint, _ = _open(self._source, "float32", self._revision)
         return checkpoint, {entry.path: entry for entry in entries(family.module, _shapes(model))}
 
 
-def _check_options(task: str, dtype: Any) -> None:
+def _check_options(task: str, dtype: Any, quantization: Any = None) -> None:
     if task not in TASKS:
         raise unknown("task", task, TASKS)
     compute_type(dtype)
+    if not isinstance(quantization, Format | None):
+        raise UserError(f'quantization is a jaxft.Format or None, not {quantization!r}: jaxft.Format("nf4") is QLoRA\'s.')
 
 
-def _open(source: str, task: str, dtype: Any, revision: str) -> tuple[nn.Module, Family, Checkpoint, str]:
-    _check_options(task, dtype)
+def _open(source: str, dtype: Any, revision: str) -> tuple[nn.Module, Family, Checkpoint, str]:
     found = sources.find(source, revision, sources.CONFIG_FILES + sources.WEIGHT_FILES + sources.TOKENIZER_FILES)
     checkpoint: Any = GGUFFile(found.gguf) if found.gguf else _folder(found)
     family, model = _model(checkpoint.config, found.name, dtype)
@@ -168,7 +172,7 @@ def _formats(
 ) -> dict[str, Format]:
     """The format of each quantized kernel, by our names: what the files have, and what is asked for."""
     wanted = chosen(shapes, quantization, patterns)
-    check_same(wanted, held, name)
+    check_same(wanted, held, f"'{name}'")
     return wanted | dict(held)
 
 

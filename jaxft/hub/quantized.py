@@ -11,7 +11,7 @@ from jaxft.errors import UserError
 from jaxft.hub.bitsandbytes_config import format_of, is_converted
 from jaxft.hub.names import entries
 from jaxft.methods.kernels import chosen_kernels, is_kernel, wrap
-from jaxft.models.node import is_quantized
+from jaxft.models.node import Around, is_node, is_quantized
 from jaxft.models.segments import Leaf, leaves
 from jaxft.quant.blockwise import Format, quantize
 
@@ -23,7 +23,8 @@ FIELD = "config.model.quantized"  # what messages call the patterns
 def quantized(params: Params, format: Format | None, patterns: Sequence[str] = PATTERNS) -> Params:
     """Returns `params` with the linear kernels that `patterns` choose in `format`.
 
-    Where layers differ in what is quantized, they are grouped anew. Raises `UserError` for a pattern that matches nothing.
+    Where layers differ in what is quantized, they are grouped anew. Raises `UserError` for a pattern that matches nothing, for
+    parameters that hold a method's nodes, and for kernels that are quantized otherwise already.
 
     Args:
       params: plain nested dicts of arrays, or of their shapes under `jax.eval_shape`.
@@ -32,7 +33,12 @@ def quantized(params: Params, format: Format | None, patterns: Sequence[str] = P
     """
     if format is None:
         return params
-    return in_formats(params, dict.fromkeys(chosen_kernels(params, patterns, FIELD), format))
+    wanted = chosen(params, format, patterns)
+    held = [leaf for leaf in leaves(params, is_leaf=is_node) if isinstance(leaf.value, Around)]
+    if held:
+        raise UserError(f"{held[0].names[0]} holds {type(held[0].value).__name__}, a method's. Quantize the base first, then method.init.")
+    check_same(wanted, formats_of(params), "The model")
+    return in_formats(params, wanted)
 
 
 def in_formats(params: Params, formats: Mapping[str, Format]) -> Params:
@@ -67,10 +73,10 @@ def chosen(shapes: Params, format: Format | None, patterns: Sequence[str]) -> di
     return {} if format is None else dict.fromkeys(chosen_kernels(shapes, patterns, FIELD), format)
 
 
-def configured(family: ModuleType, shapes: Params, config: Mapping[str, Any]) -> dict[str, Format]:
-    """Returns the format of each kernel, by our names, that a quantization_config says is quantized."""
+def configured(family: ModuleType, shapes: Params, config: Mapping[str, Any], block_size: int) -> dict[str, Format]:
+    """Returns the format of each kernel, by our names, that a quantization_config says is quantized, in blocks of that size."""
     held = [entry for entry in entries(family, shapes) if is_kernel(entry.leaf) and is_converted(config, entry.module)]
-    return {entry.path: format_of(config) for entry in held}
+    return {entry.path: format_of(config, block_size) for entry in held}
 
 
 def check_same(wanted: Mapping[str, Format], held: Mapping[str, Format], name: str) -> None:
@@ -78,7 +84,7 @@ def check_same(wanted: Mapping[str, Format], held: Mapping[str, Format], name: s
     for kernel, format in wanted.items():
         if kernel in held and held[kernel] != format:
             raise UserError(
-                f"'{name}' is quantized already: {kernel} is in {_described(held[kernel])}, not {_described(format)}. Take it as it is "
+                f"{name} is quantized already: {kernel} is in {_described(held[kernel])}, not {_described(format)}. Take it as it is "
                 "(config.model.quantization=none), or pass the model in full precision."
             )
 

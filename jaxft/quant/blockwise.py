@@ -43,7 +43,7 @@ class Format:
     def __post_init__(self) -> None:
         if self.code not in codes.BOOKS:
             raise unknown("code book", self.code, codes.BOOKS)
-        if self.block_size not in BLOCK_SIZES:
+        if not isinstance(self.block_size, int) or self.block_size not in BLOCK_SIZES:
             raise UserError(f"A block size is one of {', '.join(map(str, BLOCK_SIZES))}, not {self.block_size}.")
 
     @property

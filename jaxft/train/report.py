@@ -7,7 +7,9 @@ from typing import Any
 from jaxft import console
 from jaxft.config import Experiment, ModelConfig
 from jaxft.data.tokenize import Examples
-from jaxft.hub.bitsandbytes_config import CODES
+from jaxft.hub.bitsandbytes_config import BLOCK_SIZE, CODES
+from jaxft.hub.load import compute_type
+from jaxft.hub.quantized import PATTERNS
 from jaxft.hub.sources import BUNDLED, find
 from jaxft.train.evaluate import Evaluation
 
@@ -64,16 +66,40 @@ def adapter_command(folder: pathlib.Path, model: ModelConfig, format: str) -> st
             "    adapters.init(base)\n"
             f'    base.load_adapter("{folder}", with_head=False, set_active=True, use_safetensors=True)\n'
         )
-    quantized = model.quantization in CODES
-    settings = f'load_in_4bit=True, bnb_4bit_quant_type="{model.quantization}", bnb_4bit_use_double_quant={model.double_quantization}'
-    if quantized:
+    names, written, note = "AutoModelForCausalLM", "", ""
+    if model.quantization in CODES and _is_made_by_transformers(model, "gguf_file" in base):
+        names += ", BitsAndBytesConfig"
+        settings = f'load_in_4bit=True, bnb_4bit_quant_type="{model.quantization}", bnb_4bit_use_double_quant={model.double_quantization}'
         base = f"{base}, quantization_config=BitsAndBytesConfig({settings})"
+    elif model.quantization in CODES:
+        base, written = '"base"', _base_command(model)
+    elif model.quantization != "none":
+        note = f" transformers holds no kernels in {model.quantization}: this is the base whole, which differs a little."
     return (
-        f"The adapter is in {folder}. With peft:\n\n"
+        f"The adapter is in {folder}. With peft:{note}\n\n"
+        f"{written}"
         "    from peft import PeftModel\n"
-        f"    from transformers import AutoModelForCausalLM{', BitsAndBytesConfig' if quantized else ''}\n\n"
+        f"    from transformers import {names}\n\n"
         f"    base = AutoModelForCausalLM.from_pretrained({base})\n"
         f'    model = PeftModel.from_pretrained(base, "{folder}")\n'
+    )
+
+
+def _is_made_by_transformers(model: ModelConfig, is_gguf: bool) -> bool:
+    """Whether transformers, asked for 4 bits, makes the base that was trained on: it has one block size, and its own choice of layers."""
+    return not is_gguf and model.block_size == BLOCK_SIZE and tuple(model.quantized) == PATTERNS
+
+
+def _base_command(model: ModelConfig) -> str:
+    """How the 4-bit base that was trained on is written for transformers."""
+    dtype = compute_type(model.dtype).name
+    settings = f'jaxft.Format("{model.quantization}", {model.block_size}, {model.double_quantization})'
+    wanted = f'dtype="{dtype}", revision="{model.revision}", quantization={settings}, quantized={tuple(model.quantized)!r}'
+    return (
+        "    import jaxft\n"
+        f'    model, params = jaxft.load_pretrained("{model.source}", {wanted})\n'
+        f'    tokenizer = jaxft.load_tokenizer("{model.source}", "{model.revision}")\n'
+        '    jaxft.save_pretrained("base", model, params, tokenizer, format="bitsandbytes")\n\n'
     )
 
 

@@ -12,7 +12,9 @@ from jaxft.hub.quantized import PATTERNS, chosen, formats_of, in_formats
 from jaxft.hub.save import BITSANDBYTES, save_pretrained
 from jaxft.models import segments
 from jaxft.models.node import dense, is_node, is_quantized
+from jaxft.models.registry import family_of
 from jaxft.quant.blockwise import Format
+from jaxft.train import placement
 from jaxft.train.evaluate import Evaluator
 from jaxft.train.report import card
 from jaxft.train.setup import Setup, on_host
@@ -30,7 +32,10 @@ def export(setup: Setup, state: State, evaluator: Evaluator, folder: pathlib.Pat
     formats = formats_of(params) or chosen(merged, Format(), PATTERNS)
     again = in_formats(merged, formats)
     errors = kernel_errors(merged, again)
-    _report(errors, evaluator, state, again, experiment.eval.split)
+    places = placement.shardings(again, family_of(setup.model.config.architecture).module.PLACEMENT, setup.mesh)
+    loss = _report(errors, evaluator, state, placement.place(again, places), experiment.eval.split)
+    if summary:
+        summary = {**summary, "eval": {**summary["eval"], "after, in 4 bits again": {"loss": loss}}}
     save_pretrained(folder, setup.model, again, setup.tokenizer, card=card(experiment, summary, BITSANDBYTES), format=BITSANDBYTES)
 
 
@@ -55,7 +60,8 @@ def _error(kernel: Any, again: Any) -> jax.Array:
     return jnp.linalg.norm(again - kernel) / jnp.linalg.norm(kernel)
 
 
-def _report(errors: Mapping[str, float], evaluator: Evaluator, state: State, again: Any, split: str) -> None:
+def _report(errors: Mapping[str, float], evaluator: Evaluator, state: State, again: Any, split: str) -> float:
+    """Prints what was lost; returns the answer loss of what is written."""
     examples = evaluator.chosen(split)
     before, after = evaluator.loss(state, examples)["loss"], evaluator.loss_of(again, examples)["loss"]
     worst = max(errors, key=errors.__getitem__, default="")
@@ -66,3 +72,4 @@ def _report(errors: Mapping[str, float], evaluator: Evaluator, state: State, aga
             (f"largest: {worst}", "-", f"{errors[worst]:.4f}", ""),
         ]
     console.table(f"Merged and quantized again, on {len(examples):,} rows of {split}", ("", "before", "after", "difference"), rows)
+    return after

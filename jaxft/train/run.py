@@ -124,12 +124,19 @@ def export(experiment: Experiment, workdir: pathlib.Path, format: str | None, ou
         what that loses; None, what a run ends with.
       output: a folder, or None for one in `workdir`.
     """
-    own = adapter_format(experiment.method) or "hf"
-    format = format or own
+    if format is None:
+        setup, state, _, _ = _load_best(experiment, workdir)
+        exports = own_exports(setup, state)
+        for name, own, method in exports:
+            folder = output / name if output and len(exports) > 1 else output or workdir / "export" / name
+            _export(setup, state, own, method, folder, _summary_of(workdir))
+            _say_exported(folder, own)
+        return
+    own_format = adapter_format(experiment.method) or HF
     if format not in FORMATS:
         raise unknown("export format", format, FORMATS)
-    if format not in (*WHOLE, own):
-        raise UserError(f"{experiment.method.title} has no form in {format}. Give --format={own}.")
+    if format not in (*WHOLE, own_format):
+        raise UserError(f"{experiment.method.title} has no form in {format}. Give --format={own_format}.")
     folder = output or workdir / "export" / format
     if format == BITSANDBYTES:
         bitsandbytes_config.check_code(experiment.model.quantization)
@@ -139,6 +146,10 @@ def export(experiment: Experiment, workdir: pathlib.Path, format: str | None, ou
         requantize.export(setup, state, evaluator, folder, _summary_of(workdir))
     else:
         _export(setup, state, format, experiment.method, folder, _summary_of(workdir))
+    _say_exported(folder, format)
+
+
+def _say_exported(folder: pathlib.Path, format: str) -> None:
     console.say(f"{folder} holds the {'merged model' if format in WHOLE else 'adapter'}.")
 
 

@@ -214,7 +214,13 @@ def quantization(config: ModelConfig) -> Format | None:
     """Returns the format that kernels are held in, or None; raises `UserError` for one that there isn't."""
     if config.quantization not in (NONE, *FORMATS):
         raise unknown("model.quantization", config.quantization, (NONE, *FORMATS))
-    return None if config.quantization == NONE else Format(config.quantization, config.block_size, config.double_quantization)
+    if config.quantization == NONE:
+        default = ModelConfig()
+        for field in ("double_quantization", "block_size", "quantized"):
+            if getattr(config, field) != getattr(default, field):
+                raise UserError(f"model.{field} has no effect without model.quantization: set that, or leave this out.")
+        return None
+    return Format(config.quantization, config.block_size, config.double_quantization)
 
 
 def check_method(method: Method, model: Any, shapes: Any, seed: int, kernels: OriginalKernels | None = None) -> Any:

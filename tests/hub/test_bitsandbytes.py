@@ -234,3 +234,26 @@ def test_what_bitsandbytes_has_not_is_not_written(folder):
     with pytest.raises(UserError, match="Did you mean 'bitsandbytes'"):
         jaxft.save_pretrained(folder, model, params, format="bitsandbyte")
     assert not folder.exists()
+
+
+def test_blocks_of_another_size_are_described_as_they_are_asked_for(folder):
+    format = jaxft.Format(block_size=128)
+    jaxft.save_pretrained(folder, *jaxft.load_pretrained(dense(), quantization=format), format="bitsandbytes")
+    _, params = jaxft.load_pretrained(folder, quantization=format)
+    _, shapes = describe_pretrained(folder, quantization=format)
+    assert jax.tree.structure(shapes) == jax.tree.structure(params)
+    assert [leaf.shape for leaf in jax.tree.leaves(shapes)] == [leaf.shape for leaf in jax.tree.leaves(params)]
+
+
+def test_what_can_not_be_quantized_as_asked_is_refused():
+    model, params = jaxft.load_pretrained(dense(), quantization=jaxft.Format())
+    with pytest.raises(UserError, match="is in nf4, blocks of 64, with double quantization, not int8"):
+        jaxft.quantized(params, jaxft.Format("int8"))
+    tuned = jaxft.methods.LoRA(rank=2).init(jax.random.key(0), model, params)
+    with pytest.raises(UserError, match=r"holds LoRAKernel, a method's. Quantize the base first"):
+        jaxft.quantized(tuned, jaxft.Format())
+    for read in (jaxft.load_pretrained, describe_pretrained):
+        with pytest.raises(UserError, match="quantization is a jaxft.Format or None, not 'nf4'"):
+            read(dense(), quantization="nf4")
+    with pytest.raises(UserError, match="A block size is one of"):
+        jaxft.Format(block_size=64.0)

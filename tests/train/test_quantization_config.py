@@ -1,0 +1,51 @@
+"""What a configuration says of quantization, and how a base in few bits is named to peft."""
+
+import dataclasses
+import pathlib
+
+import pytest
+
+import jaxft
+from jaxft.config import ModelConfig
+from jaxft.errors import UserError
+from jaxft.train.report import adapter_command
+from jaxft.train.setup import quantization
+
+
+def test_fields_make_a_format():
+    config = ModelConfig(quantization="fp4", double_quantization=False, block_size=128)
+    assert quantization(config) == jaxft.Format("fp4", 128, False)
+    assert quantization(ModelConfig()) is None
+
+
+@pytest.mark.parametrize("change", [{"block_size": 128}, {"double_quantization": False}, {"quantized": ("mlp",)}], ids=str)
+def test_what_has_no_effect_is_refused(change):
+    with pytest.raises(UserError, match=f"model.{next(iter(change))} has no effect without model.quantization"):
+        quantization(dataclasses.replace(ModelConfig(), **change))
+
+
+def said(**settings):
+    return adapter_command(pathlib.Path("adapter"), ModelConfig(source="owner/name", dtype="float32", **settings), "peft")
+
+
+def test_transformers_makes_the_base_where_it_makes_the_same():
+    found = said(quantization="nf4")
+    assert 'from_pretrained("owner/name", quantization_config=BitsAndBytesConfig(load_in_4bit=True' in found
+    assert "jaxft.save_pretrained" not in found
+
+
+@pytest.mark.parametrize("change", [{"block_size": 32}, {"quantized": ("mlp",)}, {"source": "bundled:smollm2-135m-instruct"}], ids=str)
+def test_jaxft_writes_the_base_where_it_does_not(change):
+    config = dataclasses.replace(ModelConfig(source="owner/name", dtype="float32", quantization="nf4"), **change)
+    found = adapter_command(pathlib.Path("adapter"), config, "peft")
+    code = found[found.index("    import") :]
+    compile("\n".join(line[4:] for line in code.splitlines()), "printed", "exec")
+    assert f'jaxft.load_pretrained("{config.source}", dtype="float32"' in code
+    assert f'jaxft.Format("nf4", {config.block_size}, True), quantized={config.quantized!r})' in code
+    assert 'AutoModelForCausalLM.from_pretrained("base")' in code
+    assert "gguf_file" not in code
+
+
+def test_a_form_that_transformers_has_not_is_said():
+    assert "transformers holds no kernels in int8" in said(quantization="int8")
+    assert "this is the base whole" not in said()
