@@ -102,6 +102,30 @@ class RMSNorm(nn.Module):
         return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
+class LayerNorm(nn.Module):
+    """Norm to mean 0 and variance 1 over the last axis, in float32 (Ba et al. 2016, arXiv:1607.06450); parameters `scale` and `bias`."""
+
+    epsilon: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
+        bias = parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],), self.dtype)
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.epsilon)
+        return (normed * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def dropped(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:
+    """Returns x with a share `rate` of its numbers set to 0 and the others divided by 1 - rate; x itself where `rng` is None."""
+    if rng is None or not rate:
+        return x
+    keep = jax.random.bernoulli(rng, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+
+
 class Embedding(nn.Module):
     """ids (batch, length) int32 -> (batch, length, features); parameter `embedding` (vocabulary, features)."""
 
