@@ -14,7 +14,14 @@ import experiments
 from jaxft.errors import UserError, given_path, unknown
 
 # Each mode, and the flags that belong to it alone.
-MODES = {"train": (), "eval": (), "generate": ("prompt", "prompts", "output"), "export": ("format", "output"), "plan": ()}
+MODES = {
+    "train": (),
+    "eval": (),
+    "generate": ("prompt", "prompts", "output"),
+    "export": ("format", "output"),
+    "inspect": (),
+    "plan": (),
+}
 
 FLAGS = flags.FlagValues()
 FLAGS.set_gnu_getopt(True)
@@ -94,6 +101,8 @@ def run(arguments: Sequence[str]) -> None:
         plan(found)
     elif FLAGS.mode == "eval":
         modes.evaluate(found, workdir)
+    elif FLAGS.mode == "inspect":
+        modes.inspect(found, workdir)
     elif FLAGS.mode == "generate":
         modes.generate(found, workdir, prompts(), output)
     else:

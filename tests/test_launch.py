@@ -34,7 +34,7 @@ def test_help_shows_the_flags(tmp_path):
         (["--experment=lora_llama2"], "There is no flag '--experment'. Did you mean '--experiment'?"),
         (
             ["--experiment=lora_llama2", "--mode=trian"],
-            "There is no mode 'trian'. Did you mean 'train'? Known: eval, export, generate, plan, train.",
+            "There is no mode 'trian'. Did you mean 'train'? Known: eval, export, generate, inspect, plan, train.",
         ),
         (["--experiment=lora_llama2", "--prompt=Hello"], "--prompt belongs to --mode=generate."),
         (["--experiment=lora_llama2", "--mode=eval", "--output=x"], "--output belongs to --mode=generate or export."),

@@ -22,7 +22,7 @@ from jaxft.data.template import ChatTemplate, Span, chat_template
 from jaxft.errors import UserError
 
 VERSION = 1  # of what this code makes of the same rows: raise it when that changes, so that older cache files are not read
-_CHUNK = 1000  # rows the tokenizer gets at once: it works on them in parallel
+CHUNK = 1000  # rows the tokenizer gets at once: it works on them in parallel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,15 +138,39 @@ def _rows(
     found: Sequence[Conversation], rows: Rows, tokenizer: Any, template: ChatTemplate | None
 ) -> Iterator[tuple[np.ndarray, list[Span]]]:
     """Yields each row's tokens and the spans of its scored turns."""
-    for start in range(0, len(found), _CHUNK):
-        part = found[start : start + _CHUNK]
-        places = [rows.place(start + i) for i in range(len(part))]
-        tokens = {}
-        if template is not None:
-            chats = [i for i, one in enumerate(part) if one.messages]
-            tokens = dict(zip(chats, template.tokens([part[i] for i in chats], [places[i] for i in chats]), strict=True))
-        for i, one in enumerate(part):
-            yield tokens[i] if i in tokens else _plain_tokens(one, tokenizer, places[i])
+    for start in range(0, len(found), CHUNK):
+        part = found[start : start + CHUNK]
+        yield from turn_tokens(part, [rows.place(start + i) for i in range(len(part))], tokenizer, template)
+
+
+def turn_tokens(
+    found: Sequence[Conversation], places: Sequence[str], tokenizer: Any, template: ChatTemplate | None
+) -> list[tuple[np.ndarray, list[Span]]]:
+    """Returns each conversation's tokens, (length,) int32, uncut, and the token spans of its scored turns.
+
+    Args:
+        found: some of the rows, as many as the tokenizer shall work on at once.
+        places: where each stands, for messages.
+        tokenizer: a fast tokenizer of transformers.
+        template: as `chat_template` gives it.
+
+    Raises:
+        UserError: a row that the template refuses, or that can't do without one.
+    """
+    tokens = {}
+    if template is not None:
+        chats = [i for i, one in enumerate(found) if one.messages]
+        tokens = dict(zip(chats, template.tokens([found[i] for i in chats], [places[i] for i in chats]), strict=True))
+    return [tokens[i] if i in tokens else _plain_tokens(one, tokenizer, places[i]) for i, one in enumerate(found)]
+
+
+def scored_tokens(length: int, turns: Sequence[Span], everything: bool) -> np.ndarray:
+    """Returns which of a row's tokens are scored, (length,) bool."""
+    scored = np.full(length, everything)
+    for begin, end in turns:
+        scored[begin:end] = True
+    scored[:1] = False  # nothing stands before the first token that could predict it
+    return scored
 
 
 def _plain_tokens(found: Conversation, tokenizer: Any, place: str) -> tuple[np.ndarray, list[Span]]:
@@ -170,22 +194,27 @@ def _plain_tokens(found: Conversation, tokenizer: Any, place: str) -> tuple[np.n
     return np.asarray(tokens, dtype=np.int32), [(start, len(tokens))]
 
 
+def unscored(scored: np.ndarray, max_length: int) -> str:
+    """Returns why a row would leave nothing to learn, or an empty string where it leaves something."""
+    if not scored.any():
+        return f"none of its {len(scored)} tokens is scored. Check its assistant turns and the template."
+    if not scored[:max_length].any():
+        first = scored.argmax() + 1
+        return (
+            f"{len(scored)} tokens, the first scored one at {first}, but config.data.max_length is {max_length}, so no scored token would "
+            "be left. Raise it, or shorten or remove the row."
+        )
+    return ""
+
+
 def _collect(tokenized: Iterator[tuple[np.ndarray, list[Span]]], found: Sequence[Conversation], rows: Rows, max_length: int) -> Examples:
     """Returns the examples, each cut to `max_length`."""
     all_tokens, all_scored, prompts, answers = [], [], [], []
     lengths = np.zeros(len(found), dtype=np.int32)
     for i, (tokens, turns) in enumerate(tokenized):
-        scored = np.full(len(tokens), found[i].everything)
-        for begin, end in turns:
-            scored[begin:end] = True
-        scored[:1] = False  # nothing stands before the first token that could predict it
-        if not scored.any():
-            raise UserError(f"{rows.place(i)}: none of its {len(tokens)} tokens is scored. Check its assistant turns and the template.")
-        if not scored[:max_length].any():
-            raise UserError(
-                f"{rows.place(i)}: {len(tokens)} tokens, the first scored one at {scored.argmax() + 1}, but config.data.max_length is "
-                f"{max_length}, so no scored token would be left. Raise it, or shorten or remove the row."
-            )
+        scored = scored_tokens(len(tokens), turns, found[i].everything)
+        if reason := unscored(scored, max_length):
+            raise UserError(f"{rows.place(i)}: {reason}")
         kept = [turn for turn in turns if turn[0] < max_length]
         all_tokens.append(tokens[:max_length])
         all_scored.append(scored[:max_length])

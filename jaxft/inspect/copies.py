@@ -53,15 +53,15 @@ def normalized(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def copies(sets: Sequence[Texts], most: int, seed: int) -> list[Finding]:
+def copies(sets: Sequence[Texts], groups: Sequence[Group], most: int, seed: int) -> list[Finding]:
     """Returns what is found of copies.
 
     Args:
         sets: the training set first.
+        groups: their rows by distinct text, as `equal_texts` gives them.
         most: distinct texts that are searched for near-duplicates; of more, so many are drawn.
         seed: of that draw, and of the signatures.
     """
-    groups = equal_texts(sets)
     nearly = near_texts(groups, sets, most, seed)
     equal = [group for group in groups if len(group.rows) > 1]
     found = [

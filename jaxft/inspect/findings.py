@@ -1,6 +1,7 @@
 """What is wrong with the data: one finding a kind of fault, with the rows it concerns."""
 
 import dataclasses
+import json
 from collections.abc import Sequence
 
 from jaxft.inspect.texts import Texts
@@ -53,6 +54,11 @@ def spot(texts: Texts, i: int) -> Spot:
     return Spot(texts.name, texts.place(i), texts.texts[i], texts.answers[i])
 
 
+def raw_spot(texts: Texts, row: int) -> Spot:
+    """Returns a row by its number in `texts.rows`, as it stands there: it may be one that can't be read."""
+    return Spot(texts.name, texts.rows.place(row), json.dumps(texts.rows.dataset[row], ensure_ascii=False, default=str), "")
+
+
 def counted(count: int, noun: str) -> str:
     """Returns "1 row", "2 rows".
 
@@ -60,3 +66,13 @@ def counted(count: int, noun: str) -> str:
     '1,200 rows'
     """
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def shortened(text: str, most: int) -> str:
+    """Returns the text on one line, cut to so many characters.
+
+    >>> shortened("A long\\nline", 8)
+    'A long l...'
+    """
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[:most]}..."

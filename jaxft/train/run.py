@@ -1,4 +1,4 @@
-"""The modes of launch.py: train, evaluate, generate, export."""
+"""The modes of launch.py: train, evaluate, generate, export, inspect."""
 
 import dataclasses
 import json
@@ -23,6 +23,10 @@ from jaxft.hub import bitsandbytes_config
 from jaxft.hub.folder import check_replaceable
 from jaxft.hub.peft import adapter_format, has_form, save_adapter
 from jaxft.hub.save import BITSANDBYTES, HF, save_pretrained
+from jaxft.hub.tokenizer import load_tokenizer
+from jaxft.inspect import report
+from jaxft.inspect.look import Look, look
+from jaxft.inspect.page import page
 from jaxft.methods.base import Compose, Method
 from jaxft.methods.partition import size
 from jaxft.train import requantize
@@ -37,6 +41,7 @@ from jaxft.train.state import State
 WHOLE = (HF, BITSANDBYTES)  # formats of a merged model
 FORMATS = ("peft", "adapterhub", *WHOLE)
 CONFIG, SUMMARY = "config.json", "summary.json"
+INSPECTION, INSPECTION_PAGE = "inspect.json", "inspect.html"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 
 
@@ -149,6 +154,26 @@ def export(experiment: Experiment, workdir: pathlib.Path, format: str | None, ou
     _say_exported(folder, format)
 
 
+def inspect(experiment: Experiment, workdir: pathlib.Path) -> Look:
+    """Prints what the data holds and what is wrong with it, writes it to `workdir` as JSON and as a page, and returns it.
+
+    Of the model the tokenizer alone is loaded. A run that lives in the folder is left as it is.
+    """
+    _check_folder(workdir)
+    if not experiment.model.source:
+        raise UserError("There is no model, whose tokenizer is needed: set config.model.source to a hub id, a folder, or bundled:NAME.")
+    found = look(experiment, load_tokenizer(experiment.model.source, experiment.model.revision))
+    report.say(found)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{workdir} can't be written ({error.strerror}). Choose another --workdir.") from error
+    _write_json(workdir / INSPECTION, report.as_json(found))
+    _write_text(workdir / INSPECTION_PAGE, page(found))
+    console.say(f"All of it, with pictures, is in {workdir / INSPECTION_PAGE}, and for programs in {workdir / INSPECTION}.")
+    return found
+
+
 def _say_exported(folder: pathlib.Path, format: str) -> None:
     console.say(f"{folder} holds the {'merged model' if format in WHOLE else 'adapter'}.")
 
@@ -194,15 +219,21 @@ def device() -> dict[str, Any]:
 
 def _check_workdir(workdir: pathlib.Path, resolved: Mapping[str, Any]) -> None:
     """Raises `UserError` unless the folder is free or holds this very run; writes nothing."""
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"{workdir} is a file. Choose another --workdir.")
-    held = [path for path in workdir.iterdir() if not path.name.endswith(".partial")] if workdir.exists() else []
-    if held and not (workdir / CONFIG).is_file():
-        raise UserError(f"{workdir} isn't empty and holds no run of jaxft. Choose another --workdir.")
+    _check_folder(workdir)
     if (workdir / CONFIG).is_file():
         saved = _saved_config(workdir)
         if newest_step(workdir / "checkpoints") is not None:  # else nothing was trained with it yet
             check_same(saved, resolved, workdir)
+
+
+def _check_folder(workdir: pathlib.Path) -> None:
+    """Raises `UserError` unless the folder is free, or holds a run of jaxft or a look at data, and can be written."""
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"{workdir} is a file. Choose another --workdir.")
+    ours = (INSPECTION, INSPECTION_PAGE)
+    held = [path for path in workdir.iterdir() if not path.name.endswith(".partial") and path.name not in ours] if workdir.exists() else []
+    if held and not (workdir / CONFIG).is_file():
+        raise UserError(f"{workdir} isn't empty and holds no run of jaxft. Choose another --workdir.")
     above = next(folder for folder in (workdir.absolute(), *workdir.absolute().parents) if folder.exists())
     if not os.access(above, os.W_OK):
         raise UserError(f"{workdir} can't be written: {above} allows no writing. Choose another --workdir.")
@@ -368,10 +399,14 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+    _write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _write_text(path: pathlib.Path, text: str) -> None:
     """Writes beside the place and renames, so that no reader sees half of it."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"{path} can't be written ({error.strerror}). Make room, or choose another --workdir.") from error

@@ -22,6 +22,7 @@ from jaxft.errors import UserError, unknown
 from jaxft.hub.load import OriginalKernels, compute_type, describe_pretrained, load_pretrained
 from jaxft.hub.peft import adapter_format
 from jaxft.hub.tokenizer import load_tokenizer
+from jaxft.inspect.look import look_quickly
 from jaxft.methods.base import Compose, Material, Method
 from jaxft.methods.kernels import is_kernel
 from jaxft.methods.partition import combine, listing, partition, size, trainable_leaves
@@ -107,6 +108,7 @@ def load_data(experiment: Experiment, tokenizer: Any) -> tuple[dict[str, Example
         raise UserError(f"There is no {split} set. Give config.data.{split}, or a share of the training rows by config.data.split.")
     examples = {name: tokenize(found, tokenizer, experiment.data) for name, found in rows.items()}
     console.table("Data", COLUMNS, [describe(found, name) for name, found in examples.items()])
+    look_quickly(rows, examples, experiment)
     if (examples["train"].cut == 0).any() and answer_end(tokenizer, examples["train"]) is None:
         console.say(
             "Warning: the training answers end with no special token, so the model won't learn where to stop. Put {{ eos_token }} behind "

@@ -1,0 +1,117 @@
+"""The whole look at an experiment's data, and the short one that every training begins with."""
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxft import console
+from jaxft.config import DataConfig, Experiment
+from jaxft.data.sources import Rows, load_splits
+from jaxft.data.tokenize import Examples
+from jaxft.inspect.copies import copies, equal_texts
+from jaxft.inspect.encoded import Encoded, cut_rows, encode, refused_rows
+from jaxft.inspect.findings import WEIGHTS, Finding
+from jaxft.inspect.labels import label_findings, suspicious_labels
+from jaxft.inspect.shown import Shown, three_rows
+from jaxft.inspect.texts import Texts, kind_of, read_sets
+from jaxft.tasks import SFT
+
+MOST_TEXTS = 100_000  # searched for near-duplicates
+_MOST_TEXTS_QUICK = 2_000  # the same before training, where it takes half a second
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What an experiment's data holds, and what is wrong with it."""
+
+    experiment: str
+    data: DataConfig
+    sets: tuple[Texts, ...]  # the training set first
+    encoded: tuple[Encoded, ...]  # the same sets as tokens
+    findings: tuple[Finding, ...]  # the gravest first
+    shown: tuple[Shown, ...]  # three rows of the training set
+    sampled: str  # what wasn't searched whole, or an empty string
+
+
+def look(experiment: Experiment, tokenizer: Any) -> Look:
+    """Returns the whole look; of the model nothing but the tokenizer is needed.
+
+    Raises:
+        UserError: a source that can't be read, or a configuration that every row is refused with.
+    """
+    data, seed = experiment.data, experiment.train.seed
+    rows = load_splits(data, seed)
+    sets = read_sets(rows, data, kind_of(rows["train"], isinstance(experiment.task, SFT)))
+    encoded = [encode(texts, tokenizer, data) for texts in sets]
+    texts = equal_texts(sets)
+    found = [
+        *refused_rows(sets, [one.refused for one in encoded]),
+        *cut_rows(sets, [one.cut for one in encoded], data.max_length, [one.scored for one in encoded]),
+        *copies(sets, texts, MOST_TEXTS, seed),
+        *label_findings(sets),
+        *suspicious_labels(sets[0], seed),
+    ]
+    shown = three_rows(sets[0], encoded[0], tokenizer)
+    return Look(experiment.name, data, tuple(sets), tuple(encoded), _sorted(found), tuple(shown), _sampled(len(texts), MOST_TEXTS))
+
+
+def look_quickly(rows: Mapping[str, Rows], examples: Mapping[str, Examples], experiment: Experiment) -> None:
+    """Prints a line for each finding that takes no time: all but suspicious labels, near-duplicates among a draw of the texts.
+
+    Args:
+        rows: of each set, as `load_splits` gives them.
+        examples: the same, tokenized.
+        experiment: of it `data`, `task` and the seed.
+    """
+    sets = read_sets(rows, experiment.data, kind_of(rows["train"], isinstance(experiment.task, SFT)))
+    texts = equal_texts(sets)
+    found = [
+        *refused_rows(sets),
+        *cut_rows(sets, [examples[one.name].cut for one in sets], experiment.data.max_length),
+        *copies(sets, texts, _MOST_TEXTS_QUICK, experiment.train.seed),
+        *label_findings(sets),
+    ]
+    if not found:
+        return
+    for one in _sorted(found):
+        console.say(f"{one.weight.capitalize()}: {one.title} ({one.cases[0].spots[0].place}{', ...' if one.count > 1 else ''}).")
+    sampled = _sampled(len(texts), _MOST_TEXTS_QUICK)
+    console.say(f"{f'{sampled} ' if sampled else ''}--mode=inspect shows them, and what to do about each.\n")
+
+
+def _sorted(found: Sequence[Finding]) -> tuple[Finding, ...]:
+    return tuple(sorted(found, key=lambda one: WEIGHTS.index(one.weight)))
+
+
+def _sampled(count: int, most: int) -> str:
+    return f"Near-duplicates were searched for among {most:,} texts drawn from {count:,}." if count > most else ""
+
+
+def label_counts(sets: Sequence[Texts]) -> dict[str, dict[str, dict[str, int]]]:
+    """Returns column -> value -> set -> how often it stands there, the values of the training set first, by their number there."""
+    tables = {}
+    for place, labels in enumerate(sets[0].labels):
+        counts = {texts.name: collections.Counter(texts.labels[place].values) for texts in sets}
+        values = dict.fromkeys(value for found in counts.values() for value, _ in found.most_common())
+        tables[labels.name] = {value: {name: found[value] for name, found in counts.items()} for value in values}
+    return tables
+
+
+def length_statistics(encoded: Encoded) -> dict[str, float]:
+    """Returns the lengths of a set in tokens, as trained: cut to `max_length`."""
+    lengths = np.minimum(encoded.whole_lengths, encoded.max_length)
+    return {
+        "tokens": int(lengths.sum()),
+        "min": int(lengths.min()),
+        "median": float(np.median(lengths)),
+        "mean": float(lengths.mean()),
+        "95%": float(np.percentile(lengths, 95)),
+        "max": int(lengths.max()),
+        "longest_uncut": int(encoded.whole_lengths.max()),
+        "scored": encoded.scored_share,
+        "cut_rows": int((encoded.cut > 0).sum()),
+        "cut_tokens": int(encoded.cut.sum()),
+    }
