@@ -50,11 +50,11 @@ def _balance(train: Texts, labels: Labels) -> Finding | None:
     total = counts.total()
     if len(counts) == 1:
         advice = "There is nothing to tell apart: give rows of other labels too, or leave the column out of the answer."
-        return finding("balance", "warning", f"{labels.name} is '{most}' in every row", advice, [_first_of(train, labels, most)])
+        return finding("balance", "warning", f"'{labels.name}' is '{most}' in every row", advice, [_first_of(train, labels, most)])
     if smallest >= _FAIR_SHARE * total / len(counts):
         return None
     title = (
-        f"{labels.name} is unbalanced: '{most}' {largest / total:.1%}, '{least}' {smallest / total:.1%} of {counted(total, labels.each)}"
+        f"'{labels.name}' is unbalanced: '{most}' {largest / total:.1%}, '{least}' {smallest / total:.1%} of {counted(total, labels.each)}"
     )
     advice = (
         f"A model that always says '{most}' is right that often, so read the figures of each label, or a mean over labels; give more rows "
@@ -75,7 +75,7 @@ def _rare(train: Texts, labels: Labels) -> Finding | None:
         return None
     rows = sum(counts[value] for value in rare)
     title = (
-        f"{len(rare):,} of {counted(len(counts), 'value')} of {labels.name} have fewer than {_RARE} {labels.each}s in train "
+        f"{len(rare):,} of {counted(len(counts), 'value')} of '{labels.name}' have fewer than {_RARE} {labels.each}s in train "
         f"({counted(rows, labels.each)} in all)"
     )
     cases = [_first_of(train, labels, value, f"{value}: {counted(counts[value], labels.each)}") for value in rare]
@@ -93,7 +93,7 @@ def _unseen(sets: Sequence[Texts], columns: Sequence[Labels]) -> Finding | None:
         return None
     told = " and ".join(f"{counted(count, columns[0].each)} of {name}" for name, count in rows.items())
     verb = "has" if rows.total() == 1 else "have"
-    title = f"{told} {verb} a {columns[0].name} that train lacks"
+    title = f"{told} {verb} a '{columns[0].name}' that train lacks"
     return finding("unseen_labels", "note", title, "What was never shown can hardly be answered: give such rows to train.", cases)
 
 
@@ -108,13 +108,13 @@ def _spellings(sets: Sequence[Texts], columns: Sequence[Labels]) -> Finding | No
     ]
     if not cases:
         return None
-    title = f"{counted(len(cases), 'value')} of {columns[0].name} spelt in several ways"
+    title = f"{counted(len(cases), 'value')} of '{columns[0].name}' spelt in several ways"
     return finding("spellings", "warning", title, "Write each in one way: the model takes them for different answers.", cases)
 
 
 def _placeholders(sets: Sequence[Texts], columns: Sequence[Labels]) -> Finding | None:
     odd = {value for labels in columns for value in labels.values if _is_placeholder(value)}
-    title = f"{columns[0].name} has values that say that there is none: {_named(odd)}"
+    title = f"'{columns[0].name}' has values that say that there is none: {_named(odd)}"
     cases = _of_values(sets, columns, odd)
     return finding("placeholders", "warning", title, "Leave such rows out, or the model learns to answer so.", cases) if cases else None
 
@@ -138,7 +138,7 @@ def _odd_forms(sets: Sequence[Texts], columns: Sequence[Labels]) -> Finding | No
     values = {value for labels in columns for value in labels.values if value}
     capital = sum(value[0].isupper() for value in values) >= _NEARLY_ALL * len(values)
     odd = {value for value in values if (capital and value[0].islower()) or value.count("(") != value.count(")")}
-    title = f"{counted(len(odd), 'value')} of {columns[0].name} look cut: {_named(odd)}"
+    title = f"{counted(len(odd), 'value')} of '{columns[0].name}' {'looks' if len(odd) == 1 else 'look'} cut: {_named(odd)}"
     cases = _of_values(sets, columns, odd)
     return finding("cut_labels", "warning", title, "Write them in full: the model learns them as they stand.", cases) if cases else None
 
@@ -250,7 +250,7 @@ def suspicious_labels(train: Texts, seed: int = 0) -> list[Finding]:
             )
             for one in judgement.suspicions
         ]
-        title = f"{counted(len(cases), 'row')} of train whose {labels.name} looks wrong"
+        title = f"'{labels.name}' looks wrong in {counted(len(cases), 'row')} of train"
         advice = (
             f"Read them, the first ones first. A baseline of word counts that hadn't seen the row finds another label at least "
             f"{_TIMES_AS_LIKELY} times as likely; it agrees with {judgement.accuracy:.0%} of {judgement.rows:,} given labels, so some of "

@@ -11,6 +11,7 @@ from jaxft import console
 from jaxft.config import DataConfig, Experiment
 from jaxft.data.sources import Rows, load_splits
 from jaxft.data.tokenize import Examples
+from jaxft.inspect.characters import debris
 from jaxft.inspect.copies import copies, equal_texts
 from jaxft.inspect.encoded import Encoded, cut_rows, encode, refused_rows
 from jaxft.inspect.findings import WEIGHTS, Finding
@@ -52,6 +53,7 @@ def look(experiment: Experiment, tokenizer: Any) -> Look:
         *cut_rows(sets, [one.cut for one in encoded], data.max_length, [one.scored for one in encoded]),
         *copies(sets, texts, MOST_TEXTS, seed),
         *label_findings(sets),
+        *debris(sets),
         *suspicious_labels(sets[0], seed),
     ]
     shown = three_rows(sets[0], encoded[0], tokenizer)
@@ -73,6 +75,7 @@ def look_quickly(rows: Mapping[str, Rows], examples: Mapping[str, Examples], exp
         *cut_rows(sets, [examples[one.name].cut for one in sets], experiment.data.max_length),
         *copies(sets, texts, _MOST_TEXTS_QUICK, experiment.train.seed),
         *label_findings(sets),
+        *debris(sets),
     ]
     if not found:
         return

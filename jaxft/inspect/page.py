@@ -27,6 +27,7 @@ def page(look: Look) -> str:
         lengths_picture=markupsafe.Markup(pictures.lengths(look.sets, look.encoded, look.data.max_length)),
         labels=labels,
         label_pictures={name: markupsafe.Markup(pictures.balance(values, look.sets)) for name, values in labels.items()},
+        most_bars=pictures.MOST_BARS,
         most_cases=_CASES,
         most_rows=_ROWS,
         excerpt=_EXCERPT,

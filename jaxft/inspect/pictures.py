@@ -13,8 +13,8 @@ from jaxft.inspect.encoded import Encoded
 from jaxft.inspect.texts import Texts
 
 COLORS = ("#3b6ea8", "#d08c34", "#5a9367")  # of train, validation and test: told apart by all, in print too
-_BINS = 40
-_MOST_BARS = 20  # labels of a column
+_BINS = 24
+MOST_BARS = 12  # labels of a column
 _LONGEST_NAME = 32
 # Text stays text, names don't change from run to run.
 _STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "jaxft", "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False}
@@ -40,8 +40,8 @@ def lengths(sets: Sequence[Texts], encoded: Sequence[Encoded], max_length: int) 
 
 
 def balance(values: dict[str, dict[str, int]], sets: Sequence[Texts]) -> str:
-    """Returns the share of each value of a label column in each set, as bars; of more than `_MOST_BARS` values the most frequent."""
-    chosen = list(values)[:_MOST_BARS]
+    """Returns the share of each value of a label column in each set, as bars; of more than `MOST_BARS` values the most frequent."""
+    chosen = list(values)[:MOST_BARS]
     totals = {texts.name: max(sum(counts[texts.name] for counts in values.values()), 1) for texts in sets}
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(7.2, 0.6 + 0.14 * len(chosen) * len(sets) + 0.06 * len(chosen)), layout="constrained")

@@ -80,12 +80,12 @@ def test_an_unbalanced_label():
     records = [one for i, one in enumerate(clean(300)) if one["label"] != "acne" or i % 30 == 0]
     kinds = found(train=records)
     assert list(kinds) == ["balance"]
-    assert kinds["balance"].title == "label is unbalanced: 'asthma' 47.6%, 'acne' 4.8% of 210 rows"
+    assert kinds["balance"].title == "'label' is unbalanced: 'asthma' 47.6%, 'acne' 4.8% of 210 rows"
     assert places(kinds["balance"]) == ["train.jsonl, line 1"]
 
 
 def test_one_label_everywhere():
-    assert found(train=[dict(one, label="acne") for one in clean(30)])["balance"].title == "label is 'acne' in every row"
+    assert found(train=[dict(one, label="acne") for one in clean(30)])["balance"].title == "'label' is 'acne' in every row"
 
 
 def test_a_rare_label_and_one_that_train_lacks():
@@ -93,7 +93,7 @@ def test_a_rare_label_and_one_that_train_lacks():
     test = [*clean(30, seed=1), {"text": "a pain in the back", "label": "sciatica"}]
     kinds = found(train=train, test=test)
     assert places(kinds["rare_labels"]) == ["train.jsonl, line 91"]
-    assert kinds["unseen_labels"].title == "1 row of test has a label that train lacks"
+    assert kinds["unseen_labels"].title == "1 row of test has a 'label' that train lacks"
     assert places(kinds["unseen_labels"]) == ["test.jsonl, line 31"]
 
 
@@ -114,5 +114,5 @@ def test_tags_are_counted_by_token_and_those_outside_are_no_fault():
     assert found(TAGGING, train=records) == {}
     records[0]["tags"] = ["O"] * 9 + ["B-MISC"]
     kinds = found(TAGGING, train=records)
-    assert kinds["rare_labels"].title == "1 of 6 values of tags have fewer than 5 tokens in train (1 token in all)"
+    assert kinds["rare_labels"].title == "1 of 6 values of 'tags' have fewer than 5 tokens in train (1 token in all)"
     assert "balance" in kinds
