@@ -288,6 +288,14 @@ def test_training_begins_with_a_line_for_each_finding_in_no_time(tmp_path, token
     assert lines[-2] == "--mode=inspect shows them, and what to do about each."
 
 
+def test_before_training_a_large_set_is_looked_at_in_part_and_that_is_said(tmp_path, tokenizer, capsys, monkeypatch):
+    monkeypatch.setattr("jaxft.inspect.look._MOST_ROWS_QUICK", 40)
+    given = experiment(tmp_path, clean(90, seed=0), clean(30, seed=1))
+    rows = load_splits(given.data, 0)
+    look_quickly(rows, {name: tokenize(found, tokenizer, given.data) for name, found in rows.items()}, given)
+    assert "40 of the 90 rows of train" in capsys.readouterr().out
+
+
 def test_the_mode_writes_into_a_free_folder_which_stays_free(tmp_path, tokenizer, capsys):
     given = experiment(tmp_path, *seeded())
     workdir = tmp_path / "run"

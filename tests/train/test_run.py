@@ -135,6 +135,17 @@ def test_a_signal_stops_a_run_cleanly(material, whole, number):
 
 
 @pytest.mark.slow
+def test_a_look_at_the_data_leaves_a_run_as_it_is(material, whole):
+    files = {path: path.stat().st_mtime_ns for path in whole[0].rglob("*") if path.is_file() and not path.name.startswith("inspect.")}
+    code, out, err = finish(start(material, whole[0], mode="inspect"))
+    assert code == 0, err
+    assert "Three rows of train as the model reads them" in out
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    assert json.loads((whole[0] / "inspect.json").read_text(encoding="utf-8"))["sets"]["train"]["rows"] == 32
+    assert "Going on from step" in finish(start(material, whole[0]))[1]
+
+
+@pytest.mark.slow
 def test_the_adapter_in_peft_and_the_merged_folder_in_transformers_agree(material, whole, tmp_path):
     code, _, err = finish(start(material, whole[0], "--format=hf", f"--output={tmp_path / 'merged'}", mode="export"))
     assert code == 0, err
