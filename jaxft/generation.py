@@ -13,7 +13,7 @@ from flax import linen as nn
 from jaxft.errors import UserError
 from jaxft.methods.mixed_lora import BASE_ALONE, choose_adapters
 from jaxft.models.layers import Cache
-from jaxft.models.node import prepared
+from jaxft.models.node import prepared, virtual_tokens
 
 _BUCKET = 64  # prompts are padded to a multiple of so many tokens, so that few programs serve all lengths
 _MASKED = -1e30
@@ -63,10 +63,11 @@ def generate(
       adapters: which of the parameters' mixed adapters each prompt has, -1 for the base alone; None where there are none.
 
     Raises:
-      UserError: adapters that `params` don't hold, or not one a prompt.
+      UserError: adapters that `params` don't hold, or not one a prompt; texts that would be longer than a table of positions.
     """
     if adapters is not None and len(adapters) != len(prompts):
         raise UserError(f"There are {len(prompts)} prompts and {len(adapters)} adapters; there must be one a prompt.")
+    _check_positions(model, max(map(len, prompts), default=0), virtual_tokens(params), sampling.max_new_tokens)
     order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
     made: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
     for number, start in enumerate(range(0, len(order), batch_size)):
@@ -81,6 +82,17 @@ def generate(
             made[i] = new[row, : lengths[row]]
         done(len(chosen))
     return made
+
+
+def _check_positions(model: Any, longest: int, before: int, new: int) -> None:
+    """Raises `UserError` where a model with a table of positions has too few for the longest prompt and its answer."""
+    positions = model.config.max_position_embeddings
+    if model.config.learned_positions and before + longest + new > positions:
+        after = f" after {before} virtual tokens" if before else ""
+        raise UserError(
+            f"A prompt has {longest} tokens{after}, and its answer may have {new}; the model has {positions} positions. "
+            "Shorten the prompt, or lower max_new_tokens."
+        )
 
 
 def _pad_left(prompts: Sequence[np.ndarray], rows: int, pad: int) -> tuple[np.ndarray, np.ndarray]:

@@ -22,6 +22,7 @@ MODELS = {
     "llama": ("llama", {}),
     "mistral": ("mistral", {"sliding_window": 5}),
     "qwen3": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "gpt2": ("gpt2", {}),
 }
 
 
@@ -50,7 +51,7 @@ def greedy(reference, prompt, new=NEW, **options):
     return out[0, len(prompt) :].numpy()
 
 
-@pytest.mark.parametrize(("name", "lengths"), [("llama", MIXED), ("mistral", (9, 3, 17)), ("qwen3", (9, 3, 17))])
+@pytest.mark.parametrize(("name", "lengths"), [("llama", MIXED), ("mistral", (9, 3, 17)), ("qwen3", (9, 3, 17)), ("gpt2", (9, 3, 17))])
 def test_greedy_is_that_of_transformers_token_by_token(name, lengths):
     reference, model, params = pair(name)
     made = generate(model, params, prompts(lengths), Sampling(max_new_tokens=NEW), batch_size=4)

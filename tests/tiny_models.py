@@ -1,6 +1,7 @@
 """Tiny random models of transformers, which are the reference, the same models in jaxft, and examples to train them on."""
 
 import pathlib
+import re
 import tempfile
 
 import jax
@@ -26,13 +27,18 @@ SMALL = {
 }
 
 
+ALIKE = {"gpt2": {"n_inner": 56, "intermediate_size": None, "num_key_value_heads": None}}  # what families say otherwise; None is left out
+
+
 def make_reference(family, **settings):
     """Returns a model of transformers whose every parameter is random: norms about 1, biases not zero."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **(SMALL | settings)))
+    fields = SMALL | ALIKE.get(family, {})
+    fields = {name: value for name, value in fields.items() if name in ("bos_token_id", "eos_token_id") or value is not None}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **(fields | settings)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape) * 0.2 + ("norm" in name))
+            parameter.copy_(torch.randn(parameter.shape) * 0.2 + (re.search(r"norm|\bln_", name) is not None))
     return model.eval()
 
 

@@ -18,7 +18,7 @@ class NormTuning(Method):
     ('input_norm', 'post_attention_norm')
     """
 
-    targets: tuple[str, ...] = ("[^/]*norm",)  # patterns of norms
+    targets: tuple[str, ...] = (".*",)  # patterns of norms
 
     def init(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
         """Returns `params`, layers grouped by what trains; raises `UserError` where a pattern matches no norm."""
@@ -41,4 +41,4 @@ class NormTuning(Method):
 def is_norm(name: str) -> bool:
     """Returns whether a leaf of this name is a norm's: the families name them so."""
     *_, module, _ = ("", *name.split("/"))
-    return module.endswith("norm")
+    return module.endswith("norm") or module.startswith("ln_")

@@ -78,9 +78,8 @@ def start_tokens(tokens: tuple[int, ...], count: int, vocabulary: int) -> jax.Ar
 def embedded(model: nn.Module, params: Params, tokens: jax.Array) -> jax.Array:
     """Returns the model's embeddings of tokens (count,), (count, hidden_size) float32."""
 
-    def run(params: Params) -> jax.Array:
-        out: Any = model.apply({"params": params}, tokens[None])
-        return out.hidden_states[0][0]
+    def run(params: Params) -> Any:
+        return model.apply({"params": params}, tokens, method=lambda bound, ids: bound.embed(ids))
 
     return jax.jit(run)(_bare(params)).astype(jnp.float32)
 

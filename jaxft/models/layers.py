@@ -23,7 +23,10 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "gelu_new": nn.gelu,
+    "gelu_fast": nn.gelu,
     "gelu_pytorch_tanh": nn.gelu,
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "tanh": jnp.tanh,
 }
 
 REMAT: dict[str, Any] = {  # what the backward pass keeps of a layer
@@ -267,8 +270,49 @@ def extend(cache: Cache, tokens: Tokens) -> tuple[Cache, Tokens]:
     return placed, Tokens(placed.segments, placed.positions, jnp.arange(cache.segments.shape[1], dtype=jnp.int32))
 
 
-def site(module: nn.Module, name: str) -> Any:
-    """Returns the node at a site of the model, or None."""
+def appended(held: tuple[jax.Array, jax.Array], new: tuple[jax.Array, jax.Array], index: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns one layer's cached keys and values, (batch, size, heads, head_dim), with the new tokens' from `index` on."""
+    key, value = (
+        jax.lax.dynamic_update_slice_in_dim(old, own.astype(old.dtype), index, axis=1) for old, own in zip(held, new, strict=True)
+    )
+    return key, value
+
+
+def empty_cache(params: Any, shape: tuple[int, int, int, int], dtype: Any) -> Cache:
+    """Returns a cache of (batch, size, key_value_heads, head_dim) a layer, grouped as the segments of `params` are."""
+    held: Any = {
+        segments.key(group): tuple(jnp.zeros((len(group), *shape), dtype) for _ in ("key", "value")) for group in segments.spans(params)
+    }
+    return Cache(held, jnp.zeros(shape[:2], jnp.int32), jnp.zeros(shape[:2], jnp.int32), jnp.int32(0))
+
+
+def entered(tokens: Tokens, cache: Cache | None, prefix: tuple[jax.Array, jax.Array] | None) -> tuple[Tokens, Tokens, Cache | None]:
+    """Returns the places of the queries and of all keys, behind a cache's tokens or a prefix's, and the cache with the places entered."""
+    if cache is not None:
+        cache, keys = extend(cache, tokens)
+        return tokens, keys, cache
+    if prefix is None:
+        return tokens, tokens, None
+    count = prefix[0].shape[1]
+    return moved(tokens, count), after_virtual_tokens(tokens, count), None
+
+
+def prefix(module: nn.Module, dtype: Any) -> tuple[jax.Array, jax.Array] | None:
+    """Returns every layer's keys and values of the model's site `prefix`, or None."""
+    found = _site(module, "prefix")
+    if found is None:
+        return None
+    key, value = found.keys_values()
+    return key.astype(dtype), value.astype(dtype)
+
+
+def prompt(module: nn.Module, dtype: Any) -> jax.Array | None:
+    """Returns the embeddings of the model's site `prompt`, (virtual_tokens, hidden_size), or None."""
+    found = _site(module, "prompt")
+    return None if found is None else found.embeddings().astype(dtype)
+
+
+def _site(module: nn.Module, name: str) -> Any:
     return module.variables["params"].get(name) if "params" in module.variables else None
 
 

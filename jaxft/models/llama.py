@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,8 @@ _EVERYTHING = 2**30  # a window that no position reaches
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     """The shape of a Llama-family model, under the names of config.json."""
+
+    learned_positions: ClassVar[bool] = False  # rotary angles go on beyond max_position_embeddings
 
     architecture: str = "LlamaForCausalLM"
     vocab_size: int = 32000
@@ -185,11 +187,7 @@ class Attention(nn.Module):
         query = rotate(query, context.cosine, context.sine)
         key = rotate(key, context.cosine, context.sine)
         if cache is not None:
-            key, value = (
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), context.index, axis=1)
-                for old, new in zip(cache, (key, value), strict=True)
-            )
-            cache = (key, value)
+            key, value = cache = layers.appended(cache, (key, value), context.index)
         elif prefix is not None:
             key, value = (layers.after_prefix(part, own) for part, own in zip(prefix, (key, value), strict=True))
         before = 0 if prefix is None else len(prefix[0])
@@ -292,32 +290,17 @@ class Llama(nn.Module):
 
         Virtual tokens of a prefix and of a prompt are in it, beside the room for `size` tokens.
         """
-        config = self.config
-        prefix, prompt = self._prefix(), self._prompt()
+        prefix, prompt = layers.prefix(self, self.dtype), layers.prompt(self, self.dtype)
         before = 0 if prefix is None else prefix[0].shape[1]
         size += before + (0 if prompt is None else len(prompt))
-        shape = (batch, size, config.num_key_value_heads, config.head_dim)
-        groups = layers.segments.spans(self.variables["params"])
-        empty: Any = {
-            layers.segments.key(group): tuple(jnp.zeros((len(group), *shape), self.dtype) for _ in ("key", "value")) for group in groups
-        }
-        cache: Any = Cache(empty, jnp.zeros((batch, size), jnp.int32), jnp.zeros((batch, size), jnp.int32), jnp.int32(0))
+        shape = (batch, size, self.config.num_key_value_heads, self.config.head_dim)
+        cache: Any = layers.empty_cache(self.variables["params"], shape, self.dtype)
         if prefix is not None:
             cache = layers.filled(cache, prefix)
         if prompt is not None:
             tokens = layers.virtual_tokens(batch, len(prompt), before)
             cache = self._forward(jnp.broadcast_to(prompt, (batch, *prompt.shape)), tokens, cache)[1]
         return cache
-
-    def _prefix(self) -> tuple[jax.Array, jax.Array] | None:
-        """Every layer's keys and values of the site `prefix`, in the compute type."""
-        found = layers.site(self, "prefix")
-        return None if found is None else tuple(part.astype(self.dtype) for part in found.keys_values())
-
-    def _prompt(self) -> jax.Array | None:
-        """The embeddings of the site `prompt`, in the compute type."""
-        found = layers.site(self, "prompt")
-        return None if found is None else found.embeddings().astype(self.dtype)
 
     def _run(
         self,
@@ -332,7 +315,7 @@ class Llama(nn.Module):
         x = self.embed(input_ids).astype(self.dtype)
         if self.has_rng("noise"):
             x += layers.embedding_noise(self.make_rng("noise"), neftune_alpha, tokens, self.config.hidden_size).astype(x.dtype)
-        prompt = self._prompt() if cache is None else None  # a cache has it already
+        prompt = layers.prompt(self, self.dtype) if cache is None else None  # a cache has it already
         if prompt is None:
             return self._forward(x, tokens, cache)
         count = len(prompt)
@@ -343,14 +326,9 @@ class Llama(nn.Module):
     def _forward(self, x: jax.Array, tokens: attention.Tokens, cache: Cache | None) -> tuple[jax.Array, Cache | None, list[jax.Array]]:
         """The layers on embeddings x (batch, length, hidden_size): what the head reads, the new cache, the states before it."""
         config = self.config
-        keys, index, prefix = tokens, None, None
-        if cache is not None:
-            index = cache.index
-            cache, keys = layers.extend(cache, tokens)
-        elif (prefix := self._prefix()) is not None:
-            count = prefix[0].shape[1]
-            keys = layers.after_virtual_tokens(tokens, count)
-            tokens = layers.moved(tokens, count)
+        prefix = layers.prefix(self, self.dtype) if cache is None else None  # a cache has it already
+        index = None if cache is None else cache.index
+        tokens, keys, cache = layers.entered(tokens, cache, prefix)
         cosine, sine = angles(config.rotary, config.head_dim, config.max_position_embeddings, tokens.positions)
         windows = None
         if config.windows:

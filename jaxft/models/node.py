@@ -149,6 +149,11 @@ class Prefix(Site, abc.ABC):
         return int(jax.eval_shape(lambda own: own.keys_values(), self)[0].shape[1])
 
 
+def virtual_tokens(params: Any) -> int:
+    """Returns how many virtual tokens stand before every text."""
+    return sum(site.virtual_tokens for site in params.values() if isinstance(site, (Prefix, Prompt)))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Shared:

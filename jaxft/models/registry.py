@@ -7,7 +7,7 @@ from typing import Any
 from flax import linen as nn
 
 from jaxft.errors import UserError, nearest
-from jaxft.models import llama
+from jaxft.models import gpt2, llama
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Family:
     model: type[nn.Module]
 
 
-FAMILIES = (Family(llama, llama.LlamaConfig, llama.Llama),)
+FAMILIES = (Family(llama, llama.LlamaConfig, llama.Llama), Family(gpt2, gpt2.GPT2Config, gpt2.GPT2))
 
 
 def architectures() -> list[str]:

@@ -27,7 +27,7 @@ from jaxft.methods.base import Compose, Material, Method
 from jaxft.methods.kernels import is_kernel
 from jaxft.methods.partition import combine, listing, partition, size, trainable_leaves
 from jaxft.models.layers import REMAT
-from jaxft.models.node import Prefix, Prompt, dense, is_node
+from jaxft.models.node import dense, is_node, virtual_tokens
 from jaxft.models.registry import family_of
 from jaxft.models.segments import Leaf, map_leaves
 from jaxft.quant.blockwise import Format
@@ -298,11 +298,6 @@ def check_positions(examples: dict[str, Examples], experiment: Experiment, model
         f"The longest row has {longest} tokens{after}; {experiment.model.source} has {positions} positions. "
         f"Lower config.data.max_length{fewer}."
     )
-
-
-def virtual_tokens(params: Any) -> int:
-    """Returns how many virtual tokens stand before every text."""
-    return sum(site.virtual_tokens for site in params.values() if isinstance(site, (Prefix, Prompt)))
 
 
 def pad_token(tokenizer: Any) -> int:

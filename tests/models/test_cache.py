@@ -17,6 +17,7 @@ MODELS = {
     "llama": ("llama", {}),
     "mistral": ("mistral", {"sliding_window": 4}),
     "qwen3": ("qwen3", {"head_dim": 16, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "gpt2": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
 }
 LENGTH, PREFILL, SIZE = 15, 8, 20
 

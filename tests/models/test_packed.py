@@ -15,6 +15,7 @@ TOLERANCE = 1e-5
 MODELS = {
     "llama": ("llama", {}),
     "window": ("mistral", {"sliding_window": 4}),
+    "gpt2": ("gpt2", {}),
     "yarn": (
         "llama",
         {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0}},

@@ -20,7 +20,7 @@ METHODS = {
     "both": Prefix(len(FIRST), start="text", tokens=FIRST) + Prompt(len(SECOND), start="text", tokens=SECOND),
 }
 BEFORE = {"prefix": FIRST, "prompt": FIRST, "both": FIRST + SECOND}
-FAMILIES = {"llama": {}, "mistral": {"sliding_window": 6}}
+FAMILIES = {"llama": {}, "mistral": {"sliding_window": 6}, "gpt2": {}}
 
 
 @functools.cache
