@@ -55,6 +55,21 @@ class SafetensorsFolder:
             return file.get_tensor(name)
 
 
+class Renamed:
+    """A checkpoint with other names for some of its tensors."""
+
+    def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
+        """`names` has the checkpoint's own names by the new ones."""
+        self._checkpoint, self._names = checkpoint, names
+        new = {theirs: name for name, theirs in names.items()}
+        self.config = checkpoint.config
+        self.shapes = {new.get(name, name): shape for name, shape in checkpoint.shapes.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns one tensor."""
+        return self._checkpoint.read(self._names.get(name, name))
+
+
 def header(path: pathlib.Path, types: Collection[str] = FLOATS) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every tensor in a safetensors file; raises `UserError` for a broken file or weights of other `types`."""
     shapes = {}

@@ -15,7 +15,7 @@ from jaxft.errors import UserError, unknown
 from jaxft.hub import sources
 from jaxft.hub.bitsandbytes_config import BLOCK_SIZE
 from jaxft.hub.bitsandbytes_folder import BitsandbytesFolder
-from jaxft.hub.checkpoint import QUANTIZATION, Checkpoint, SafetensorsFolder, architecture_of, read_config
+from jaxft.hub.checkpoint import QUANTIZATION, Checkpoint, Renamed, SafetensorsFolder, architecture_of, read_config
 from jaxft.hub.gguf_file import GGUFFile
 from jaxft.hub.names import EMBEDDING, HEAD, Entry, entries, listed
 from jaxft.hub.quantized import PATTERNS, check_same, chosen, configured, shapes_in_formats
@@ -148,7 +148,18 @@ def _open(source: str, dtype: Any, revision: str) -> tuple[nn.Module, Family, Ch
     found = sources.find(source, revision, sources.CONFIG_FILES + sources.WEIGHT_FILES + sources.TOKENIZER_FILES)
     checkpoint: Any = GGUFFile(found.gguf) if found.gguf else _folder(found)
     family, model = _model(checkpoint.config, found.name, dtype)
+    prefix = getattr(family.module, "HF_PREFIX", "")
+    if prefix and not any(name.startswith(prefix) for name in checkpoint.shapes):
+        checkpoint = Renamed(checkpoint, _names_of_base(family, _shapes(model), checkpoint, prefix))
     return model, family, checkpoint, found.name
+
+
+def _names_of_base(family: Family, shapes: Params, checkpoint: Checkpoint, prefix: str) -> dict[str, str]:
+    """Names with the prefix of the model in its head, of files that were saved without one: theirs by ours."""
+    wanted = {entry.name for entry in entries(family.module, shapes)}
+    ignored = "|".join(family.module.HF_IGNORED)
+    found = {prefix + name: name for name in checkpoint.shapes}
+    return {name: theirs for name, theirs in found.items() if name in wanted or re.fullmatch(ignored, name)}
 
 
 def _folder(found: sources.Source) -> Any:
@@ -256,7 +267,9 @@ def _check(wanted: list[Entry], family: Family, checkpoint: Checkpoint, name: st
     heads = {theirs for theirs, ours, _ in family.module.HF_NAMES if ours == HEAD}
     ignored = "|".join(family.module.HF_IGNORED)
     left = [other for other in have if other not in names | heads and not re.fullmatch(ignored, other)]
-    wrong = [f"{entry.name} {have[entry.name]} for {entry.shape}" for entry in wanted if have.get(entry.name, entry.shape) != entry.shape]
+    quantized = _stored(checkpoint)  # bitsandbytes' are (out, in), whatever the layer's are in full precision
+    shapes = {entry.name: entry.leaf.shape[::-1] if entry.name in quantized else entry.shape for entry in wanted}
+    wrong = [f"{name} {have[name]} for {shape}" for name, shape in shapes.items() if have.get(name, shape) != shape]
     problems = []
     if missing := sorted(names - set(have)):
         problems.append(f"it lacks {listed(missing)}")

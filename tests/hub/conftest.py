@@ -1,6 +1,7 @@
 """Tiny random models of transformers, the reference of this folder's tests."""
 
 import contextlib
+import re
 import resource
 
 import numpy as np
@@ -23,6 +24,8 @@ SMALL = {
 }
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 
+GPT2 = {"n_inner": 56, "bos_token_id": 0, "eos_token_id": 1}
+
 MODELS = {
     "untied": ("llama", {}),
     "tied": ("llama", {"tie_word_embeddings": True}),
@@ -40,6 +43,8 @@ MODELS = {
     "mistral": ("mistral", {"sliding_window": 5}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "gpt2": ("gpt2", GPT2),
+    "untied_gpt2": ("gpt2", GPT2 | {"tie_word_embeddings": False, "scale_attn_weights": False}),
 }
 
 
@@ -49,7 +54,7 @@ def make_model(family, dtype=torch.float32, **settings):
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **(SMALL | settings)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape) * 0.2 + ("norm" in name))
+            parameter.copy_(torch.randn(parameter.shape) * 0.2 + (re.search(r"norm|\bln_", name) is not None))
     return model.to(dtype).eval()
 
 

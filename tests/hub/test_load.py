@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
-from conftest import MODELS, TOLERANCE, difference, make_model
+from conftest import GPT2, MODELS, TOLERANCE, difference, make_model
 
 import jaxft
 from jaxft.errors import UserError
@@ -78,6 +78,35 @@ def test_old_rotary_buffers_are_passed_over(folder):
     make_model("llama").save_pretrained(folder)
     _edit(folder, lambda tensors: tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)})
     jaxft.load_pretrained(folder)
+
+
+def test_a_gpt2_may_be_stored_without_the_prefix_of_its_body_and_with_its_old_masks(folder):
+    """As openai-community/gpt2 is: the tensors of GPT2Model, with the causal mask of each layer."""
+    reference = make_model("gpt2", **GPT2)
+    reference.save_pretrained(folder)
+    _edit(folder, lambda tensors: {name.removeprefix("transformer."): value for name, value in tensors.items()})
+    masks = {"h.0.attn.bias": np.ones((1, 1, 64, 64), np.float32), "h.1.attn.masked_bias": np.ones(1, np.float32)}
+    _edit(folder, lambda tensors: tensors | masks)
+    model, params = jaxft.load_pretrained(folder)
+    assert difference(model, params, reference) <= TOLERANCE
+    _edit(folder, lambda tensors: tensors | {"h.0.attn.more": np.ones(1, np.float32)})
+    with pytest.raises(UserError, match=r"no place for: h\.0\.attn\.more"):
+        jaxft.load_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"add_cross_attention": True}, "has add_cross_attention"),
+        ({"activation_function": "gelu_nwe"}, "no activation .* 'gelu_nwe'. Did you mean 'gelu_new'"),
+        ({"n_head": 3}, "n_embd 32 isn't a multiple of n_head 3"),
+    ],
+)
+def test_what_a_gpt2_cannot_be_is_refused(fields, message, folder):
+    make_model("gpt2", **GPT2).save_pretrained(folder)
+    _config(folder, **fields)
+    with pytest.raises(UserError, match=message):
+        jaxft.load_pretrained(folder)
 
 
 def _edit(folder, change):

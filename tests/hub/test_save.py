@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 import transformers
-from conftest import MODELS, TOLERANCE, difference, make_model
+from conftest import GPT2, MODELS, TOLERANCE, difference, make_model
 
 import jaxft
 from jaxft.errors import UserError
@@ -54,6 +55,13 @@ def test_loading_it_again_gives_the_same_model(name, folder, tmp_path):
     again, loaded = jaxft.load_pretrained(folder)
     assert _same(params, loaded)
     assert {**vars(again.config), "hf": ""} == {**vars(model.config), "hf": ""}
+
+
+def test_a_gpt2_is_written_with_the_names_of_transformers(folder, tmp_path):
+    make_model("gpt2", **GPT2).save_pretrained(tmp_path / "source")
+    jaxft.save_pretrained(folder, *jaxft.load_pretrained(tmp_path / "source"))
+    ours, theirs = (safetensors.numpy.load_file(place / "model.safetensors") for place in (folder, tmp_path / "source"))
+    assert {name: value.tobytes() for name, value in ours.items()} == {name: value.tobytes() for name, value in theirs.items()}
 
 
 @pytest.mark.parametrize(("kind", "factor"), [("default", None), ("linear", 4.0)])
