@@ -6,7 +6,8 @@ Ranks fall from 12 to 8 on average, where they matter least first (Zhang et al. 
 
 Hardware: two CPU cores, 2.8 GB of memory; 263 tokens/s, a step in 1.11 of lora_llama2's time (benchmarks/results/methods.md). 3,665,880
 parameters train.
-Its result on held-out reviews isn't measured yet.
+Measured result, 50 steps, 48 reviews held out, exact match of condition, rating, both (answer loss): 0.0%, 0.0%, 0.0% (1.849);
+lora_llama2 has 37.5%, 83.3%, 31.2% (0.514), the untuned model 0% (4.230).
 """
 
 import dataclasses

@@ -6,7 +6,8 @@ Beside the low-rank difference, the length of each kernel's column is trained by
 
 Hardware: two CPU cores, 2.7 GB of memory; 214 tokens/s, a step in 1.36 of lora_llama2's time (benchmarks/results/methods.md). 2,597,760
 parameters train.
-Its result on held-out reviews isn't measured yet.
+Measured result, 50 steps, 48 reviews held out, exact match of condition, rating, both (answer loss): 37.5%, 81.2%, 29.2% (0.509);
+lora_llama2 has 37.5%, 83.3%, 31.2% (0.514), the untuned model 0% (4.230).
 """
 
 import dataclasses

@@ -7,7 +7,8 @@ one above it. What is exported is the whole model.
 
 Hardware: two CPU cores, 5.3 GB of memory; 208 tokens/s, a step in 1.41 of lora_llama2's time (benchmarks/results/methods.md). 134,515,008
 parameters train.
-Its result on held-out reviews isn't measured yet.
+Measured result, 50 steps, 48 reviews held out, exact match of condition, rating, both (answer loss): 43.8%, 79.2%, 35.4% (0.477);
+lora_llama2 has 37.5%, 83.3%, 31.2% (0.514), the untuned model 0% (4.230).
 """
 
 import dataclasses

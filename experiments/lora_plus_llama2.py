@@ -6,7 +6,8 @@ lora_b learns at sixteen times lora_a's rate, as the paper advises (Hayou et al.
 
 Hardware: two CPU cores, 2.6 GB of memory; 283 tokens/s, a step in 1.01 of lora_llama2's time (benchmarks/results/methods.md). 2,442,240
 parameters train.
-Its result on held-out reviews isn't measured yet.
+Measured result, 50 steps, 48 reviews held out, exact match of condition, rating, both (answer loss): 47.9%, 85.4%, 39.6% (0.469);
+lora_llama2 has 37.5%, 83.3%, 31.2% (0.514), the untuned model 0% (4.230).
 """
 
 import dataclasses

@@ -6,7 +6,8 @@ The recipe of lora_llama2, with nothing but the scales of SmolLM2's norms in tra
 
 Hardware: two CPU cores, 2.4 GB of memory; 312 tokens/s, a step in 0.93 of lora_llama2's time (benchmarks/results/methods.md). 35,136
 parameters train.
-Its result on held-out reviews isn't measured yet.
+Measured result, 50 steps, 48 reviews held out, exact match of condition, rating, both (answer loss): 31.2%, 81.2%, 22.9% (0.621);
+lora_llama2 has 37.5%, 83.3%, 31.2% (0.514), the untuned model 0% (4.230).
 """
 
 import dataclasses

@@ -7,7 +7,8 @@ pass. What is exported is the whole model.
 
 Hardware: two CPU cores, 2.1 GB of memory; 509 tokens/s, a step in 0.58 of lora_llama2's time (benchmarks/results/methods.md). 21,241,152
 parameters train.
-Its result on held-out reviews isn't measured yet.
+Measured result, 50 steps, 48 reviews held out, exact match of condition, rating, both (answer loss): 35.4%, 83.3%, 27.1% (0.600);
+lora_llama2 has 37.5%, 83.3%, 31.2% (0.514), the untuned model 0% (4.230).
 """
 
 import dataclasses

@@ -6,7 +6,8 @@ The low-rank difference starts as each kernel's largest singular values, taken o
 
 Hardware: two CPU cores, 2.8 GB of memory; 295 tokens/s, a step in 0.97 of lora_llama2's time (benchmarks/results/methods.md). 2,442,240
 parameters train.
-Its result on held-out reviews isn't measured yet.
+Measured result, 50 steps, 48 reviews held out, exact match of condition, rating, both (answer loss): 43.8%, 83.3%, 37.5% (0.462);
+lora_llama2 has 37.5%, 83.3%, 31.2% (0.514), the untuned model 0% (4.230).
 """
 
 import dataclasses

@@ -7,7 +7,8 @@ a LoRA beside each of them trains (Dettmers et al. 2023, arXiv:2305.14314). Prod
 
 Hardware: two CPU cores, 2.2 GB of memory; 278 tokens/s, a step in 0.99 of lora_llama2's time (benchmarks/results/qlora.md). 2,442,240
 parameters train.
-Its result on held-out reviews isn't measured yet.
+Measured result, 50 steps, 48 reviews held out, exact match of condition, rating, both (answer loss): 33.3%, 87.5%, 29.2% (0.548);
+lora_llama2 has 37.5%, 83.3%, 31.2% (0.514), the untuned model in 4 bits 0% (4.181).
 
 Variants: Llama 2 itself, in bfloat16, on medical flash cards. Their licence has to be accepted on the hub first. Memory is computed:
 weights, LoRA with its gradient and moments, the layers' inputs (remat=full) and the work of one layer. All devices share the weights;

@@ -6,7 +6,8 @@ The difference is scaled by alpha / sqrt(rank), so that larger ranks learn as fa
 
 Hardware: two CPU cores, 2.7 GB of memory; 253 tokens/s, a step in 1.08 of lora_llama2's time (benchmarks/results/methods.md). 9,768,960
 parameters train.
-Its result on held-out reviews isn't measured yet.
+Measured result, 50 steps, 48 reviews held out, exact match of condition, rating, both (answer loss): 47.9%, 81.2%, 37.5% (0.447);
+lora_llama2 has 37.5%, 83.3%, 31.2% (0.514), the untuned model 0% (4.230).
 """
 
 import dataclasses

@@ -7,7 +7,8 @@ Fisher information of four micro-batches, which are looked at before the first s
 
 Hardware: two CPU cores, 3.3 GB of memory; 250 tokens/s, a step in 1.17 of lora_llama2's time (benchmarks/results/methods.md). 2,442,240
 parameters train.
-Its result on held-out reviews isn't measured yet.
+Measured result, 50 steps, 48 reviews held out, exact match of condition, rating, both (answer loss): 37.5%, 85.4%, 33.3% (0.477);
+lora_llama2 has 37.5%, 83.3%, 31.2% (0.514), the untuned model 0% (4.230).
 """
 
 import dataclasses
