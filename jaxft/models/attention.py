@@ -1,6 +1,8 @@
 """Attention over packed rows, through the fastest exact path of the backend."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import chex
 import jax
@@ -46,8 +48,11 @@ def attention(
     key_tokens: Tokens,
     window: jax.Array | None = None,
     before: int = 0,
+    causal: bool = True,
+    dropout: float = 0.0,
+    rng: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns causal grouped-query attention, (batch, queries, heads, head_dim).
+    """Returns grouped-query attention, (batch, queries, heads, head_dim).
 
     Args:
       query: (batch, queries, heads, head_dim).
@@ -57,20 +62,26 @@ def attention(
       key_tokens: where the keys stand.
       window: () int32, a token sees only the last so many positions (Mistral); None is all.
       before: keys that stand before the row's own: a prefix.
+      causal: whether tokens after the query are hidden from it.
+      dropout: the share of attention weights that are set to 0 where there is an `rng`; the others are divided by 1 - dropout.
+      rng: draws them; None is no dropout.
     """
     batch, queries, _, head_dim = query.shape
     chex.assert_shape([key, value], (batch, key.shape[1], key.shape[2], head_dim))
-    if jax.default_backend() == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16) and queries > 1:
-        mask = visible(query_tokens, key_tokens, window)[:, None]
+    dropout = 0.0 if rng is None else dropout
+    if jax.default_backend() == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16) and queries > 1 and not dropout:
+        mask = visible(query_tokens, key_tokens, window, causal)[:, None]
         return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
-    # Rows that attend to themselves skip what lies above the diagonal, block by block.
+    # Rows that attend to themselves go block by block: scores take a block's memory, and what lies above the diagonal is skipped.
     starts = range(0, queries, QUERY_BLOCK) if before + queries == key.shape[1] else range(1)
     blocks = []
     for start in starts:
         stop = min(start + QUERY_BLOCK, queries) if len(starts) > 1 else queries
-        end = before + stop if len(starts) > 1 else key.shape[1]
+        end = before + stop if len(starts) > 1 and causal else key.shape[1]
         rows, columns = _slice(query_tokens, start, stop), _slice(key_tokens, 0, end)
-        blocks.append(_plain(query[:, start:stop], key[:, :end], value[:, :end], visible(rows, columns, window)))
+        own = jax.random.fold_in(rng, start) if rng is not None and dropout else None
+        mask = visible(rows, columns, window, causal)
+        blocks.append(_plain(query[:, start:stop], key[:, :end], value[:, :end], mask, own, dropout))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
@@ -78,29 +89,35 @@ def _slice(tokens: Tokens, start: int, stop: int) -> Tokens:
     return Tokens(tokens.segments[:, start:stop], tokens.positions[:, start:stop], tokens.order[start:stop])
 
 
-def _plain(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+def _plain(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, rng: jax.Array | None = None, dropout: float = 0.0
+) -> jax.Array:
     """Softmax attention as one batched product over grouped heads; scores and softmax in float32."""
     batch, queries, heads, head_dim = query.shape
     groups = key.shape[2]
     query = query.reshape(batch, queries, groups, heads // groups, head_dim).transpose(0, 2, 3, 1, 4) * head_dim**-0.5
-    out = _softmax_product(query, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), mask)
+    out = _softmax_product(query, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), mask, rng, dropout)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, head_dim)
 
 
-@jax.custom_vjp
-def _softmax_product(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _softmax_product(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, rng: jax.Array | None, dropout: float
+) -> jax.Array:
     """softmax(query @ key.T where mask) @ value.
 
-    The backward pass makes the weights again from the scores and their log-sum (Dao et al. 2022, arXiv:2205.14135): nothing of the
-    size queries x keys is kept.
+    The backward pass makes the weights again from the scores and their log-sum (Dao et al. 2022, arXiv:2205.14135), and draws again what
+    is dropped: nothing of the size queries x keys is kept.
 
     Args:
       query: (batch, groups, heads of a group, queries, head_dim), scaled.
       key: (batch, groups, keys, head_dim).
       value: as key.
       mask: (batch, queries, keys) bool.
+      rng: draws which weights are dropped; None drops none.
+      dropout: their share.
     """
-    return _forward(query, key, value, mask)[0]
+    return _forward(query, key, value, mask, rng, dropout)[0]
 
 
 def _scores(query: jax.Array, key: jax.Array, mask: jax.Array) -> jax.Array:
@@ -110,15 +127,25 @@ def _scores(query: jax.Array, key: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask[:, None, None], scores.reshape(batch, groups, heads, queries, -1), _MASKED)
 
 
-def _forward(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+def _dropped(weights: jax.Array, rng: jax.Array | None, dropout: float) -> jax.Array:
+    """The weights that are left, scaled up; the same ones at each call with one key."""
+    if rng is None or not dropout:
+        return weights
+    keep = jax.random.bernoulli(rng, 1.0 - dropout, weights.shape)
+    return jnp.where(keep, weights / (1.0 - dropout), 0.0)
+
+
+def _forward(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, rng: jax.Array | None, dropout: float
+) -> tuple[jax.Array, tuple[Any, ...]]:
     scores = _scores(query, key, mask)
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = _times(weights.astype(value.dtype), value).astype(jnp.float32) / total
+    out = _times(_dropped(weights, rng, dropout).astype(value.dtype), value).astype(jnp.float32) / total
     out = checkpoint_name(out.astype(query.dtype), KEPT)
     log_sum = checkpoint_name(top + jnp.log(total), KEPT)
-    return out, (query, key, value, mask, out, log_sum)
+    return out, (query, key, value, mask, rng, out, log_sum)
 
 
 def _times(weights: jax.Array, value: jax.Array) -> jax.Array:
@@ -127,8 +154,8 @@ def _times(weights: jax.Array, value: jax.Array) -> jax.Array:
     return jnp.einsum("bgqk,bgkd->bgqd", flat, value).reshape(*weights.shape[:-1], -1)
 
 
-def _backward(kept: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    query, key, value, mask, out, log_sum = kept
+def _backward(dropout: float, kept: tuple[Any, ...], gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
+    query, key, value, mask, rng, out, log_sum = kept
 
     def flat(x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:2], -1, x.shape[-1])
@@ -136,10 +163,10 @@ def _backward(kept: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Arr
     weights = jnp.exp(_scores(query, key, mask) - log_sum)
     shared = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     d_weights = jnp.einsum("bgqd,bgkd->bgqk", flat(gradient), value, preferred_element_type=jnp.float32).reshape(weights.shape)
-    d_scores = (weights * (d_weights - shared)).astype(query.dtype)
-    d_value = jnp.einsum("bgqk,bgqd->bgkd", flat(weights.astype(value.dtype)), flat(gradient))
+    d_scores = (weights * (_dropped(d_weights, rng, dropout) - shared)).astype(query.dtype)
+    d_value = jnp.einsum("bgqk,bgqd->bgkd", flat(_dropped(weights, rng, dropout).astype(value.dtype)), flat(gradient))
     d_key = jnp.einsum("bgqk,bgqd->bgkd", flat(d_scores), flat(query))
-    return _times(d_scores, key), d_key, d_value, None
+    return _times(d_scores, key), d_key, d_value, None, None
 
 
 _softmax_product.defvjp(_forward, _backward)
