@@ -29,9 +29,8 @@ from jaxft.config import DataConfig, OptimizerConfig
 from jaxft.data.batches import Batches
 from jaxft.data.tokenize import Examples
 from jaxft.hub.load import describe_pretrained
-from jaxft.hub.names import entries
+from jaxft.hub.names import tensors_of
 from jaxft.methods.partition import size, size_in_bytes
-from jaxft.models.registry import family_of
 from jaxft.tasks import SFT
 from jaxft.train.optimizer import make_optimizer
 from jaxft.train.state import new_state
@@ -86,7 +85,7 @@ def write_model(folder: pathlib.Path, shape: dict[str, int]) -> None:
     (folder / "config.json").write_text(json.dumps(config | shape))
     model, shapes = describe_pretrained(str(folder))
     random, shards, shard, held, places = np.random.default_rng(0), 0, {}, 0, {}
-    wanted = entries(family_of(model.config.architecture).module, shapes)
+    wanted = tensors_of(model, shapes)
     for number, entry in enumerate(wanted):
         norm = entry.name.endswith("norm.weight")
         values = np.ones(entry.shape, np.float32) if norm else random.standard_normal(entry.shape, np.float32) * np.float32(0.02)

@@ -11,6 +11,7 @@ import transformers
 
 import jaxft
 from jaxft.data.tokenize import Examples
+from jaxft.hub.save import auto_class
 
 VOCABULARY = 97
 SMALL = {
@@ -27,32 +28,43 @@ SMALL = {
 }
 
 
-ALIKE = {"gpt2": {"n_inner": 56, "intermediate_size": None, "num_key_value_heads": None}}  # what families say otherwise; None is left out
+ALIKE = {  # what families say otherwise; None is left out
+    "gpt2": {"n_inner": 56, "intermediate_size": None, "num_key_value_heads": None},
+    "bert": {"num_key_value_heads": None},
+}
+LABELS = ("no", "maybe", "yes")  # of the classifications
 
 
-def make_reference(family, **settings):
+def make_reference(family, task="causal_lm", **settings):
     """Returns a model of transformers whose every parameter is random: norms about 1, biases not zero."""
     torch.manual_seed(0)
     fields = SMALL | ALIKE.get(family, {})
+    if task.endswith("classification"):
+        fields |= {"pad_token_id": 0, "id2label": dict(enumerate(LABELS)), "label2id": {name: id for id, name in enumerate(LABELS)}}
     fields = {name: value for name, value in fields.items() if name in ("bos_token_id", "eos_token_id") or value is not None}
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **(fields | settings)))
+    made = getattr(transformers, auto_class(task)).from_config(transformers.AutoConfig.for_model(family, **(fields | settings)))
+    return randomized(made)
+
+
+def randomized(model):
+    """Returns a model of torch, every parameter of it drawn anew."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape) * 0.2 + (re.search(r"norm|\bln_", name) is not None))
+            parameter.copy_(torch.randn(parameter.shape) * 0.2 + (re.search(r"[nN]orm|\bln_", name) is not None))
     return model.eval()
 
 
-def load(reference, dtype="float32"):
+def load(reference, task="causal_lm", **options):
     """Returns jaxft's model and parameters of a model of transformers, by way of its folder."""
     with tempfile.TemporaryDirectory() as folder:
         reference.save_pretrained(folder)
-        return jaxft.load_pretrained(folder, dtype=dtype)
+        return jaxft.load_pretrained(folder, task=task, **options)
 
 
-def make_pair(family, **settings):
+def make_pair(family, task="causal_lm", **settings):
     """Returns the reference, jaxft's model, and its parameters."""
-    reference = make_reference(family, **settings)
-    return reference, *load(reference)
+    reference = make_reference(family, task, **settings)
+    return reference, *load(reference, task)
 
 
 def with_adapter(tuned, model, params):

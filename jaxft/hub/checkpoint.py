@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
@@ -39,12 +40,13 @@ class SafetensorsFolder:
     def __init__(self, source: Source, types: Collection[str] = FLOATS) -> None:
         """Reads the configuration and every file's header; raises `UserError` for what is missing, broken, or of other `types`."""
         self.config = read_config(source)
+        ignored = family_of(self.config["architectures"][0]).module.HF_IGNORED
         self._files: dict[str, pathlib.Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path, names in _weight_files(source).items():
-            shapes = header(path, types)
+            shapes = header(path, types, ignored)
             for name in names or shapes:
-                if name not in shapes:
+                if name not in shapes and not _any_matches(ignored, name):
                     raise UserError(f"{path.parent / INDEX} says that {path.name} holds '{name}'; it doesn't. Download the model again.")
             self._files |= dict.fromkeys(shapes, path)
             self.shapes |= shapes
@@ -55,27 +57,17 @@ class SafetensorsFolder:
             return file.get_tensor(name)
 
 
-class Renamed:
-    """A checkpoint with other names for some of its tensors."""
+def header(path: pathlib.Path, types: Collection[str] = FLOATS, ignored: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every tensor in a safetensors file but those whose names the patterns `ignored` match.
 
-    def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
-        """`names` has the checkpoint's own names by the new ones."""
-        self._checkpoint, self._names = checkpoint, names
-        new = {theirs: name for name, theirs in names.items()}
-        self.config = checkpoint.config
-        self.shapes = {new.get(name, name): shape for name, shape in checkpoint.shapes.items()}
-
-    def read(self, name: str) -> np.ndarray:
-        """Returns one tensor."""
-        return self._checkpoint.read(self._names.get(name, name))
-
-
-def header(path: pathlib.Path, types: Collection[str] = FLOATS) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of every tensor in a safetensors file; raises `UserError` for a broken file or weights of other `types`."""
+    Raises `UserError` for a broken file or weights of other `types`.
+    """
     shapes = {}
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                if _any_matches(ignored, name):
+                    continue
                 part = file.get_slice(name)
                 if part.get_dtype() not in types:
                     raise UserError(f"{path}: '{name}' is stored as {part.get_dtype()}; jaxft reads {', '.join(types)}.")
@@ -85,6 +77,10 @@ def header(path: pathlib.Path, types: Collection[str] = FLOATS) -> dict[str, tup
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path} is no whole safetensors file ({error}). Download or export it again.") from error
     return shapes
+
+
+def _any_matches(patterns: Collection[str], name: str) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import numpy as np
 from jaxft.errors import UserError, unknown
 from jaxft.hub.checkpoint import complete_config
 from jaxft.models import llama
+from jaxft.models.heads import CAUSAL_LM
+from jaxft.models.registry import architecture_for, described
 from jaxft.models.rotary import Rotary, llama3_frequencies, plain_frequencies
 
 ROPE_FACTORS = "rope_freqs.weight"  # (head_dim / 2,): llama.cpp's form of Llama 3's rotary scaling
@@ -112,7 +114,7 @@ class GGUFFile:
             )
         config = {
             "model_type": family,
-            "architectures": [next(name for name, kind in llama.ARCHITECTURES.items() if kind == family)],
+            "architectures": [architecture_for(family, CAUSAL_LM)],
             "vocab_size": int(embedding.shape[1]),
             "hidden_size": self._needed("embedding_length"),
             "intermediate_size": self._needed("feed_forward_length"),
@@ -162,11 +164,12 @@ class GGUFFile:
         """Returns the file's name of each tensor under Hugging Face's; a tensor without one keeps its own, to be reported."""
         depth = self.config["num_hidden_layers"]
         table = gguf.get_tensor_name_map(_TYPES[self._architecture], depth)
+        base = described(self.config["architectures"][0]).base
         names = {}
         for theirs, _, _ in llama.HF_NAMES:
             module, kind = theirs.rsplit(".", 1)
             for layer in range(depth if "{layer}" in module else 1):
-                module_name = module.format(layer=layer)
+                module_name = module.format(layer=layer, base=base)
                 names[f"{table.get_name(module_name)}.{kind}"] = f"{module_name}.{kind}"
         return {names.get(name, name): name for name in self._tensors if name != ROPE_FACTORS}
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -11,11 +10,10 @@ from flax import linen as nn
 
 from jaxft.models import segments
 from jaxft.models.node import BASE, find, is_node, is_site
-from jaxft.models.registry import family_of
+from jaxft.models.registry import described, family_of
 from jaxft.models.segments import Leaf
 
 _SHOWN = 6  # names in a message
-EMBEDDING, HEAD = "embed/embedding", "lm_head/kernel"  # what a model with tied embeddings may store twice
 WEIGHT = ".weight"  # what a module's name lacks of its weight's name
 
 TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"": lambda array: array, "transpose": np.transpose}  # their own inverses
@@ -51,16 +49,17 @@ def layer_of(entry: Entry) -> Any:
     return entry.leaf.value if entry.index is None else jax.tree.map(lambda part: part[entry.index], entry.leaf.value)
 
 
-def entries(family: ModuleType, params: Any) -> list[Entry]:
+def tensors_of(model: nn.Module, params: Any) -> list[Entry]:
     """Returns an entry for each tensor that `params` are in Hugging Face's files, in storage order; a kernel's node is one tensor.
 
     Nodes at sites are a method's own, and have no place there.
 
     Args:
-      family: the module with the table HF_NAMES.
+      model: whose architecture names them.
       params: arrays, or anything with shapes in their place (`jax.eval_shape`).
     """
-    table = {ours: (theirs, transform) for theirs, ours, transform in family.HF_NAMES}
+    table = {ours: (theirs, transform) for theirs, ours, transform in family_of(model.config.architecture).module.HF_NAMES}
+    base = described(model.config.architecture).base
     found = []
     for leaf in segments.leaves(params, is_leaf=is_node):
         if is_site(leaf.value):
@@ -68,13 +67,17 @@ def entries(family: ModuleType, params: Any) -> list[Entry]:
         for index, path in enumerate(leaf.names):
             layer = None if leaf.layers is None else leaf.layers[index]
             theirs, transform = table[_general(path, layer)]
-            found.append(Entry(theirs.format(layer=layer), path, leaf, None if layer is None else index, transform))
+            found.append(Entry(with_base(theirs, base, layer), path, leaf, None if layer is None else index, transform))
     return found
 
 
-def tensors_of(model: nn.Module, params: Any) -> list[Entry]:
-    """Returns the entries of all that the model's own files hold."""
-    return entries(family_of(model.config.architecture).module, params)
+def with_base(name: str, base: str, layer: int | None = None) -> str:
+    """Returns a name of a family's table as a file has it, where the base's own name in it is `base`, "" for none.
+
+    >>> with_base("{base}.encoder.layer.{layer}.output.dense.bias", "", 3)
+    'encoder.layer.3.output.dense.bias'
+    """
+    return name.format(base=base, layer=layer).removeprefix(".")
 
 
 def linear_layers(model: nn.Module, params: Any) -> list[Entry]:

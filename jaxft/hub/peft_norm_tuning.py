@@ -10,11 +10,10 @@ from flax import linen as nn
 from jaxft.errors import UserError
 from jaxft.hub import peft_config, peft_leaves, peft_lora_config
 from jaxft.hub.checkpoint import ADAPTER_CONFIG
-from jaxft.hub.names import Entry, entries
+from jaxft.hub.names import Entry, tensors_of
 from jaxft.hub.peft_format import Params, Written
 from jaxft.hub.peft_leaves import PREFIX, Place
 from jaxft.methods.norm_tuning import NormTuning, is_norm
-from jaxft.models.registry import family_of
 
 METHOD = NormTuning
 PEFT_TYPE = "LN_TUNING"
@@ -50,8 +49,7 @@ def read(
 
 
 def _norms(model: nn.Module, params: Params) -> list[Entry]:
-    family = family_of(model.config.architecture).module
-    return [entry for entry in entries(family, params) if is_norm(entry.path)]
+    return [entry for entry in tensors_of(model, params) if is_norm(entry.path)]
 
 
 def _module(entry: Entry) -> str:

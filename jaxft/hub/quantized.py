@@ -1,7 +1,6 @@
 """Which kernels of a model are held in few bits, and in what form: chosen by patterns, or as the model's files have them."""
 
 from collections.abc import Mapping, Sequence
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -9,8 +8,9 @@ import numpy as np
 
 from jaxft.errors import UserError
 from jaxft.hub.bitsandbytes_config import format_of, is_converted
-from jaxft.hub.names import entries
+from jaxft.hub.names import tensors_of
 from jaxft.methods.kernels import chosen_kernels, is_kernel, wrap
+from jaxft.methods.partition import first_match
 from jaxft.models.node import Around, is_node, is_quantized
 from jaxft.models.segments import Leaf, leaves
 from jaxft.quant.blockwise import Format, quantize
@@ -73,9 +73,13 @@ def chosen(shapes: Params, format: Format | None, patterns: Sequence[str]) -> di
     return {} if format is None else dict.fromkeys(chosen_kernels(shapes, patterns, FIELD), format)
 
 
-def configured(family: ModuleType, shapes: Params, config: Mapping[str, Any], block_size: int) -> dict[str, Format]:
-    """Returns the format of each kernel, by our names, that a quantization_config says is quantized, in blocks of that size."""
-    held = [entry for entry in entries(family, shapes) if is_kernel(entry.leaf) and is_converted(config, entry.module)]
+def configured(model: Any, shapes: Params, config: Mapping[str, Any], block_size: int) -> dict[str, Format]:
+    """Returns the format of each kernel, by our names, that a quantization_config says is quantized, in blocks of that size.
+
+    The head of a task is never quantized there.
+    """
+    kernels = [entry for entry in tensors_of(model, shapes) if is_kernel(entry.leaf) and first_match(model.head, entry.path) is None]
+    held = [entry for entry in kernels if is_converted(config, entry.module)]
     return {entry.path: format_of(config, block_size) for entry in held}
 
 

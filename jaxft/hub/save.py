@@ -17,9 +17,10 @@ from jaxft.errors import UserError, unknown
 from jaxft.hub import bitsandbytes_config, bitsandbytes_folder
 from jaxft.hub import folder as folders
 from jaxft.hub.checkpoint import CONFIG, GENERATION_CONFIG, INDEX, QUANTIZATION
-from jaxft.hub.names import HEAD, WEIGHT, Entry, entries, layer_of
+from jaxft.hub.names import WEIGHT, Entry, layer_of, tensors_of
 from jaxft.methods.kernels import is_kernel
 from jaxft.models import segments
+from jaxft.models.heads import CAUSAL_LM, SUFFIXES, is_language_model
 from jaxft.models.node import is_node, is_quantized
 from jaxft.models.registry import family_of
 
@@ -32,7 +33,7 @@ _GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _CARD = """---
 library_name: transformers
 ---
-A model written by jaxft. `transformers.AutoModelForCausalLM.from_pretrained(FOLDER)` loads it.
+A model written by jaxft. `transformers.{auto}.from_pretrained(FOLDER)` loads it.
 """
 
 
@@ -53,7 +54,7 @@ def save_pretrained(
     max_shard_size: str = "5GB",
     format: str = HF,
 ) -> None:
-    """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
+    """Writes a folder that transformers' class of the model's task loads, `AutoModelForCausalLM.from_pretrained` and its like.
 
     Every tensor is written in the type it is held in, and read back and compared before the folder takes its place.
 
@@ -77,7 +78,7 @@ def save_pretrained(
             f"These parameters hold {' and '.join(held)}, which a Hugging Face model folder can't. Fold it in first: "
             "params = method.merge(model, params). Or write the adapter alone: jaxft.save_adapter(folder, model, params, method)."
         )
-    found = entries(family_of(model.config.architecture).module, params)
+    found = tensors_of(model, params)
     quantization = _quantization(model, found) if format == BITSANDBYTES else {}
     tensors: dict[str, _Tensor] = {}
     parts = functools.lru_cache(maxsize=1)(lambda number: bitsandbytes_folder.tensors_of(found[number]))  # read once for all of them
@@ -92,7 +93,16 @@ def save_pretrained(
         _write_config(temporary, model.config, widest, quantization)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        (temporary / CARD).write_text(card or _CARD, encoding="utf-8")
+        (temporary / CARD).write_text(card or _CARD.format(auto=auto_class(model.config.task)), encoding="utf-8")
+
+
+def auto_class(task: str) -> str:
+    """Returns transformers' class that loads any model of a task.
+
+    >>> auto_class("causal_lm")
+    'AutoModelForCausalLM'
+    """
+    return f"AutoModel{SUFFIXES[task]}"
 
 
 def _is_method(value: Any) -> bool:
@@ -107,11 +117,13 @@ def _quantization(model: nn.Module, found: list[Entry]) -> dict[str, Any]:
             "None of these parameters is quantized. Quantize them first: params = jaxft.quantized(params, Format()). "
             "Or write the model whole: format='hf'."
         )
-    table = family_of(model.config.architecture).module.HF_NAMES
-    heads = {theirs.removesuffix(WEIGHT) for theirs, ours, _ in table if ours == HEAD}  # a tied model's is no tensor, and still a layer
+    seconds = family_of(model.config.architecture).module.ALSO_NAMED.values()
+    tied = {name.removesuffix(WEIGHT) for name in seconds if name.endswith(WEIGHT)} if is_language_model(model) else set()
     converted = {entry.module for entry in found if is_quantized(entry.leaf.value)}
     linear = {entry.module for entry in found if is_kernel(entry.leaf)}
-    return bitsandbytes_config.written(formats, np.dtype(model.dtype).name, (linear | heads) - converted)
+    return bitsandbytes_config.written(
+        formats, np.dtype(model.dtype).name, (linear | tied) - converted
+    )  # a tied model's head is no tensor, and still a layer
 
 
 def _write_weights(temporary: pathlib.Path, tensors: dict[str, _Tensor], max_shard_size: str) -> None:
@@ -145,10 +157,12 @@ def _write_config(temporary: pathlib.Path, config: Any, dtype: np.dtype, quantiz
     generation = hf.pop("generation_config", None)
     if generation is None:
         generation = {name: hf[name] for name in _GENERATION_KEYS if hf.get(name) is not None} | {"_from_model_config": True}
+    labels = {name: hf[name] for name in ("id2label", "label2id", "problem_type") if config.labels and hf.get(name)}
     hf |= {"architectures": [config.architecture], "dtype": dtype.name, "transformers_version": transformers.__version__}
     written = transformers.AutoConfig.for_model(hf.pop("model_type"), **hf).to_diff_dict()
-    folders.write_json(temporary / CONFIG, _rotary_keys(written) | ({QUANTIZATION: quantization} if quantization else {}))
-    folders.write_json(temporary / GENERATION_CONFIG, generation | {"transformers_version": transformers.__version__})
+    folders.write_json(temporary / CONFIG, _rotary_keys(written) | labels | ({QUANTIZATION: quantization} if quantization else {}))
+    if config.task == CAUSAL_LM:
+        folders.write_json(temporary / GENERATION_CONFIG, generation | {"transformers_version": transformers.__version__})
 
 
 def _rotary_keys(config: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ tests is transformers.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -16,33 +15,45 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 from jaxft.errors import UserError, unknown
-from jaxft.models import attention, layers
+from jaxft.models import attention, heads, layers
+from jaxft.models.heads import Architecture
 from jaxft.models.layers import Cache, Output
 
-ARCHITECTURES = {"GPT2LMHeadModel": "gpt2"}
-
-# (name in Hugging Face's files, path in ours, transform); {layer} is the layer's number. Conv1D's weights are (in, out), as ours.
-HF_NAMES = (
-    ("transformer.wte.weight", "embed/embedding", ""),
-    ("transformer.wpe.weight", "position_embed/embedding", ""),
-    ("transformer.h.{layer}.ln_1.weight", "layers/{layer}/ln_1/scale", ""),
-    ("transformer.h.{layer}.ln_1.bias", "layers/{layer}/ln_1/bias", ""),
-    ("transformer.h.{layer}.attn.c_attn.weight", "layers/{layer}/attention/c_attn/kernel", ""),
-    ("transformer.h.{layer}.attn.c_attn.bias", "layers/{layer}/attention/c_attn/bias", ""),
-    ("transformer.h.{layer}.attn.c_proj.weight", "layers/{layer}/attention/c_proj/kernel", ""),
-    ("transformer.h.{layer}.attn.c_proj.bias", "layers/{layer}/attention/c_proj/bias", ""),
-    ("transformer.h.{layer}.ln_2.weight", "layers/{layer}/ln_2/scale", ""),
-    ("transformer.h.{layer}.ln_2.bias", "layers/{layer}/ln_2/bias", ""),
-    ("transformer.h.{layer}.mlp.c_fc.weight", "layers/{layer}/mlp/c_fc/kernel", ""),
-    ("transformer.h.{layer}.mlp.c_fc.bias", "layers/{layer}/mlp/c_fc/bias", ""),
-    ("transformer.h.{layer}.mlp.c_proj.weight", "layers/{layer}/mlp/c_proj/kernel", ""),
-    ("transformer.h.{layer}.mlp.c_proj.bias", "layers/{layer}/mlp/c_proj/bias", ""),
-    ("transformer.ln_f.weight", "ln_f/scale", ""),
-    ("transformer.ln_f.bias", "ln_f/bias", ""),
-    ("lm_head.weight", "lm_head/kernel", "transpose"),
+_TASKS = (heads.SEQUENCE_CLASSIFICATION, heads.TOKEN_CLASSIFICATION, heads.QUESTION_ANSWERING)
+_OTHERS = ("DoubleHeadsModel",)
+ARCHITECTURES = {"GPT2LMHeadModel": Architecture("gpt2", heads.CAUSAL_LM, "transformer")} | heads.architectures(
+    "GPT2", "gpt2", "transformer", _TASKS, _OTHERS
 )
-HF_PREFIX = "transformer."  # what names lack in files of the model without its head, as those of openai-community/gpt2
-HF_IGNORED = (r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",)  # the causal mask in old files; computed, not a parameter
+
+# (name in Hugging Face's files, path in ours, transform); {layer} is the layer's number, {base} the base's own name within a model
+# with a head. Conv1D's weights are (in, out), as ours; the heads are linear layers, (out, in) there.
+HF_NAMES = (
+    ("{base}.wte.weight", "embed/embedding", ""),
+    ("{base}.wpe.weight", "position_embed/embedding", ""),
+    ("{base}.h.{layer}.ln_1.weight", "layers/{layer}/ln_1/scale", ""),
+    ("{base}.h.{layer}.ln_1.bias", "layers/{layer}/ln_1/bias", ""),
+    ("{base}.h.{layer}.attn.c_attn.weight", "layers/{layer}/attention/c_attn/kernel", ""),
+    ("{base}.h.{layer}.attn.c_attn.bias", "layers/{layer}/attention/c_attn/bias", ""),
+    ("{base}.h.{layer}.attn.c_proj.weight", "layers/{layer}/attention/c_proj/kernel", ""),
+    ("{base}.h.{layer}.attn.c_proj.bias", "layers/{layer}/attention/c_proj/bias", ""),
+    ("{base}.h.{layer}.ln_2.weight", "layers/{layer}/ln_2/scale", ""),
+    ("{base}.h.{layer}.ln_2.bias", "layers/{layer}/ln_2/bias", ""),
+    ("{base}.h.{layer}.mlp.c_fc.weight", "layers/{layer}/mlp/c_fc/kernel", ""),
+    ("{base}.h.{layer}.mlp.c_fc.bias", "layers/{layer}/mlp/c_fc/bias", ""),
+    ("{base}.h.{layer}.mlp.c_proj.weight", "layers/{layer}/mlp/c_proj/kernel", ""),
+    ("{base}.h.{layer}.mlp.c_proj.bias", "layers/{layer}/mlp/c_proj/bias", ""),
+    ("{base}.ln_f.weight", "ln_f/scale", ""),
+    ("{base}.ln_f.bias", "ln_f/bias", ""),
+    ("lm_head.weight", "lm_head/kernel", "transpose"),
+    ("score.weight", "score/kernel", "transpose"),
+    ("classifier.weight", "classifier/kernel", "transpose"),
+    ("classifier.bias", "classifier/bias", ""),
+    ("qa_outputs.weight", "qa_outputs/kernel", "transpose"),
+    ("qa_outputs.bias", "qa_outputs/bias", ""),
+)
+ALSO_NAMED = {"{base}.wte.weight": "lm_head.weight"}  # a second name that a tied model's files may have for a tensor
+OTHER_HEADS = (r"(lm_head|score)\.weight", r"(classifier|qa_outputs|multiple_choice_head)\..+")  # that another task's files may hold
+HF_IGNORED = (r"(.*\.)?h\.\d+\.attn\.(bias|masked_bias)",)  # the causal mask in old files; computed, not a parameter
 
 # (path pattern, placement of one layer's leaf on the mesh), first match wins; the mesh is (data, fsdp, tensor).
 PLACEMENT = (
@@ -51,9 +62,16 @@ PLACEMENT = (
     ("(c_attn|c_fc)/kernel", P("fsdp", "tensor")),
     ("c_proj/kernel", P("tensor", "fsdp")),
     ("lm_head/kernel", P("fsdp", "tensor")),
+    ("(score|classifier|qa_outputs)/kernel", P("fsdp", None)),
     ("(c_attn|c_fc)/bias", P("tensor")),
     ("(bias|scale)", P()),
 )
+
+_HEADS = {
+    heads.SEQUENCE_CLASSIFICATION: ("score",),
+    heads.TOKEN_CLASSIFICATION: ("classifier",),
+    heads.QUESTION_ANSWERING: ("qa_outputs",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +81,7 @@ class GPT2Config:
     learned_positions: ClassVar[bool] = True  # a text can't be longer than max_position_embeddings
 
     architecture: str = "GPT2LMHeadModel"
+    task: str = heads.CAUSAL_LM  # what the head is for
     vocab_size: int = 50257
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -77,6 +96,10 @@ class GPT2Config:
     embedding_dropout: float = 0.1
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
+    classifier_dropout: float = 0.0  # before the head of token classification
+    initializer_range: float = 0.02
+    labels: tuple[str, ...] = ()  # names by class id
+    problem_type: str = ""
     hf: str = "{}"  # the config.json it came from, as JSON
 
     @classmethod
@@ -91,8 +114,9 @@ class GPT2Config:
             raise UserError("config.json has add_cross_attention: jaxft's GPT-2 reads text alone. Set it to false, or pass another model.")
         if hf["n_embd"] % hf["n_head"]:
             raise UserError(f"config.json: n_embd {hf['n_embd']} isn't a multiple of n_head {hf['n_head']}.")
+        architecture = ARCHITECTURES[hf["architectures"][0]]
         return cls(
-            architecture=hf["architectures"][0],
+            **heads.common_fields(hf, architecture),
             vocab_size=hf["vocab_size"],
             hidden_size=hf["n_embd"],
             intermediate_size=4 * hf["n_embd"] if hf.get("n_inner") is None else hf["n_inner"],
@@ -101,19 +125,20 @@ class GPT2Config:
             hidden_act=hf["activation_function"],
             layer_norm_epsilon=hf["layer_norm_epsilon"],
             max_position_embeddings=hf["n_positions"],
-            tie_word_embeddings=bool(hf.get("tie_word_embeddings", True)),
+            tie_word_embeddings=bool(hf.get("tie_word_embeddings", True)) and architecture.task == heads.CAUSAL_LM,
             scale_by_width=bool(hf.get("scale_attn_weights", True)),
             scale_by_layer=bool(hf.get("scale_attn_by_inverse_layer_idx", False)),
             embedding_dropout=hf["embd_pdrop"],
             hidden_dropout=hf["resid_pdrop"],
             attention_dropout=hf["attn_pdrop"],
-            hf=json.dumps(dict(hf), sort_keys=True, default=str),
+            classifier_dropout=heads.tagger_dropout(hf) if architecture.task == heads.TOKEN_CLASSIFICATION else 0.0,
+            initializer_range=hf["initializer_range"],
         )
 
     @property
     def family(self) -> str:
         """transformers' model_type."""
-        return ARCHITECTURES[self.architecture]
+        return ARCHITECTURES[self.architecture].model_type
 
     @property
     def num_key_value_heads(self) -> int:
@@ -161,7 +186,8 @@ class Attention(nn.Module):
         elif prefix is not None:
             key, value = (layers.after_prefix(part, own) for part, own in zip(prefix, (key, value), strict=True))
         before = 0 if prefix is None else len(prefix[0])
-        out = attention.attention(query, key, value, context.queries, context.keys, None, before)
+        rng = layers.dropout_rng(self) if config.attention_dropout else None
+        out = attention.attention(query, key, value, context.queries, context.keys, None, before, dropout=config.attention_dropout, rng=rng)
         out = linear(config.hidden_size, name="c_proj")(out.reshape(x.shape))
         return layers.dropped(out, config.hidden_dropout, layers.dropout_rng(self)), cache
 
@@ -196,7 +222,7 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """A causal language model of the GPT-2 family.
+    """A causal model of the GPT-2 family, with the head of a task.
 
     Attributes:
       config: its shape.
@@ -214,8 +240,35 @@ class GPT2(nn.Module):
         self.position_embed = layers.Embedding(config.max_position_embeddings, config.hidden_size, self.dtype)
         self.layers = layers.Layers(Block, (config, self.dtype), config.num_hidden_layers, self.remat)
         self.ln_f = layers.LayerNorm(config.layer_norm_epsilon, self.dtype)
-        if not config.tie_word_embeddings:
-            self.lm_head = layers.Linear(config.vocab_size, dtype=self.dtype)
+        self._make_head()
+
+    def _make_head(self) -> None:
+        config = self.config
+        linear = functools.partial(layers.Linear, dtype=self.dtype, kernel_init=nn.initializers.normal(config.initializer_range))
+        outputs = heads.outputs_of(self.task, config.labels)
+        if self.task == heads.QUESTION_ANSWERING:
+            self.qa_outputs = linear(outputs, use_bias=True)
+        elif self.task == heads.TOKEN_CLASSIFICATION:
+            self.classifier = linear(outputs, use_bias=True)
+        elif self.task == heads.SEQUENCE_CLASSIFICATION:
+            self.score = linear(outputs)
+        elif not config.tie_word_embeddings:
+            self.lm_head = linear(config.vocab_size)
+
+    @property
+    def task(self) -> str:
+        """What the head is for."""
+        return self.config.task
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """Patterns of the task's own parameters, which train with any method."""
+        return _HEADS.get(self.task, ())
+
+    @property
+    def pooling(self) -> str:
+        """An example's last token, which has seen the others, stands for all of it."""
+        return heads.LAST
 
     def __call__(
         self,
@@ -225,7 +278,9 @@ class GPT2(nn.Module):
         positions: jax.Array | None = None,
         cache: Cache | None = None,
     ) -> Output:
-        """Returns logits and hidden states of every token; a row with a position beyond max_position_embeddings has none that are numbers.
+        """Returns the head's outputs, in the shape that its task has in transformers, and the hidden states of every token.
+
+        A row with a position beyond max_position_embeddings has none that are numbers.
 
         Args:
           input_ids: (batch, length) int32.
@@ -234,8 +289,9 @@ class GPT2(nn.Module):
           positions: (batch, length) int32, for packed rows.
           cache: keys and values so far, from `new_cache`; the new one is returned.
         """
-        hidden, cache, states = self._run(input_ids, attention_mask, segment_ids, positions, cache, 0.0)
-        return Output(self.logits(hidden), (*states, hidden), cache)
+        tokens = layers.token_places(input_ids.shape, attention_mask, segment_ids, positions, cache)
+        hidden, cache, states = self._run(input_ids, tokens, cache, 0.0)
+        return heads.output(self, hidden, tokens.segments, (*states, hidden), cache)
 
     def features(
         self,
@@ -245,17 +301,25 @@ class GPT2(nn.Module):
         positions: jax.Array | None = None,
         neftune_alpha: jax.Array | float = 0.0,
     ) -> jax.Array:
-        """Returns what the output head reads, (batch, length, hidden_size); arguments as those of a call.
+        """Returns what the head reads, (batch, length, hidden_size); arguments as those of a call.
 
         With rngs={"noise": key}, embeddings get NEFTune's noise of strength `neftune_alpha`.
         """
-        return self._run(input_ids, attention_mask, segment_ids, positions, None, neftune_alpha)[0]
+        tokens = layers.token_places(input_ids.shape, attention_mask, segment_ids, positions, None)
+        return self._run(input_ids, tokens, None, neftune_alpha)[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Returns the output head's logits, (..., vocabulary), of hidden (..., hidden_size)."""
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        flat = self.embed.attend(flat) if self.config.tie_word_embeddings else self.lm_head(flat)
-        return flat.reshape(*hidden.shape[:-1], -1)
+        """Returns the head's outputs, (..., vocabulary or labels), of hidden (..., hidden_size): of any tokens, or of pooled ones."""
+        return heads.on_rows(self._head, hidden)
+
+    def _head(self, x: jax.Array) -> jax.Array:
+        if self.task == heads.QUESTION_ANSWERING:
+            return self.qa_outputs(x)
+        if self.task == heads.TOKEN_CLASSIFICATION:
+            return self.classifier(layers.dropped(x, self.config.classifier_dropout, layers.dropout_rng(self)))
+        if self.task == heads.SEQUENCE_CLASSIFICATION:
+            return self.score(x)
+        return self.embed.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
 
     def new_cache(self, batch: int, size: int) -> Cache:
         """Returns an empty cache for `batch` rows of `size` tokens, grouped as the parameters' segments are.
@@ -277,13 +341,10 @@ class GPT2(nn.Module):
     def _run(
         self,
         input_ids: jax.Array,
-        attention_mask: jax.Array | None,
-        segment_ids: jax.Array | None,
-        positions: jax.Array | None,
+        tokens: attention.Tokens,
         cache: Cache | None,
         neftune_alpha: jax.Array | float,
     ) -> tuple[jax.Array, Cache | None, list[jax.Array]]:
-        tokens = layers.token_places(input_ids.shape, attention_mask, segment_ids, positions, cache)
         x = self.embed(input_ids).astype(self.dtype)
         if self.has_rng("noise"):
             x += layers.embedding_noise(self.make_rng("noise"), neftune_alpha, tokens, self.config.hidden_size).astype(x.dtype)

@@ -55,13 +55,17 @@ class Cache:
 class Output:
     """What a model returns.
 
-    `logits` is (batch, length, vocabulary); `hidden_states` holds the embeddings and each layer's output, the last one after the final
-    norm, layers + 1 arrays of (batch, length, hidden_size), as transformers orders them. Under `jax.jit` what isn't read isn't computed.
+    `logits` is (batch, length, vocabulary), of token classification (batch, length, labels), of sequence classification (batch, labels);
+    question answering has `start_logits` and `end_logits`, (batch, length), in its place. `hidden_states` holds the embeddings and each
+    layer's output, the last one after the final norm, layers + 1 arrays of (batch, length, hidden_size), as transformers orders them.
+    Under `jax.jit` what isn't read isn't computed.
     """
 
-    logits: jax.Array
+    logits: Any
     hidden_states: tuple[jax.Array, ...]
     cache: Cache | None = None
+    start_logits: Any = None
+    end_logits: Any = None
 
 
 def parameter(module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...], dtype: Any) -> Any:

@@ -6,7 +6,6 @@ Touvron et al. 2023 (arXiv:2302.13971, arXiv:2307.09288); Jiang et al. 2023 (arX
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -16,42 +15,52 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 from jaxft.errors import UserError, unknown
-from jaxft.models import attention, layers
+from jaxft.models import attention, heads, layers
+from jaxft.models.heads import Architecture
 from jaxft.models.layers import Cache, Output
 from jaxft.models.rotary import TYPES, Rotary, angles, rotate
 
+_STEMS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+_TASKS = (heads.CAUSAL_LM, heads.SEQUENCE_CLASSIFICATION, heads.TOKEN_CLASSIFICATION, heads.QUESTION_ANSWERING)
 ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
+    name: found for kind, stem in _STEMS.items() for name, found in heads.architectures(stem, kind, "model", _TASKS).items()
+} | {  # transformers kept an older name of the base in these
+    f"{_STEMS[kind]}ForQuestionAnswering": Architecture(kind, heads.QUESTION_ANSWERING, "transformer")
+    for kind in ("llama", "qwen2", "qwen3")
 }
 
-# (name in Hugging Face's files, path in ours, transform); {layer} is the layer's number. Linear weights are (out, in) there.
+# (name in Hugging Face's files, path in ours, transform); {layer} is the layer's number, {base} the base's own name within a model
+# with a head. Linear weights are (out, in) there.
 HF_NAMES = (
-    ("model.embed_tokens.weight", "embed/embedding", ""),
-    ("model.layers.{layer}.input_layernorm.weight", "layers/{layer}/input_norm/scale", ""),
-    ("model.layers.{layer}.self_attn.q_proj.weight", "layers/{layer}/attention/q_proj/kernel", "transpose"),
-    ("model.layers.{layer}.self_attn.q_proj.bias", "layers/{layer}/attention/q_proj/bias", ""),
-    ("model.layers.{layer}.self_attn.k_proj.weight", "layers/{layer}/attention/k_proj/kernel", "transpose"),
-    ("model.layers.{layer}.self_attn.k_proj.bias", "layers/{layer}/attention/k_proj/bias", ""),
-    ("model.layers.{layer}.self_attn.v_proj.weight", "layers/{layer}/attention/v_proj/kernel", "transpose"),
-    ("model.layers.{layer}.self_attn.v_proj.bias", "layers/{layer}/attention/v_proj/bias", ""),
-    ("model.layers.{layer}.self_attn.o_proj.weight", "layers/{layer}/attention/o_proj/kernel", "transpose"),
-    ("model.layers.{layer}.self_attn.o_proj.bias", "layers/{layer}/attention/o_proj/bias", ""),
-    ("model.layers.{layer}.self_attn.q_norm.weight", "layers/{layer}/attention/q_norm/scale", ""),
-    ("model.layers.{layer}.self_attn.k_norm.weight", "layers/{layer}/attention/k_norm/scale", ""),
-    ("model.layers.{layer}.post_attention_layernorm.weight", "layers/{layer}/post_attention_norm/scale", ""),
-    ("model.layers.{layer}.mlp.gate_proj.weight", "layers/{layer}/mlp/gate_proj/kernel", "transpose"),
-    ("model.layers.{layer}.mlp.gate_proj.bias", "layers/{layer}/mlp/gate_proj/bias", ""),
-    ("model.layers.{layer}.mlp.up_proj.weight", "layers/{layer}/mlp/up_proj/kernel", "transpose"),
-    ("model.layers.{layer}.mlp.up_proj.bias", "layers/{layer}/mlp/up_proj/bias", ""),
-    ("model.layers.{layer}.mlp.down_proj.weight", "layers/{layer}/mlp/down_proj/kernel", "transpose"),
-    ("model.layers.{layer}.mlp.down_proj.bias", "layers/{layer}/mlp/down_proj/bias", ""),
-    ("model.norm.weight", "norm/scale", ""),
+    ("{base}.embed_tokens.weight", "embed/embedding", ""),
+    ("{base}.layers.{layer}.input_layernorm.weight", "layers/{layer}/input_norm/scale", ""),
+    ("{base}.layers.{layer}.self_attn.q_proj.weight", "layers/{layer}/attention/q_proj/kernel", "transpose"),
+    ("{base}.layers.{layer}.self_attn.q_proj.bias", "layers/{layer}/attention/q_proj/bias", ""),
+    ("{base}.layers.{layer}.self_attn.k_proj.weight", "layers/{layer}/attention/k_proj/kernel", "transpose"),
+    ("{base}.layers.{layer}.self_attn.k_proj.bias", "layers/{layer}/attention/k_proj/bias", ""),
+    ("{base}.layers.{layer}.self_attn.v_proj.weight", "layers/{layer}/attention/v_proj/kernel", "transpose"),
+    ("{base}.layers.{layer}.self_attn.v_proj.bias", "layers/{layer}/attention/v_proj/bias", ""),
+    ("{base}.layers.{layer}.self_attn.o_proj.weight", "layers/{layer}/attention/o_proj/kernel", "transpose"),
+    ("{base}.layers.{layer}.self_attn.o_proj.bias", "layers/{layer}/attention/o_proj/bias", ""),
+    ("{base}.layers.{layer}.self_attn.q_norm.weight", "layers/{layer}/attention/q_norm/scale", ""),
+    ("{base}.layers.{layer}.self_attn.k_norm.weight", "layers/{layer}/attention/k_norm/scale", ""),
+    ("{base}.layers.{layer}.post_attention_layernorm.weight", "layers/{layer}/post_attention_norm/scale", ""),
+    ("{base}.layers.{layer}.mlp.gate_proj.weight", "layers/{layer}/mlp/gate_proj/kernel", "transpose"),
+    ("{base}.layers.{layer}.mlp.gate_proj.bias", "layers/{layer}/mlp/gate_proj/bias", ""),
+    ("{base}.layers.{layer}.mlp.up_proj.weight", "layers/{layer}/mlp/up_proj/kernel", "transpose"),
+    ("{base}.layers.{layer}.mlp.up_proj.bias", "layers/{layer}/mlp/up_proj/bias", ""),
+    ("{base}.layers.{layer}.mlp.down_proj.weight", "layers/{layer}/mlp/down_proj/kernel", "transpose"),
+    ("{base}.layers.{layer}.mlp.down_proj.bias", "layers/{layer}/mlp/down_proj/bias", ""),
+    ("{base}.norm.weight", "norm/scale", ""),
     ("lm_head.weight", "lm_head/kernel", "transpose"),
+    ("score.weight", "score/kernel", "transpose"),
+    ("score.bias", "score/bias", ""),
+    ("qa_outputs.weight", "qa_outputs/kernel", "transpose"),
+    ("qa_outputs.bias", "qa_outputs/bias", ""),
 )
-HF_IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # in old files; computed, not a parameter
+ALSO_NAMED = {"{base}.embed_tokens.weight": "lm_head.weight"}  # a second name that a tied model's files may have for a tensor
+OTHER_HEADS = (r"lm_head\.weight", r"(score|qa_outputs)\.\w+")  # that another task's files may hold
+HF_IGNORED = (r"(.*\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # in old files; computed, not a parameter
 
 # (path pattern, placement of one layer's leaf on the mesh), first match wins; the mesh is (data, fsdp, tensor).
 PLACEMENT = (
@@ -59,6 +68,7 @@ PLACEMENT = (
     ("(q_proj|k_proj|v_proj|gate_proj|up_proj)/kernel", P("fsdp", "tensor")),
     ("(o_proj|down_proj)/kernel", P("tensor", "fsdp")),
     ("lm_head/kernel", P("fsdp", "tensor")),
+    ("(score|qa_outputs)/kernel", P("fsdp", None)),
     ("(q_proj|k_proj|v_proj|gate_proj|up_proj)/bias", P("tensor")),
     ("(bias|scale)", P()),
 )
@@ -73,6 +83,7 @@ class LlamaConfig:
     learned_positions: ClassVar[bool] = False  # rotary angles go on beyond max_position_embeddings
 
     architecture: str = "LlamaForCausalLM"
+    task: str = heads.CAUSAL_LM  # what the head is for
     vocab_size: int = 32000
     hidden_size: int = 4096
     intermediate_size: int = 11008
@@ -90,18 +101,25 @@ class LlamaConfig:
     qk_norm: bool = False
     windows: tuple[int | None, ...] = ()  # sliding window of each layer; empty: none has one
     rotary: Rotary = dataclasses.field(default_factory=Rotary)
+    initializer_range: float = 0.02
+    attention_dropout: float = 0.0
+    classifier_dropout: float = 0.0  # before the head of token classification
+    hidden_dropout: float = 0.0  # there is none in the layers
+    labels: tuple[str, ...] = ()  # names by class id
+    problem_type: str = ""
+    score_bias: bool = False  # of the head of token classification
     hf: str = "{}"  # the config.json it came from, as JSON
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "LlamaConfig":
         """Reads a config.json, completed by transformers' config class (`PreTrainedConfig.to_dict()`)."""
-        architecture = hf["architectures"][0]
-        family = ARCHITECTURES[architecture]
+        architecture = ARCHITECTURES[hf["architectures"][0]]
+        family, tags = architecture.model_type, architecture.task == heads.TOKEN_CLASSIFICATION
         if hf["hidden_act"] not in layers.ACTIVATIONS:
             raise unknown("activation (hidden_act of config.json)", str(hf["hidden_act"]), layers.ACTIVATIONS)
         bias = bool(hf.get("attention_bias", False))
         return cls(
-            architecture=architecture,
+            **heads.common_fields(hf, architecture),
             vocab_size=hf["vocab_size"],
             hidden_size=hf["hidden_size"],
             intermediate_size=hf["intermediate_size"],
@@ -112,20 +130,23 @@ class LlamaConfig:
             hidden_act=hf["hidden_act"],
             rms_norm_eps=hf["rms_norm_eps"],
             max_position_embeddings=hf["max_position_embeddings"],
-            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)) and architecture.task == heads.CAUSAL_LM,
             qkv_bias=bias or family == "qwen2",
             o_bias=bias,
             mlp_bias=bool(hf.get("mlp_bias", False)),
             qk_norm=family == "qwen3",
             windows=_windows(hf, family),
             rotary=_rotary(hf),
-            hf=json.dumps(dict(hf), sort_keys=True, default=str),
+            initializer_range=hf.get("initializer_range", 0.02),
+            attention_dropout=hf.get("attention_dropout", 0.0),
+            classifier_dropout=heads.tagger_dropout(hf) if tags else 0.0,
+            score_bias=bool(hf.get("token_classification_bias", True)) if tags else False,
         )
 
     @property
     def family(self) -> str:
         """transformers' model_type."""
-        return ARCHITECTURES[self.architecture]
+        return ARCHITECTURES[self.architecture].model_type
 
 
 def _windows(hf: Mapping[str, Any], family: str) -> tuple[int | None, ...]:
@@ -191,7 +212,10 @@ class Attention(nn.Module):
         elif prefix is not None:
             key, value = (layers.after_prefix(part, own) for part, own in zip(prefix, (key, value), strict=True))
         before = 0 if prefix is None else len(prefix[0])
-        out = attention.attention(query, key, value, context.queries, context.keys, window, before)
+        rng = layers.dropout_rng(self) if config.attention_dropout else None
+        out = attention.attention(
+            query, key, value, context.queries, context.keys, window, before, dropout=config.attention_dropout, rng=rng
+        )
         return linear(config.hidden_size, config.o_bias, name="o_proj")(out.reshape(x.shape[0], -1)), cache
 
 
@@ -225,7 +249,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """A causal language model of the Llama family.
+    """A causal model of the Llama family, with the head of a task.
 
     Attributes:
       config: its shape.
@@ -242,8 +266,35 @@ class Llama(nn.Module):
         self.embed = layers.Embedding(config.vocab_size, config.hidden_size, self.dtype)
         self.layers = layers.Layers(Block, (config, self.dtype), config.num_hidden_layers, self.remat)
         self.norm = layers.RMSNorm(config.rms_norm_eps, self.dtype)
-        if not config.tie_word_embeddings:
-            self.lm_head = layers.Linear(config.vocab_size, dtype=self.dtype)
+        self._make_head()
+
+    def _make_head(self) -> None:
+        config = self.config
+        linear = functools.partial(layers.Linear, dtype=self.dtype, kernel_init=nn.initializers.normal(config.initializer_range))
+        outputs = heads.outputs_of(self.task, config.labels)
+        if self.task == heads.QUESTION_ANSWERING:
+            self.qa_outputs = linear(outputs, use_bias=True)
+        elif self.task in heads.CLASSIFYING:
+            self.score = linear(outputs, use_bias=config.score_bias)
+        elif not config.tie_word_embeddings:
+            self.lm_head = linear(config.vocab_size)
+
+    @property
+    def task(self) -> str:
+        """What the head is for."""
+        return self.config.task
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """Patterns of the task's own parameters, which train with any method."""
+        if self.task in heads.CLASSIFYING:
+            return ("score",)
+        return ("qa_outputs",) if self.task == heads.QUESTION_ANSWERING else ()
+
+    @property
+    def pooling(self) -> str:
+        """An example's last token, which has seen the others, stands for all of it."""
+        return heads.LAST
 
     def __call__(
         self,
@@ -253,7 +304,7 @@ class Llama(nn.Module):
         positions: jax.Array | None = None,
         cache: Cache | None = None,
     ) -> Output:
-        """Returns logits and hidden states of every token.
+        """Returns the head's outputs, in the shape that its task has in transformers, and the hidden states of every token.
 
         Args:
           input_ids: (batch, length) int32.
@@ -262,8 +313,9 @@ class Llama(nn.Module):
           positions: (batch, length) int32, for packed rows.
           cache: keys and values so far, from `new_cache`; the new one is returned.
         """
-        hidden, cache, states = self._run(input_ids, attention_mask, segment_ids, positions, cache, 0.0)
-        return Output(self.logits(hidden), (*states, hidden), cache)
+        tokens = layers.token_places(input_ids.shape, attention_mask, segment_ids, positions, cache)
+        hidden, cache, states = self._run(input_ids, tokens, cache, 0.0)
+        return heads.output(self, hidden, tokens.segments, (*states, hidden), cache)
 
     def features(
         self,
@@ -277,13 +329,19 @@ class Llama(nn.Module):
 
         With rngs={"noise": key}, embeddings get NEFTune's noise of strength `neftune_alpha`.
         """
-        return self._run(input_ids, attention_mask, segment_ids, positions, None, neftune_alpha)[0]
+        tokens = layers.token_places(input_ids.shape, attention_mask, segment_ids, positions, None)
+        return self._run(input_ids, tokens, None, neftune_alpha)[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Returns the output head's logits, (..., vocabulary), of hidden (..., hidden_size)."""
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        flat = self.embed.attend(flat) if self.config.tie_word_embeddings else self.lm_head(flat)
-        return flat.reshape(*hidden.shape[:-1], -1)
+        """Returns the head's outputs, (..., vocabulary or labels), of hidden (..., hidden_size): of any tokens, or of pooled ones."""
+        return heads.on_rows(self._head, hidden)
+
+    def _head(self, x: jax.Array) -> jax.Array:
+        if self.task == heads.QUESTION_ANSWERING:
+            return self.qa_outputs(x)
+        if self.task in heads.CLASSIFYING:
+            return self.score(layers.dropped(x, self.config.classifier_dropout, layers.dropout_rng(self)))
+        return self.embed.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
 
     def new_cache(self, batch: int, size: int) -> Cache:
         """Returns an empty cache for `batch` rows of `size` tokens, grouped as the parameters' segments are.
@@ -305,13 +363,10 @@ class Llama(nn.Module):
     def _run(
         self,
         input_ids: jax.Array,
-        attention_mask: jax.Array | None,
-        segment_ids: jax.Array | None,
-        positions: jax.Array | None,
+        tokens: attention.Tokens,
         cache: Cache | None,
         neftune_alpha: jax.Array | float,
     ) -> tuple[jax.Array, Cache | None, list[jax.Array]]:
-        tokens = layers.token_places(input_ids.shape, attention_mask, segment_ids, positions, cache)
         x = self.embed(input_ids).astype(self.dtype)
         if self.has_rng("noise"):
             x += layers.embedding_noise(self.make_rng("noise"), neftune_alpha, tokens, self.config.hidden_size).astype(x.dtype)

@@ -147,7 +147,7 @@ def test_without_network_and_cache_it_says_what_to_do(environment, tmp_path):
 
 BAD = {
     "bundled:smollm": "no bundled model 'smollm'. Known: minilm-l6, smollm2-135m-instruct",
-    "bundled:minilm-l6": "no architecture 'BertModel'",
+    "bundled:minilm-l6": "is a BertModel, and bert models have no head for causal_lm",
     "gone/model.gguf": "There is no file 'gone/model.gguf'",
     "a/b/c": "no folder or file 'a/b/c', and it can't be a hub id",
     "": "source is empty",

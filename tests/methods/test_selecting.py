@@ -39,9 +39,9 @@ from tiny_models import largest_difference, moved, same_bits
 
 import jaxft
 from jaxft.errors import UserError
-from jaxft.hub.names import entries
+from jaxft.hub.names import tensors_of
 from jaxft.methods import BitFit, Full, NormTuning, Partial
-from jaxft.models import llama, segments
+from jaxft.models import segments
 from jaxft.tasks import SFT
 from jaxft.train.state import new_state
 from jaxft.train.step import make_step
@@ -259,10 +259,10 @@ def test_frozen_lower_layers_take_no_backward_pass():
 # Against transformers
 
 
-def by_their_names(tree):
+def by_their_names(model, tree):
     """Returns leaves by their names and in their layout in transformers."""
     found = {}
-    for entry in entries(llama, tree):
+    for entry in tensors_of(model, tree):
         value = entry.leaf.value if entry.index is None else entry.leaf.value[entry.index]
         found[entry.name] = entry.swap(np.asarray(value))
     return found
@@ -290,7 +290,7 @@ def test_gradients_are_those_of_torch(name):
     expected_loss, expected = torch_gradients(reference)
     loss, gradients = our_gradients(model, method.init(jax.random.key(0), model, params), method)
     assert abs(loss - expected_loss) <= 1e-5 * expected_loss
-    check_gradients(by_their_names(gradients), expected)
+    check_gradients(by_their_names(model, gradients), expected)
 
 
 @pytest.mark.slow

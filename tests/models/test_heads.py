@@ -1,0 +1,168 @@
+"""Every family with every head of its against transformers: outputs, states, gradients, padding, packed rows, token types."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import torch
+from tiny_models import VOCABULARY, load, make_pair
+
+from jaxft.hub.names import tensors_of
+from jaxft.models import heads
+
+# float32 on both sides, outputs of order 1 to 10: a wrong operation is off by far more, rounding by far less
+TOLERANCE = 1e-4
+
+CASES = {
+    "bert sequence_classification": {},
+    "bert token_classification": {"hidden_act": "gelu_new"},
+    "bert question_answering": {},
+    "bert masked_lm": {},
+    "bert masked_lm untied": {"tie_word_embeddings": False, "hidden_act": "relu"},
+    "gpt2 sequence_classification": {},
+    "gpt2 token_classification": {},
+    "gpt2 question_answering": {},
+    "llama sequence_classification": {},
+    "qwen2 token_classification": {},
+    "mistral question_answering": {"sliding_window": 5},
+    "qwen3 question_answering": {"head_dim": 12},
+}
+ENCODERS = [case for case in CASES if case.split()[0] not in ("gpt2", "llama", "qwen2", "qwen3", "mistral")]
+
+
+@functools.cache
+def pair(case):
+    family, task = case.split()[:2]
+    return make_pair(family, task, **CASES[case])
+
+
+@functools.cache
+def program(case):
+    model = pair(case)[1]
+    return jax.jit(lambda params, **batch: model.apply({"params": params}, **batch))
+
+
+def ragged(side, encoder):
+    """Returns ids, 0 at padding, and mask (3, 14), texts of 14, 9 and 4 tokens padded on `side`, and token types of an encoder."""
+    random = np.random.default_rng(1)
+    mask = (np.arange(14) < np.array([14, 9, 4])[:, None]).astype(np.int32)
+    batch = {"input_ids": random.integers(2, VOCABULARY, mask.shape).astype(np.int32) * mask, "attention_mask": mask}
+    if encoder:
+        batch["token_type_ids"] = random.integers(0, 2, mask.shape).astype(np.int32) * mask
+    shift = (side == "left") * (14 - mask.sum(axis=1)[:, None])
+    return {name: np.take_along_axis(value, (np.arange(14) - shift) % 14, axis=1) for name, value in batch.items()}
+
+
+def theirs(reference, batch):
+    """transformers' output; positions count the real tokens."""
+    tensors = {name: torch.tensor(value) for name, value in batch.items()}
+    positions = np.maximum(np.cumsum(batch["attention_mask"], axis=1) - 1, 0)
+    return reference(**tensors, position_ids=torch.tensor(positions), output_hidden_states=True)
+
+
+def outputs(out, mask):
+    """Returns what a head gave, at real tokens."""
+    if getattr(out, "logits", None) is None:
+        return [np.asarray(part)[mask == 1] for part in (out.start_logits, out.end_logits)]
+    logits = np.asarray(out.logits)
+    return [logits if logits.ndim == 2 else logits[mask == 1]]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_and_states_are_those_of_transformers(case):
+    reference, model, params = pair(case)
+    for side in ("right", "left"):
+        batch = ragged(side, case in ENCODERS)
+        ours = program(case)(params, **batch)
+        with torch.no_grad():
+            expected = theirs(reference, batch)
+            if case in ENCODERS and model.task == heads.SEQUENCE_CLASSIFICATION:  # theirs reads the first place, padding or not
+                expected.logits = theirs(reference, ragged("right", True)).logits
+        mask = batch["attention_mask"]
+        for one, other in zip(outputs(ours, mask), outputs(expected, mask), strict=True):
+            assert one.shape == other.shape
+            assert np.abs(one - other).max() <= TOLERANCE
+        assert len(ours.hidden_states) == len(expected.hidden_states)
+        for one, other in zip(ours.hidden_states, expected.hidden_states, strict=True):
+            assert np.abs(np.asarray(one) - other.numpy())[mask == 1].max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_head_on_chosen_rows_of_packed_texts_gives_what_each_text_alone_does(case):
+    _, model, params = pair(case)
+    batch = ragged("right", case in ENCODERS)
+    lengths = batch["attention_mask"].sum(axis=1)
+    packed = {name: value[batch["attention_mask"] == 1][None] for name, value in batch.items() if name != "attention_mask"}
+    packed["segment_ids"] = np.repeat(np.arange(1, 4, dtype=np.int32), lengths)[None]
+    packed["positions"] = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])[None]
+    places = np.cumsum(lengths) - (lengths if model.pooling == heads.FIRST else 1)
+
+    @jax.jit
+    def run(params):
+        hidden = model.apply({"params": params}, **packed, method="features")[0]
+        rows = hidden[places] if model.task == heads.SEQUENCE_CLASSIFICATION else hidden
+        return model.apply({"params": params}, rows, method="logits")
+
+    expected = outputs(program(case)(params, **batch), batch["attention_mask"])
+    expected = np.stack(expected, axis=-1) if model.task == heads.QUESTION_ANSWERING else expected[0]
+    assert np.abs(np.asarray(run(params)) - expected).max() <= TOLERANCE
+
+
+def loss_of(logits, xp):
+    """Some function of a head's outputs with a gradient everywhere."""
+    return (xp.sin(logits) * logits).sum()
+
+
+GRADIENTS = ["bert sequence_classification", "bert masked_lm", "bert question_answering", "gpt2 sequence_classification"]
+
+
+@pytest.mark.parametrize("case", GRADIENTS)
+def test_gradients_are_those_of_transformers(case):
+    reference, model, params = pair(case)
+    batch = ragged("right", case in ENCODERS)
+    mask = batch["attention_mask"]
+    parts = ("start_logits", "end_logits") if model.task == heads.QUESTION_ANSWERING else ("logits",)
+
+    @jax.jit
+    def ours(params):
+        def loss(params):
+            out = model.apply({"params": params}, **batch)
+            found = [getattr(out, part) for part in parts]
+            return sum(loss_of(x if len(x) != mask.shape[0] or x.shape[1:2] != mask.shape[1:] else x[mask == 1], jax.numpy) for x in found)
+
+        return jax.grad(loss)(params)
+
+    reference.zero_grad()
+    out = theirs(reference, batch)
+    found = [getattr(out, part) for part in parts]
+    sum(loss_of(x[torch.tensor(mask) == 1] if x.shape[1] == mask.shape[1] else x, torch) for x in found).backward()
+    expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    largest = max(np.abs(gradient.numpy()).max() for gradient in expected.values() if gradient is not None)
+    for entry in tensors_of(model, ours(params)):
+        gradient = entry.leaf.value if entry.index is None else entry.leaf.value[entry.index]
+        error = np.abs(entry.swap(np.asarray(gradient)) - expected[entry.name].numpy()).max()
+        assert error <= TOLERANCE * max(np.abs(expected[entry.name].numpy()).max(), 1e-2 * largest), entry.name
+
+
+@pytest.mark.parametrize("case", [case for case in ENCODERS if "sequence" in case])
+def test_token_types_are_0_where_none_are_given(case):
+    _, _, params = pair(case)
+    batch = ragged("right", True)
+    without = {name: value for name, value in batch.items() if name != "token_type_ids"}
+    zeros = without | {"token_type_ids": np.zeros_like(batch["input_ids"])}
+    assert np.array_equal(program(case)(params, **without).logits, program(case)(params, **zeros).logits)
+
+
+@pytest.mark.parametrize("case", ["bert sequence_classification", "gpt2 token_classification"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_stays_near_float32(case, dtype):
+    reference, exact, wide = pair(case)
+    model, params = load(reference, exact.task, dtype=dtype)
+    batch = ragged("right", case in ENCODERS)
+    half = np.asarray(jax.jit(lambda params: model.apply({"params": params}, **batch).logits)(params), np.float32)
+    full = np.asarray(exact.apply({"params": wide}, **batch).logits)
+    real = slice(None) if half.ndim == 2 else batch["attention_mask"] == 1
+    error = np.abs(half - full)[real]
+    # 8 (11) bits of mantissa: 2**-8 a rounding, some tens of them one after the other through three layers
+    assert 0 < error.max() <= 0.05 * np.abs(full).max()
