@@ -27,7 +27,7 @@ import safetensors.numpy
 import jaxft
 from jaxft.config import DataConfig, OptimizerConfig
 from jaxft.data.batches import Batches
-from jaxft.data.tokenize import Examples
+from jaxft.data.tokenize import NextTokens
 from jaxft.hub.load import describe_pretrained
 from jaxft.hub.names import tensors_of
 from jaxft.methods.partition import size, size_in_bytes
@@ -159,7 +159,7 @@ def _batches(tokens: int, vocabulary: int) -> Batches:
     ids = np.random.default_rng(1).integers(1, vocabulary, 4 * length).astype(np.int32)
     scored = np.tile(np.arange(length) >= length // 2, 4)
     zeros = np.zeros(4, np.int32)
-    examples = Examples(ids, scored, np.arange(0, 4 * length + 1, length, dtype=np.int64), zeros, zeros, ("",) * 4)
+    examples = NextTokens(ids, np.arange(0, 4 * length + 1, length, dtype=np.int64), zeros, scored, zeros, ("",) * 4)
     return Batches(examples, DataConfig(max_length=tokens, share_prefix=False), 1, 1, 0, False, 0)
 
 

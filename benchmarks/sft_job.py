@@ -107,7 +107,7 @@ def base_model(job: Job, source: str) -> tuple[Any, Any]:
 
     config = experiment(job)
     held = dataclasses.replace(config.model, source=source, dtype="float32", revision="main")
-    model, params = jaxft.load_pretrained(**from_source(held))
+    model, params = jaxft.load_pretrained(**from_source(held, config.task, {}, job.seed))
     return model.clone(remat=config.train.remat), params
 
 

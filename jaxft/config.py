@@ -34,6 +34,9 @@ class DataConfig:
     prompt: str = ""  # format of the user turn from the columns, "Drug: {drug}"; empty: the row's own format is recognised
     completion: str = ""  # format of the assistant turn, "Condition: {condition}"
     template: str = ""  # chat template (Jinja) in place of the tokenizer's: text, or the path of a file
+    text: str = "{text}"  # format of the text that is classified, from the columns
+    text_pair: str = ""  # format of a second text, as "{question}"; empty: the column text_pair, where there is one
+    label: str = "label"  # the column of labels
     loss: str = "auto"  # scored tokens: assistant (every assistant turn), completion (the last turn), all; auto: by the row's format
     max_length: int = 512  # tokens a row
     packing: bool = True  # several examples a row; attention never crosses them
@@ -58,6 +61,7 @@ class TrainConfig:
     best_mode: str = "min"  # min or max
     patience: int = 0  # evaluations without improvement before stopping early; 0: never
     remat: str = "none"  # what the backward pass computes again: none, dots (all but products), full
+    r_drop: float = 0.0  # passes a batch twice, with different dropout: weight of their divergence (Liang et al. 2021, arXiv:2106.14448)
     neftune_alpha: float = 0.0  # noise on embeddings (Jain et al. 2023, arXiv:2310.05914)
     data_parallel: int = -1  # devices along the mesh's axes; -1: what the others leave
     fsdp_parallel: int = 1  # devices that share the weights, each a part

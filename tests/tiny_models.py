@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import jaxft
-from jaxft.data.tokenize import Examples
+from jaxft.data.tokenize import NextTokens
 from jaxft.hub.save import auto_class
 
 VOCABULARY = 97
@@ -92,7 +92,7 @@ def make_examples(lengths, prefix=0, answer=3, seed=0):
     scored = [np.arange(length) >= length - answer for length in lengths]
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
     zeros = np.zeros(len(lengths), np.int32)
-    return Examples(np.concatenate(tokens).astype(np.int32), np.concatenate(scored), offsets, zeros, zeros, ("",) * len(lengths))
+    return NextTokens(np.concatenate(tokens).astype(np.int32), offsets, zeros, np.concatenate(scored), zeros, ("",) * len(lengths))
 
 
 def largest_difference(ours, theirs):

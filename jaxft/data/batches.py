@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from jaxft.config import DataConfig
+from jaxft.data.examples import Examples
 from jaxft.data.packing import common_prefix, pack
-from jaxft.data.tokenize import Examples
 from jaxft.models.attention import PADDING, SHARED
 
 _LENGTH_MULTIPLE = 64  # tokens: what attention kernels and vector units divide evenly
@@ -30,16 +30,18 @@ class Layout:
     pad_token_id: int
 
     def fill(self, chosen: Sequence[int]) -> Batch:
-        """Returns the batch of these rows: (B, L) tokens, segment_ids, positions and (B, S) scored, targets, weights."""
-        size = (len(chosen), self.length)
+        """Returns the batch of these rows: (B, L) tokens, segment_ids, positions and what else the examples have of each token; (B, S)
+        scored and weights; targets, (B, S) or (B, S, outputs).
+        """
+        size, slots, held = (len(chosen), self.length), (len(chosen), self.slots), self.examples.slots
         batch = {
             "tokens": np.full(size, self.pad_token_id, np.int32),
             "segment_ids": np.full(size, PADDING, np.int32),
             "positions": np.zeros(size, np.int32),
-            "scored": np.zeros((len(chosen), self.slots), np.int32),
-            "targets": np.zeros((len(chosen), self.slots), np.int32),
-            "weights": np.zeros((len(chosen), self.slots), np.float32),
-        }
+            "scored": np.zeros(slots, np.int32),
+            "targets": np.zeros((*slots, *held.targets.shape[1:]), held.targets.dtype),
+            "weights": np.zeros(slots, np.float32),
+        } | {name: np.zeros(size, np.int32) for name in self.examples.per_token}
         for b, row in enumerate(chosen):
             if row != _EMPTY:
                 self._fill_row({name: array[b] for name, array in batch.items()}, self.rows[row])
@@ -47,22 +49,30 @@ class Layout:
 
     def _fill_row(self, row: Batch, indices: Sequence[int]) -> None:
         prefix, start, slot = self.prefix, self.prefix, 0
-        row["tokens"][:prefix] = self.examples[indices[0]][0][:prefix]
+        examples, held = self.examples, self.examples.slots
+        per_token = {"tokens": examples.tokens, **examples.per_token}
+        begin = int(examples.offsets[indices[0]])
+        for name, values in per_token.items():
+            row[name][:prefix] = values[begin : begin + prefix]
         row["segment_ids"][:prefix] = SHARED
         row["positions"][:prefix] = np.arange(prefix)
         for segment, i in enumerate(indices, start=1):
-            tokens, scored = self.examples[i]
-            stop = start + len(tokens) - prefix
-            row["tokens"][start:stop] = tokens[prefix:]
+            begin, end, part = int(examples.offsets[i]), int(examples.offsets[i + 1]), held.part(i)
+            stop, slots = start + end - begin - prefix, slice(slot, slot + part.stop - part.start)
+            for name, values in per_token.items():
+                row[name][start:stop] = values[begin + prefix : end]
             row["segment_ids"][start:stop] = segment
-            row["positions"][start:stop] = np.arange(prefix, len(tokens))
-            targets = np.flatnonzero(scored)
-            slots = slice(slot, slot + len(targets))
-            # A token is predicted by the one before it: in the row, or, for an example's first own token, the prefix's last.
-            row["scored"][slots] = np.where(targets == prefix, prefix - 1, start - prefix + targets - 1)
-            row["targets"][slots] = tokens[targets]
-            row["weights"][slots] = 1
+            row["positions"][start:stop] = np.arange(prefix, end - begin)
+            reads = held.reads[part]
+            row["scored"][slots] = np.where(reads < prefix, reads, start - prefix + reads)  # a prefix stands once, at the row's beginning
+            row["targets"][slots] = held.targets[part]
+            row["weights"][slots] = held.weights[part]
             start, slot = stop, slots.stop
+
+    def slots_of(self, row: int) -> np.ndarray:
+        """Returns the numbers, in the examples' slots, of the row's, in its order."""
+        parts = [self.examples.slots.part(i) for i in self.rows[row]]
+        return np.concatenate([np.arange(part.start, part.stop) for part in parts])
 
     def computed_tokens(self, row: int) -> int:
         """Returns the tokens that stand in the row, padding aside; a shared prefix stands once."""
@@ -75,7 +85,8 @@ def lay_out(examples: Examples, order: np.ndarray, config: DataConfig, share_pre
     Longer examples are placed first, those of one length in the given order: that needs at most 11/9 of the fewest rows possible
     (Johnson 1973), and on the demo's reviews 4% fewer than a random order.
     """
-    prefix = common_prefix(examples) if config.packing and config.share_prefix and share_prefix else 0
+    held = examples.slots
+    prefix = _prefix(examples) if config.packing and config.share_prefix and share_prefix else 0
     own = examples.lengths - prefix
     if own.max() > config.max_length - prefix:
         raise ValueError(f"An example has {examples.lengths.max()} tokens, more than max_length, {config.max_length}.")
@@ -85,10 +96,17 @@ def lay_out(examples: Examples, order: np.ndarray, config: DataConfig, share_pre
     else:
         rows = [[int(i)] for i in order]
     longest = prefix + max(int(own[row].sum()) for row in rows)
-    scored = np.add.reduceat(examples.scored.astype(np.int64), examples.offsets[:-1])
-    slots = max(int(scored[row].sum()) for row in rows)
+    slots = max(int(held.counts[row].sum()) for row in rows)
     length = min(config.max_length, _round_up(longest, _LENGTH_MULTIPLE))
     return Layout(examples, rows, prefix, length, _round_up(slots, _SCORED_MULTIPLE), pad_token_id)
+
+
+def _prefix(examples: Examples) -> int:
+    held = examples.slots
+    some = held.counts > 0
+    first_reads = examples.lengths - 1  # of an example without a slot: anywhere
+    first_reads[some] = held.reads[held.offsets[:-1][some]]
+    return common_prefix([examples.tokens_of(i) for i in range(len(examples))], first_reads)
 
 
 class Batches:
@@ -142,10 +160,11 @@ class Batches:
             segment_ids: (A, B, L) int32: 0 padding, -1 a prefix that the row's examples share, 1.. the example within its row.
             positions: (A, B, L) int32: from 0 in each example; after a shared prefix of P tokens, from P.
             scored: (A, B, S) int32: where in the row the token stands whose hidden state predicts the target.
-            targets: (A, B, S) int32: the scored tokens.
-            weights: (A, B, S) float32: 1, or 0 for slots that hold no target.
+            targets: (A, B, S) int32: what stands there, tokens or classes; or (A, B, S, outputs) float32.
+            weights: (A, B, S) float32: what each counts; 0 for slots that hold no target.
+            and what else the examples have of each token, (A, B, L) int32 by its name.
         """
-        return {name: array.reshape(*self._shape, -1) for name, array in self.layout.fill(self._rows_of(step)).items()}
+        return {name: array.reshape(*self._shape, *array.shape[1:]) for name, array in self.layout.fill(self._rows_of(step)).items()}
 
     def examples_of(self, step: int) -> list[int]:
         """Returns the examples of the step's batch, row after row."""
@@ -177,9 +196,15 @@ def evaluation_batches(
         pad_token_id: what fills the rows.
     """
     layout = lay_out(examples, np.arange(len(examples)), config, share_prefix, pad_token_id)
+    for _, batch in each_once(layout, batch_size):
+        yield batch
+
+
+def each_once(layout: Layout, batch_size: int) -> Iterator[tuple[range, Batch]]:
+    """Yields the numbers of some rows, and their batch of `batch_size` rows, filled up with rows of padding; each row stands in one."""
     for start in range(0, len(layout.rows), batch_size):
         chosen = range(start, min(start + batch_size, len(layout.rows)))
-        yield layout.fill([*chosen, *[_EMPTY] * (batch_size - len(chosen))])
+        yield chosen, layout.fill([*chosen, *[_EMPTY] * (batch_size - len(chosen))])
 
 
 def _permutation(seed: int, purpose: str, epoch: int, n: int) -> np.ndarray:

@@ -1,17 +1,8 @@
 """Several examples a row: which examples share a row, and which tokens all of them begin with."""
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
-
-
-class TokenRows(Protocol):
-    """What `common_prefix` reads: indexed pairs of (length,) tokens and (length,) scored."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
@@ -59,28 +50,29 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
     return rows
 
 
-def common_prefix(examples: TokenRows) -> int:
-    """Returns how many leading tokens all examples share and none scores, leaving every example at least one token of its own.
+def common_prefix(rows: Sequence[np.ndarray], first_reads: np.ndarray) -> int:
+    """Returns how many leading tokens all rows share, each keeping at least one token of its own, and none read before the last of them.
 
-    The token after the prefix may be scored: the prefix's last position predicts it, with the same hidden state for every example,
-    since a prefix attends to nothing but itself.
+    The last one may be read: its hidden state is the same for every row, since a prefix attends to nothing but itself.
 
-    >>> tokens = [np.array([1, 7, 8, 4]), np.array([1, 7, 8, 5, 6])]
-    >>> common_prefix([(row, np.arange(len(row)) >= 3) for row in tokens])
+    Args:
+        rows: (length,) tokens each.
+        first_reads: (rows,) the first position of each whose hidden state the head reads.
+
+    >>> common_prefix([np.array([1, 7, 8, 4]), np.array([1, 7, 8, 5, 6])], np.array([2, 2]))
     3
-    >>> common_prefix([(row, np.arange(len(row)) >= 2) for row in tokens])
+    >>> common_prefix([np.array([1, 7, 8, 4]), np.array([1, 7, 8, 5, 6])], np.array([1, 1]))
     2
     """
-    if not len(examples):
+    if not len(rows):
         return 0
-    first, _ = examples[0]
-    shared = len(first)
-    for i in range(len(examples)):
-        tokens, scored = examples[i]
+    first = rows[0]
+    shared = min(len(first) - 1, int(first_reads.min()) + 1)
+    for tokens in rows:
         shared = min(shared, len(tokens) - 1)
-        differs = (tokens[:shared] != first[:shared]) | scored[:shared]
+        differs = tokens[:shared] != first[:shared]
         if differs.any():
             shared = int(differs.argmax())
-        if shared == 0:
-            break
+        if shared <= 0:
+            return 0
     return shared

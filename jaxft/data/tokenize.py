@@ -1,6 +1,7 @@
 """Rows as tokens: what the model reads, which tokens are scored, and a cache of both by content."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ import transformers
 
 from jaxft.config import DataConfig
 from jaxft.data.conversations import Conversation, Message, conversation
+from jaxft.data.examples import Examples, Slots
 from jaxft.data.sources import Rows
 from jaxft.data.template import ChatTemplate, Span, chat_template
 from jaxft.errors import UserError
@@ -26,35 +28,32 @@ CHUNK = 1000  # rows the tokenizer gets at once: it works on them in parallel
 
 
 @dataclasses.dataclass(frozen=True)
-class Examples:
-    """Tokenized rows, one after the other in flat arrays."""
+class NextTokens(Examples):
+    """Examples of a causal model: the hidden state of each token predicts the next one, where that is scored."""
 
-    tokens: np.ndarray  # (total,) int32
     scored: np.ndarray  # (total,) bool: the token is a target counted in the loss
-    offsets: np.ndarray  # (n + 1,) int64: example i is [offsets[i], offsets[i + 1])
     prompts: np.ndarray  # (n,) int32: tokens before the last scored turn
-    cut: np.ndarray  # (n,) int32: tokens cut to fit max_length
     answers: tuple[str, ...]  # n texts: the last scored turn, as the row has it
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns (length,) int32 tokens and (length,) bool scored of example `i`."""
         part = slice(self.offsets[i], self.offsets[i + 1])
         return self.tokens[part], self.scored[part]
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """(n,) int64: the tokens of each example."""
-        return np.diff(self.offsets)
+    @functools.cached_property
+    def slots(self) -> Slots:
+        """A slot for each scored token: the token before it is read."""
+        targets = np.flatnonzero(self.scored)
+        offsets = np.searchsorted(targets, self.offsets)
+        starts = np.repeat(self.offsets[:-1], np.diff(offsets))
+        return Slots(offsets, (targets - starts - 1).astype(np.int32), self.tokens[targets], np.ones(len(targets), np.float32))
 
-    def first(self, count: int) -> "Examples":
+    def first(self, count: int) -> "NextTokens":
         """Returns the first `count` examples, or all where there are fewer."""
         count = min(count, len(self))
         end = self.offsets[count]
-        return Examples(
-            self.tokens[:end], self.scored[:end], self.offsets[: count + 1], self.prompts[:count], self.cut[:count], self.answers[:count]
+        return NextTokens(
+            self.tokens[:end], self.offsets[: count + 1], self.cut[:count], self.scored[:end], self.prompts[:count], self.answers[:count]
         )
 
     def prompt(self, i: int) -> np.ndarray:
@@ -66,7 +65,7 @@ class Examples:
         return self.answers[i]
 
 
-def tokenize(rows: Rows, tokenizer: Any, config: DataConfig) -> Examples:
+def tokenize(rows: Rows, tokenizer: Any, config: DataConfig) -> NextTokens:
     """Returns the rows as tokens, from the cache where the same were tokenized before.
 
     The cache is the folder `$JAXFT_CACHE`, or ~/.cache/jaxft.
@@ -114,6 +113,18 @@ def prompt_tokens(asked: Sequence[Sequence[Message]], places: Sequence[str], tok
     return [np.asarray(tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens, np.int32) for tokens in encoded["input_ids"]]
 
 
+def answer_end(tokenizer: Any, examples: NextTokens) -> int | None:
+    """Returns the special token that most answers end with, or None where they end with text."""
+    last = examples.tokens[examples.offsets[1:] - 1 - _unscored_tail(examples)][examples.cut == 0]
+    common = int(np.bincount(last).argmax()) if len(last) else None
+    return common if common in tokenizer.all_special_ids else None
+
+
+def _unscored_tail(examples: NextTokens) -> np.ndarray:
+    """Tokens behind each example's last scored one, as the line break of some templates."""
+    return np.asarray([np.argmax(examples[i][1][::-1]) for i in range(len(examples))])
+
+
 COLUMNS = ("set", "rows", "tokens", "min", "median", "mean", "95%", "max", "scored", "cut")
 
 
@@ -128,7 +139,7 @@ def describe(examples: Examples, name: str) -> tuple[str, ...]:
     numbers = (lengths.min(), np.median(lengths), lengths.mean(), np.percentile(lengths, 95), lengths.max())
     cut = f"{rows_cut:,} rows, {examples.cut.sum():,} tokens" if rows_cut else "0"
     cells = (f"{number:,.0f}" for number in (len(examples), lengths.sum(), *numbers))
-    return (name, *cells, f"{examples.scored.mean():.1%}", cut)
+    return (name, *cells, f"{len(examples.slots.reads) / len(examples.tokens):.1%}", cut)
 
 
 # ---------------------------------------------------------------- tokens and masks
@@ -207,7 +218,7 @@ def unscored(scored: np.ndarray, max_length: int) -> str:
     return ""
 
 
-def _collect(tokenized: Iterator[tuple[np.ndarray, list[Span]]], found: Sequence[Conversation], rows: Rows, max_length: int) -> Examples:
+def _collect(tokenized: Iterator[tuple[np.ndarray, list[Span]]], found: Sequence[Conversation], rows: Rows, max_length: int) -> NextTokens:
     """Returns the examples, each cut to `max_length`."""
     all_tokens, all_scored, prompts, answers = [], [], [], []
     lengths = np.zeros(len(found), dtype=np.int32)
@@ -223,7 +234,7 @@ def _collect(tokenized: Iterator[tuple[np.ndarray, list[Span]]], found: Sequence
         lengths[i] = len(tokens)
     offsets = np.cumsum([0, *(len(tokens) for tokens in all_tokens)], dtype=np.int64)
     cut = np.maximum(lengths - max_length, 0)
-    return Examples(np.concatenate(all_tokens), np.concatenate(all_scored), offsets, np.asarray(prompts, np.int32), cut, tuple(answers))
+    return NextTokens(np.concatenate(all_tokens), offsets, cut, np.concatenate(all_scored), np.asarray(prompts, np.int32), tuple(answers))
 
 
 def _answer(found: Conversation, dropped: int) -> str:
@@ -252,19 +263,19 @@ def _key(found: Sequence[Conversation], tokenizer: Any, template: ChatTemplate |
     return digest.hexdigest()
 
 
-def _read_cache(path: pathlib.Path, count: int) -> Examples | None:
+def _read_cache(path: pathlib.Path, count: int) -> NextTokens | None:
     """Returns the examples of a cache file, or None where there is none or it is damaged."""
     try:
         arrays = safetensors.numpy.load(path.read_bytes())
         answers = tuple(json.loads(arrays.pop("answers").tobytes()))
-        examples = Examples(answers=answers, **arrays)
+        examples = NextTokens(answers=answers, **arrays)
     except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError):
         return None
     whole = len(examples) == len(answers) == len(examples.prompts) == len(examples.cut) == count
     return examples if whole and examples.offsets[-1] == len(examples.tokens) == len(examples.scored) else None
 
 
-def _write_cache(path: pathlib.Path, examples: Examples) -> None:
+def _write_cache(path: pathlib.Path, examples: NextTokens) -> None:
     """Writes the file beside its place and renames it into it, so that no reader ever sees half of it."""
     arrays = {field.name: getattr(examples, field.name) for field in dataclasses.fields(examples)}
     arrays["answers"] = np.frombuffer(json.dumps(examples.answers).encode(), dtype=np.uint8)

@@ -55,13 +55,15 @@ use_safetensors=True)`.
 def adapter_format(method: Method) -> str | None:
     """Returns the name of the format that the method's leaves have alone, peft or adapterhub, or None where they have none.
 
-    >>> from jaxft.methods import Bottleneck, Full, LoRA
-    >>> adapter_format(LoRA()), adapter_format(Bottleneck()), adapter_format(Full())
-    ('peft', 'adapterhub', None)
+    >>> from jaxft.methods import Bottleneck, Full, IA3, LoRA, Partial
+    >>> adapter_format(LoRA()), adapter_format(Bottleneck()), adapter_format(Full()), adapter_format(IA3() + Partial(targets=("score",)))
+    ('peft', 'adapterhub', None, 'peft')
     """
-    if type(method) is adapterhub.METHOD:
-        return "adapterhub"
-    return None if format_of(method) is None else "peft"
+    own, whole = peft_saved.split(method)
+    if type(own) is adapterhub.METHOD:
+        return "adapterhub" if whole is None else None
+    found = format_of(own)
+    return None if found is None or (whole is not None and found in _ALONE) else "peft"
 
 
 def format_of(method: Method) -> Format | None:
@@ -71,11 +73,14 @@ def format_of(method: Method) -> Format | None:
 
 def has_form(model: nn.Module, params: Params, method: Method) -> bool:
     """Returns whether PEFT's files can hold the method as it is in `params`."""
-    found = format_of(method)
+    own, whole = peft_saved.split(method)
+    found = format_of(own)
     if found is None:
         return False
     try:
-        found.write(model, params, method)  # makes no tensor yet
+        written = found.write(model, params, own)  # makes no tensor yet
+        if whole is not None:
+            peft_saved.added(written, model, params, whole)
     except UserError:
         return False
     return True

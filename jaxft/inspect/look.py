@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxft import console
 from jaxft.config import DataConfig, Experiment
+from jaxft.data.examples import Examples
 from jaxft.data.sources import Rows, load_splits
-from jaxft.data.tokenize import Examples
 from jaxft.inspect.characters import debris
 from jaxft.inspect.copies import copies, equal_texts
 from jaxft.inspect.encoded import Encoded, cut_rows, encode, refused_rows
@@ -18,7 +18,6 @@ from jaxft.inspect.findings import WEIGHTS, Finding
 from jaxft.inspect.labels import label_findings, suspicious_labels
 from jaxft.inspect.shown import Shown, three_rows
 from jaxft.inspect.texts import Texts, kind_of, read_sets
-from jaxft.tasks import SFT
 
 MOST_TEXTS = 100_000  # searched for near-duplicates
 # Before training, where 600 rows take 0.2 s and the most a second or two: rows of each set, and texts searched for near-duplicates.
@@ -46,7 +45,7 @@ def look(experiment: Experiment, tokenizer: Any) -> Look:
     """
     data, seed = experiment.data, experiment.train.seed
     rows = load_splits(data, seed)
-    sets = read_sets(rows, data, kind_of(rows["train"], isinstance(experiment.task, SFT)))
+    sets = read_sets(rows, data, kind_of(experiment.task.model_task))
     encoded = [encode(texts, tokenizer, data) for texts in sets]
     texts = equal_texts(sets)
     found = [
@@ -72,7 +71,7 @@ def look_quickly(rows: Mapping[str, Rows], examples: Mapping[str, Examples], exp
     data, seed = experiment.data, experiment.train.seed
     chosen = {name: _drawn(len(found), seed) for name, found in rows.items()}
     part = {name: found.select(chosen[name]) for name, found in rows.items()}
-    sets = read_sets(part, data, kind_of(rows["train"], isinstance(experiment.task, SFT)))
+    sets = read_sets(part, data, kind_of(experiment.task.model_task))
     texts = equal_texts(sets)
     found = [
         *refused_rows(sets),

@@ -9,10 +9,19 @@ import numpy as np
 
 from jaxft.config import DataConfig
 from jaxft.data.conversations import Conversation, conversation
+from jaxft.data.labels import label_column
 from jaxft.data.sources import Rows
+from jaxft.data.texts import pair_of, text_of
 from jaxft.errors import UserError
+from jaxft.models.heads import CAUSAL_LM, QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 
 CONVERSATION, CLASSIFICATION, TAGGING, ANSWERS = "conversation", "classification", "tagging", "question answering"
+_KINDS = {
+    CAUSAL_LM: CONVERSATION,
+    SEQUENCE_CLASSIFICATION: CLASSIFICATION,
+    TOKEN_CLASSIFICATION: TAGGING,
+    QUESTION_ANSWERING: ANSWERS,
+}
 _ROWS_A_LABEL = 3  # on average: a column with fewer is free text
 _LONGEST_LABEL = 80  # characters
 _NO_ANSWER = "(no answer)"  # SQuAD 2.0's questions without one
@@ -69,25 +78,9 @@ class _Read:
     conversation: Conversation | None = None
 
 
-def kind_of(rows: Rows, is_causal: bool) -> str:
-    """Returns how the rows are read: as conversations by a causal model, else by their columns.
-
-    Raises:
-        UserError: columns that no task knows.
-    """
-    columns = set(rows.dataset.column_names)
-    if is_causal:
-        return CONVERSATION
-    if {"tokens", "tags"} <= columns:
-        return TAGGING
-    if {"question", "context", "answers"} <= columns:
-        return ANSWERS
-    if {"text", "label"} <= columns:
-        return CLASSIFICATION
-    raise UserError(
-        f"{rows.name} has the columns {', '.join(rows.dataset.column_names)}. Known: text (and text_pair), label; tokens, tags; question, "
-        "context, answers."
-    )
+def kind_of(task: str) -> str:
+    """Returns how the rows of a task are read, by what `load_pretrained` calls it."""
+    return _KINDS[task]
 
 
 def read_set(name: str, rows: Rows, config: DataConfig, kind: str = CONVERSATION) -> Texts:
@@ -140,8 +133,8 @@ def read_sets(rows: Mapping[str, Rows], config: DataConfig, kind: str = CONVERSA
 def _reader(rows: Rows, config: DataConfig, kind: str) -> tuple[Callable[[Mapping[str, Any], str], _Read], list[str]]:
     """Returns what reads one row, and the columns that are used and could be blank in a row that training takes."""
     if kind == CLASSIFICATION:
-        names = _class_names(rows, "label")
-        return lambda row, place: _classification(row, names, place), []
+        classes = label_column(rows, config.label).feature_names
+        return lambda row, place: _classification(row, config, classes, place), []
     if kind == TAGGING:
         names = _class_names(rows, "tags")
         return lambda row, place: _tagging(row, names, place), []
@@ -171,13 +164,15 @@ def _conversation(row: Mapping[str, Any], config: DataConfig, fields: Sequence[s
     return _Read(given, answer, labels, found)
 
 
-def _classification(row: Mapping[str, Any], names: Sequence[str], place: str) -> _Read:
-    text = "\n".join(_text(row, column, place) for column in ("text", "text_pair") if row.get(column) is not None)
-    label = row["label"]
-    if label is None:
-        raise UserError(f"{place}: 'label' is empty.")
+def _classification(row: Mapping[str, Any], config: DataConfig, names: Sequence[str], place: str) -> _Read:
+    text = text_of(row, config, place)
+    if not text.strip():
+        raise UserError(f"{place}: the text is empty.")
+    pair, label = pair_of(row, config, place), row[config.label]
     given = [_named(one, names) for one in (label if isinstance(label, list) else [label])]
-    return _Read(text, ", ".join(given), {"label": given})
+    if any(one is None or not str(one).strip() for one in (label if isinstance(label, list) else [label])):
+        raise UserError(f"{place}: '{config.label}' is empty.")
+    return _Read(f"{text}\n{pair}" if pair else text, ", ".join(given), {config.label: given})
 
 
 def _tagging(row: Mapping[str, Any], names: Sequence[str], place: str) -> _Read:

@@ -1,5 +1,6 @@
-"""Tasks: each one file, its loss and its metrics."""
+"""Tasks: each one file, its examples, its loss and its metrics."""
 
+from jaxft.tasks.sequence_classification import SequenceClassification
 from jaxft.tasks.sft import SFT
 
-__all__ = ["SFT"]
+__all__ = ["SFT", "SequenceClassification"]

@@ -1,6 +1,7 @@
 """The output head and cross-entropy at scored positions only, in chunks: logits of tokens that nobody scores are never made."""
 
 import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,12 +12,12 @@ from flax import linen as nn
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """What a batch's scored tokens add up to: each () float32. A mean is a sum divided by `weight`, once, at the end."""
+    """What a batch's slots add up to: each () float32. A mean is a sum divided by `weight`, once, at the end."""
 
     loss: jax.Array  # what the gradient descends: negative log-likelihood, with label smoothing and z-loss where they are on
-    nll: jax.Array  # negative log-likelihood, nats
-    correct: jax.Array  # tokens whose likeliest word is the true one
-    weight: jax.Array  # the tokens' weights
+    nll: jax.Array  # negative log-likelihood, nats; of numbers, half the squared error
+    correct: jax.Array | None  # slots whose likeliest target is the true one; None where nothing is right or wrong
+    weight: jax.Array  # the slots' weights
 
 
 def gather(hidden: jax.Array, scored: jax.Array) -> jax.Array:
@@ -45,40 +46,48 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array, lab
 def head_sums(
     model: nn.Module,
     params: Any,
-    hidden: jax.Array,
+    hidden: Sequence[jax.Array],
     targets: jax.Array,
     weights: jax.Array,
+    loss: Callable[[Sequence[jax.Array], jax.Array, jax.Array], Sums],
     chunk: int,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    rngs: Mapping[str, jax.Array],
 ) -> Sums:
-    """Returns the sums over all scored tokens, holding the logits of `chunk` tokens at a time, in the backward pass too.
+    """Returns the sums over all slots, holding the outputs of `chunk` slots at a time, in the backward pass too.
 
     Args:
       model: its method `logits` is the output head.
       params: the model's parameters.
-      hidden: (tokens, features), what the head reads.
-      targets: (tokens,) int32.
-      weights: (tokens,) float32, 0 for fill.
-      chunk: tokens whose logits exist at one time.
-      label_smoothing: share of the target spread over the vocabulary.
-      z_loss: weight of the squared log-partition.
+      hidden: of each pass over the batch, (slots, features), what the head reads.
+      targets: (slots,) int32 or (slots, outputs) float32.
+      weights: (slots,) float32, 0 for fill.
+      loss: (logits of each pass, targets, weights) -> sums.
+      chunk: slots whose outputs exist at one time; 0 is all.
+      rngs: keys of `dropout`.
     """
-    tokens = hidden.shape[0]
+    slots = hidden[0].shape[0]
 
-    def one(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> Sums:
-        logits: Any = model.apply({"params": params}, hidden, method="logits")
-        return cross_entropy(logits, targets, weights, label_smoothing, z_loss)
+    def logits(index: int, rows: jax.Array) -> jax.Array:
+        own = {name: jax.random.fold_in(key, index) for name, key in rngs.items()}
+        made: Any = model.apply({"params": params}, rows, method="logits", rngs=own)
+        return made
 
-    if tokens <= chunk:  # these logits are in memory at one time anyway: making them twice would save nothing
-        return one(hidden, targets, weights)
-    count = -(-tokens // chunk)
-    fill = count * chunk - tokens
-    padded = (jnp.pad(hidden, ((0, fill), (0, 0))), jnp.pad(targets, (0, fill)), jnp.pad(weights, (0, fill)))
-    chunks = jax.tree.map(lambda leaf: leaf.reshape(count, chunk, *leaf.shape[1:]), padded)
+    def one(hidden: Sequence[jax.Array], targets: jax.Array, weights: jax.Array) -> Sums:
+        return loss([logits(index, rows) for index, rows in enumerate(hidden)], targets, weights)
+
+    given = (tuple(hidden), targets, weights)
+    if not chunk or slots <= chunk:  # these outputs are in memory at one time anyway: making them twice would save nothing
+        return one(*given)
+    count = -(-slots // chunk)
+    fill = count * chunk - slots
+
+    def split(leaf: jax.Array) -> jax.Array:
+        return jnp.pad(leaf, ((0, fill), *[(0, 0)] * (leaf.ndim - 1))).reshape(count, chunk, *leaf.shape[1:])
+
+    chunks = jax.tree.map(split, given)
 
     def add(total: Sums, piece: Any) -> tuple[Sums, None]:
         return jax.tree.map(jnp.add, total, jax.checkpoint(one)(*piece)), None
 
-    zero = jnp.zeros((), jnp.float32)
-    return jax.lax.scan(add, Sums(zero, zero, zero, zero), chunks)[0]
+    zero = jax.tree.map(lambda sum: jnp.zeros(sum.shape, sum.dtype), jax.eval_shape(one, *jax.tree.map(lambda leaf: leaf[0], chunks)))
+    return jax.lax.scan(add, zero, chunks)[0]

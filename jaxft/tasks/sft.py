@@ -1,18 +1,23 @@
 """Supervised fine-tuning of a causal model: the next token, at the scored positions of packed rows."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
+import numpy as np
 from flax import linen as nn
 
+from jaxft.config import DataConfig
+from jaxft.data.examples import Examples
+from jaxft.data.sources import Rows
+from jaxft.data.tokenize import NextTokens, answer_end, tokenize
 from jaxft.errors import UserError
-from jaxft.tasks.head import Sums, gather, head_sums
+from jaxft.tasks.base import Task
+from jaxft.tasks.head import Sums, cross_entropy
 
 
 @dataclasses.dataclass(frozen=True)
-class SFT:
+class SFT(Task):
     """Negative log-likelihood of the scored tokens: the assistant's turns, a completion, or all of a text.
 
     >>> SFT(label_smoothing=0.1).label_smoothing
@@ -23,34 +28,52 @@ class SFT:
     z_loss: float = 0.0  # weight of the squared log-partition
     head_chunk: int = 1024  # scored tokens whose logits exist at one time
 
+    model_task: ClassVar[str] = "causal_lm"
+    generates: ClassVar[bool] = True
+    data_fields: ClassVar[tuple[str, ...]] = ("system", "prompt", "completion", "template", "loss")
+
     def __post_init__(self) -> None:
-        if not 0.0 <= self.label_smoothing < 1.0:
-            raise UserError(f"task.label_smoothing is a share from 0 up to, not including, 1, not {self.label_smoothing}.")
+        check_label_smoothing(self.label_smoothing)
         if self.z_loss < 0.0:
             raise UserError(f"task.z_loss is a weight of 0 or more, not {self.z_loss}.")
         if self.head_chunk < 1:
             raise UserError(f"task.head_chunk is a number of tokens, 1 or more, not {self.head_chunk}.")
 
-    def sums(self, model: nn.Module, params: Any, batch: Mapping[str, jax.Array], rngs: Mapping[str, jax.Array], **options: Any) -> Sums:
-        """Returns the loss and its companions, summed over a batch.
+    @property
+    def chunk(self) -> int:  # type: ignore[override]  # a setting here
+        """Scored tokens whose logits exist at one time."""
+        return self.head_chunk
 
-        Args:
-          model: a causal model with methods `features` and `logits`.
-          params: its parameters.
-          batch: tokens, segment_ids, positions, (batch, length) int32; scored, targets (batch, count) int32 and weights (batch, count)
-            float32: hidden state `scored` predicts token `targets`.
-          rngs: keys of `dropout` and `noise`, where they are on.
-          **options: of `model.features`.
-        """
-        hidden: Any = model.apply(
-            {"params": params},
-            batch["tokens"],
-            segment_ids=batch["segment_ids"],
-            positions=batch["positions"],
-            rngs=dict(rngs),
-            method="features",
-            **options,
-        )
-        rows = gather(hidden, batch["scored"])
-        targets, weights = batch["targets"].reshape(-1), batch["weights"].reshape(-1)
-        return head_sums(model, params, rows, targets, weights, self.head_chunk, self.label_smoothing, self.z_loss)
+    def examples(self, rows: Rows, tokenizer: Any, data: DataConfig, model: nn.Module) -> NextTokens:
+        """Returns a set's rows as tokens, those of the answers scored."""
+        return tokenize(rows, tokenizer, data)
+
+    def warnings(self, tokenizer: Any, training: Examples) -> list[str]:
+        """Returns what is wrong with the answers' ends."""
+        assert isinstance(training, NextTokens)
+        if not (training.cut == 0).any() or answer_end(tokenizer, training) is not None:
+            return []
+        return [
+            "the training answers end with no special token, so the model won't learn where to stop. Put {{ eos_token }} behind the answer "
+            "in the chat template (config.data.template)."
+        ]
+
+    def loss(self, model: nn.Module, logits: jax.Array, targets: jax.Array, weights: jax.Array) -> Sums:
+        """Returns the sums over (tokens, vocabulary) logits."""
+        return cross_entropy(logits, targets, weights, self.label_smoothing, self.z_loss)
+
+    def metrics(self, model: nn.Module) -> tuple[str, ...]:
+        """Returns the names of what is measured on validation."""
+        return ("loss", "accuracy", "perplexity")
+
+    def scores(self, model: nn.Module, examples: Examples, sums: Sums, outputs: np.ndarray | None) -> dict[str, float]:
+        """Returns mean negative log-likelihood (nats a scored token), perplexity and token accuracy."""
+        loss = float(sums.nll / sums.weight)
+        assert sums.correct is not None
+        return {"loss": loss, "perplexity": float(np.exp(loss)), "accuracy": float(sums.correct / sums.weight)}
+
+
+def check_label_smoothing(share: float) -> None:
+    """Raises `UserError` for a share that isn't one."""
+    if not 0.0 <= share < 1.0:
+        raise UserError(f"task.label_smoothing is a share from 0 up to, not including, 1, not {share}.")

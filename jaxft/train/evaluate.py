@@ -1,19 +1,21 @@
 """What is measured: the loss on a set, and generated answers against the true ones."""
 
 import dataclasses
+import operator
 from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxft.data.batches import evaluation_batches
-from jaxft.data.tokenize import Examples
+from jaxft.data.batches import each_once, lay_out
+from jaxft.data.examples import Examples
+from jaxft.data.tokenize import NextTokens
 from jaxft.errors import UserError
 from jaxft.generation import Sampling, generate
 from jaxft.methods.partition import partition
+from jaxft.models.heads import LAST
 from jaxft.tasks.answers import AnswerFormat, exact_match, majority_match
-from jaxft.tasks.head import Sums
 from jaxft.train import placement
 from jaxft.train.setup import Setup, end_tokens, pad_token
 from jaxft.train.state import State
@@ -22,10 +24,11 @@ from jaxft.train.step import make_evaluation
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The figures, and the answers that they were made of."""
+    """The figures, and what they were made of."""
 
     metrics: dict[str, float]
-    answers: list[str]
+    answers: list[str] = dataclasses.field(default_factory=list)  # generated ones
+    outputs: np.ndarray | None = None  # of the head, for each slot of the examples, where the task's metrics need them
 
 
 class Evaluator:
@@ -36,41 +39,57 @@ class Evaluator:
         self._program = jax.jit(make_evaluation(setup.model, setup.experiment.task))
 
     def chosen(self, name: str) -> Examples:
-        """Returns the set of this name, `eval.limit` examples of it; raises `UserError` where there is none."""
+        """Returns the set of this name, of `eval.limit` of its rows; raises `UserError` where there is none."""
         found = self._setup.examples
         if name not in found:
             raise UserError(f"There is no {name} set. Give config.data.{name}, or a share of the training rows by config.data.split.")
         limit = self._setup.experiment.eval.limit
         return found[name].first(limit) if limit else found[name]
 
-    def loss(self, state: State, examples: Examples) -> dict[str, float]:
-        """Returns mean negative log-likelihood (nats a scored token), perplexity and token accuracy."""
+    def measure(self, state: State, examples: Examples) -> Evaluation:
+        """Returns the task's metrics."""
         return self._measured(state.trainable, self._setup.frozen, examples)
 
-    def loss_of(self, params: Any, examples: Examples) -> dict[str, float]:
-        """Returns what `loss` does, of parameters in another form than the run's."""
+    def measure_params(self, params: Any, examples: Examples) -> Evaluation:
+        """Returns what `measure` does, of parameters in another form than the run's."""
         return self._measured(*partition(params, jax.tree.map(lambda _: False, params)), examples)
 
-    def _measured(self, trainable: Any, frozen: Any, examples: Examples) -> dict[str, float]:
+    def _measured(self, trainable: Any, frozen: Any, examples: Examples) -> Evaluation:
         setup = self._setup
-        rows = -(-min(setup.experiment.eval.batch_size, len(examples)) // _shares(setup)) * _shares(setup)
-        total: Any = Sums(*[0.0] * 4)  # type: ignore[arg-type]  # floats of this host
-        for batch in evaluation_batches(examples, setup.experiment.data, rows, True, pad_token(setup.tokenizer)):
+        size = -(-min(setup.experiment.eval.batch_size, len(examples)) // _shares(setup)) * _shares(setup)
+        causal = setup.model.pooling == LAST
+        layout = lay_out(examples, np.arange(len(examples)), setup.experiment.data, causal, pad_token(setup.tokenizer))
+        total, found = None, None
+        for rows, batch in each_once(layout, size):
             placed = placement.place_batch(batch, setup.mesh, placement.EVALUATION_BATCH)
-            sums = jax.device_get(self._program(trainable, frozen, placed))
-            total = jax.tree.map(lambda one, other: one + float(other), total, sums)
-        loss = total.nll / total.weight
-        return {"loss": loss, "perplexity": float(np.exp(loss)), "accuracy": total.correct / total.weight}
+            sums, outputs = jax.device_get(self._program(trainable, frozen, placed))
+            sums = jax.tree.map(float, sums)
+            total = sums if total is None else jax.tree.map(operator.add, total, sums)
+            if outputs is None:
+                continue
+            if found is None:
+                found = np.zeros((len(examples.slots.reads), *outputs.shape[2:]), outputs.dtype)
+            for b, row in enumerate(rows):
+                slots = layout.slots_of(row)
+                found[slots] = outputs[b, : len(slots)]
+        task = setup.experiment.task
+        return Evaluation(task.scores(setup.model, examples, total, found), outputs=found)
 
     def full(self, state: State, name: str, title: str) -> Evaluation:
-        """Returns the loss and, where `eval.generate` is on, the exact match of generated answers."""
+        """Returns the metrics and, where the task generates and `eval.generate` is on, those of generated answers."""
         examples = self.chosen(name)
-        metrics = self.loss(state, examples)
-        if not self._setup.experiment.eval.generate:
-            return Evaluation(metrics, [])
+        measured = self.measure(state, examples)
+        if not self.generates:
+            return measured
+        assert isinstance(examples, NextTokens)
         answers = self.answers(state, examples, title)
         true = [examples.answer(i) for i in range(len(examples))]
-        return Evaluation(metrics | exact_match(answers, true, self.answer_format), answers)
+        return Evaluation(measured.metrics | exact_match(answers, true, self.answer_format), answers)
+
+    @property
+    def generates(self) -> bool:
+        """Whether answers are generated and compared with the true ones."""
+        return self._setup.experiment.task.generates and self._setup.experiment.eval.generate
 
     @property
     def answer_format(self) -> AnswerFormat:
@@ -78,14 +97,18 @@ class Evaluator:
         return AnswerFormat(self._setup.experiment.data.completion)
 
     def majority(self, name: str) -> dict[str, float]:
-        """Returns the exact match of always answering as most training rows do."""
+        """Returns the metrics of what answers as most training rows do."""
         training, examples = self._setup.examples["train"], self.chosen(name)
+        if not self.generates:
+            return self._setup.experiment.task.majority(self._setup.model, training, examples)
+        assert isinstance(training, NextTokens)
+        assert isinstance(examples, NextTokens)
         return majority_match(training.answers, [examples.answer(i) for i in range(len(examples))], self.answer_format)
 
-    def answers(self, state: State, examples: Examples, title: str) -> list[str]:
+    def answers(self, state: State, examples: NextTokens, title: str) -> list[str]:
         """Returns the model's answer to each example's prompt."""
         setup = self._setup
-        sampling = make_sampling(setup.experiment.eval, setup.tokenizer, setup.examples["train"])
+        sampling = make_sampling(setup)
         prompts = [examples.prompt(i) for i in range(len(examples))]
         with tqdm(total=len(prompts), desc=title, unit="answer", leave=False) as bar:
             made = generate(
@@ -100,11 +123,12 @@ class Evaluator:
         return [text.strip() for text in setup.tokenizer.batch_decode(made, skip_special_tokens=True)]
 
 
-def make_sampling(config: Any, tokenizer: Any, training: Examples) -> Sampling:
+def make_sampling(setup: Setup) -> Sampling:
     """Returns how answers are sampled, from the configuration and the tokens that end an answer."""
-    return Sampling(
-        config.max_new_tokens, config.temperature, config.top_k, config.top_p, end_tokens(tokenizer, training), pad_token(tokenizer)
-    )
+    config, tokenizer, training = setup.experiment.eval, setup.tokenizer, setup.examples["train"]
+    assert isinstance(training, NextTokens)
+    stops = end_tokens(tokenizer, training)
+    return Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p, stops, pad_token(tokenizer))
 
 
 def _shares(setup: Setup) -> int:

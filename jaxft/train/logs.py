@@ -15,6 +15,7 @@ from tqdm import tqdm
 from jaxft.errors import UserError
 
 METRICS = "metrics.jsonl"
+_SHARES = ("accuracy", "exact_match", "precision", "recall")  # metrics that are shares begin so
 
 
 class Logs:
@@ -71,6 +72,20 @@ class Logs:
                 f"{self._path.parent} can't be written ({error.strerror or error}). The last whole checkpoint is kept: make room, and give "
                 "the same command again."
             ) from error
+
+
+def figure(name: str, value: float) -> str:
+    """Returns a metric as people read it: shares in percent.
+
+    >>> figure("macro_f1", 0.5), figure("loss", 0.5)
+    ('macro_f1 50.0%', 'loss 0.5000')
+    """
+    return f"{name} {number(name, value)}"
+
+
+def number(name: str, value: float) -> str:
+    """Returns a metric's value as people read it."""
+    return f"{value:.1%}" if name.startswith(_SHARES) or name.endswith("f1") else f"{value:.4f}"
 
 
 def _step_of(line: str) -> Any:

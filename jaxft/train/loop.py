@@ -17,7 +17,7 @@ from jaxft.errors import UserError
 from jaxft.train import placement
 from jaxft.train.checkpoint import Checkpoints, Progress
 from jaxft.train.evaluate import Evaluator
-from jaxft.train.logs import Logs
+from jaxft.train.logs import Logs, figure
 from jaxft.train.optimizer import make_schedule
 from jaxft.train.setup import Setup
 from jaxft.train.state import State
@@ -27,7 +27,7 @@ from jaxft.train.step import make_step
 def jitted_step(experiment: Experiment, model: nn.Module, optimizer: optax.GradientTransformation, sharding: State) -> Any:
     """Returns the run's `make_step`, not compiled yet; the state that it takes is given up for the one that it returns."""
     train = experiment.train
-    function = make_step(model, experiment.task, optimizer, train.seed, train.neftune_alpha, experiment.method.penalty)
+    function = make_step(model, experiment.task, optimizer, train.seed, train.neftune_alpha, train.r_drop, experiment.method.penalty)
     return jax.jit(function, donate_argnums=0, out_shardings=(sharding, None))
 
 
@@ -150,8 +150,8 @@ class Loop:
         kept = f"The checkpoint of step {newest} is kept" if newest else "No checkpoint was written before it"
         loss, norm = metrics["loss"], metrics["gradient_norm"]
         overflow = "; it is the update that overflows" if math.isfinite(loss) and math.isfinite(norm) else ""
-        rows = self._setup.training_rows
-        places = ", ".join(rows.place(number) for number in self._setup.batches.examples_of(index))
+        rows, numbers = self._setup.rows["train"], self._setup.examples["train"].rows
+        places = ", ".join(dict.fromkeys(rows.place(int(numbers[example])) for example in self._setup.batches.examples_of(index)))
         raise UserError(
             f"Step {index + 1} isn't finite: the loss is {loss:g} and the gradient's norm {norm:g}{overflow}. {kept} in {self._workdir}. "
             f"Lower optimizer.learning_rate, set optimizer.clip_norm, or look at the rows of its batch: {places}."
@@ -163,9 +163,9 @@ class Loop:
         every = self._train.eval_every
         if examples is None or not (step == self._setup.steps or (every and step % every == 0)):
             return progress, False
-        found = self._evaluator.loss(state, examples)
+        found = self._evaluator.measure(state, examples).metrics
         logs.write(step, {f"validation_{name}": value for name, value in found.items()})
-        logs.say(f"Step {step}: validation loss {found['loss']:.4f}, accuracy {found['accuracy']:.1%}")
+        logs.say(f"Step {step}: validation {', '.join(figure(name, value) for name, value in found.items())}")
         metric = found[self._train.best_metric]
         sign = 1 if self._train.best_mode == "min" else -1
         if progress.best is None or sign * metric < sign * progress.best:

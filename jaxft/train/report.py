@@ -6,30 +6,54 @@ from typing import Any
 
 from jaxft import console
 from jaxft.config import Experiment, ModelConfig
-from jaxft.data.tokenize import Examples
+from jaxft.data.examples import Examples
+from jaxft.data.tokenize import NextTokens
+from jaxft.errors import UserError
 from jaxft.hub.bitsandbytes_config import BLOCK_SIZE, CODES
 from jaxft.hub.load import compute_type
 from jaxft.hub.quantized import PATTERNS
+from jaxft.hub.save import auto_class
 from jaxft.hub.sources import BUNDLED, find
+from jaxft.tasks.base import Report
 from jaxft.train.evaluate import Evaluation
+from jaxft.train.logs import number
+from jaxft.train.setup import Setup
 
 _LIBRARIES = {"peft": "peft", "adapterhub": "adapter-transformers", "hf": "transformers", "bitsandbytes": "transformers"}  # the hub's names
+_PIPELINES = {  # of transformers
+    "sequence_classification": "text-classification",
+    "token_classification": "token-classification",
+    "masked_lm": "fill-mask",
+}
 _SHOWN = 3  # answers
 _PROMPT_CHARACTERS = 400
+_TITLES = {"macro_f1": "macro F1", "micro_f1": "micro F1", "mcc": "MCC", "f1": "F1", "exact_match": "exact match"}
 
 
 def comparison(summary: Mapping[str, Any], fields: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Returns the columns and rows of the closing table: untuned model, majority answer, tuned model."""
-    metrics = [f"exact_match_{name}" for name in fields] if len(fields) > 1 else []
-    metrics += ["exact_match"]
-    columns = ["", *(list(fields) if len(fields) > 1 else []), "all" if len(fields) > 1 else "exact match", "loss"]
+    """Returns the columns and rows of the closing table: untuned model, majority answer, tuned model.
+
+    Args:
+      summary: of the run.
+      fields: of generated answers, empty where none are.
+    """
+    found = summary["eval"]
+    metrics = {f"exact_match_{name}": name for name in fields} if len(fields) > 1 else {}
+    if "exact_match" in found["after"]:
+        metrics |= {"exact_match": "all" if metrics else "exact match", "loss": "loss"}
+    else:
+        metrics = {name: _TITLES.get(name, name) for name in found["after"]}
     rows = []
     for title, key in (("untuned model", "before"), ("majority answer", "majority"), ("tuned model", "after")):
-        found = summary["eval"].get(key) or {}
-        if found:
-            cells = [f"{found[name]:.1%}" if name in found else "-" for name in metrics]
-            rows.append([title, *cells, f"{found['loss']:.3f}" if "loss" in found else "-"])
-    return columns, rows
+        if of_one := found.get(key):
+            rows.append([title, *(_cell(name, of_one) for name in metrics)])
+    return ["", *metrics.values()], rows
+
+
+def _cell(name: str, found: Mapping[str, float]) -> str:
+    if name not in found:
+        return "-"
+    return f"{found[name]:.3f}" if name == "loss" else number(name, found[name])
 
 
 def print_comparison(summary: Mapping[str, Any], fields: Sequence[str], title: str) -> None:
@@ -38,20 +62,48 @@ def print_comparison(summary: Mapping[str, Any], fields: Sequence[str], title: s
     console.table(title, columns, rows)
 
 
-def print_answers(examples: Examples, found: Evaluation, tokenizer: Any) -> None:
-    """Prints some prompts with the true and the generated answer."""
-    for i, answer in enumerate(found.answers[:_SHOWN]):
-        prompt = tokenizer.decode(examples.prompt(i), skip_special_tokens=True).strip()
-        prompt = prompt if len(prompt) <= _PROMPT_CHARACTERS else f"{prompt[:_PROMPT_CHARACTERS]}..."
-        console.say(f"{prompt}\n  true:  {_one_line(examples.answer(i))}\n  tuned: {_one_line(answer)}\n")
+def print_answers(examples: Examples, found: Evaluation, setup: Setup) -> None:
+    """Prints some texts with the true answer, and the generated or predicted one."""
+    model, task, tokenizer = setup.model, setup.experiment.task, setup.tokenizer
+    if found.answers:
+        assert isinstance(examples, NextTokens)
+        pairs = [(examples.answer(i), answer) for i, answer in enumerate(found.answers[:_SHOWN])]
+        texts = [examples.prompt(i) for i in range(len(pairs))]
+    else:
+        numbers = range(min(_SHOWN, len(examples)))
+        pairs = task.shown(model, examples, found.outputs, numbers)
+        texts = [examples.tokens_of(i) for i in numbers]
+    for tokens, (true, made) in zip(texts, pairs, strict=False):
+        text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        text = text if len(text) <= _PROMPT_CHARACTERS else f"{text[:_PROMPT_CHARACTERS]}..."
+        console.say(f"{text}\n  true:  {_one_line(true)}\n  tuned: {_one_line(made)}\n")
+
+
+def print_report(report: Report, folder: pathlib.Path) -> None:
+    """Prints a task's tables, and writes its pictures."""
+    for table in report.tables:
+        console.table(table.title, table.columns, table.rows)
+    for name, picture in report.pictures.items():
+        try:
+            (folder / name).write_bytes(picture)
+        except OSError as error:
+            raise UserError(f"{folder / name} can't be written ({error.strerror}). Make room, or choose another --workdir.") from error
+        console.say(f"{folder / name} is a picture of it.\n")
 
 
 def _one_line(text: str) -> str:
     return " | ".join(text.strip().splitlines())
 
 
-def adapter_command(folder: pathlib.Path, model: ModelConfig, format: str) -> str:
-    """Returns where the adapter is, and how peft, or adapters, uses it, on the base in the form it was trained on."""
+def adapter_command(folder: pathlib.Path, model: ModelConfig, format: str, trained: Any) -> str:
+    """Returns where the adapter is, and how peft, or adapters, uses it, on the base in the form it was trained on.
+
+    Args:
+      folder: of the adapter.
+      model: the base.
+      format: peft or adapterhub.
+      trained: of it the task and the labels.
+    """
     source = model.source
     base = f'"{source}"'
     if source.startswith(BUNDLED) or pathlib.Path(source).is_file():
@@ -66,7 +118,8 @@ def adapter_command(folder: pathlib.Path, model: ModelConfig, format: str) -> st
             "    adapters.init(base)\n"
             f'    base.load_adapter("{folder}", with_head=False, set_active=True, use_safetensors=True)\n'
         )
-    names, written, note = "AutoModelForCausalLM", "", ""
+    auto, options = auto_class(trained.task), _head_options(trained)
+    names, written, note = auto, "", ""
     if model.quantization in CODES and _is_made_by_transformers(model, "gguf_file" in base):
         names += ", BitsAndBytesConfig"
         settings = f'load_in_4bit=True, bnb_4bit_quant_type="{model.quantization}", bnb_4bit_use_double_quant={model.double_quantization}'
@@ -80,7 +133,7 @@ def adapter_command(folder: pathlib.Path, model: ModelConfig, format: str) -> st
         f"{written}"
         "    from peft import PeftModel\n"
         f"    from transformers import {names}\n\n"
-        f"    base = AutoModelForCausalLM.from_pretrained({base})\n"
+        f"    base = {auto}.from_pretrained({base}{options})\n"
         f'    model = PeftModel.from_pretrained(base, "{folder}")\n'
     )
 
@@ -103,12 +156,26 @@ def _base_command(model: ModelConfig) -> str:
     )
 
 
-def model_command(folder: pathlib.Path) -> str:
+def _head_options(trained: Any) -> str:
+    """What transformers has to know of a new head."""
+    names = trained.config.labels
+    options = f", id2label={dict(enumerate(names))!r}, label2id={ {name: i for i, name in enumerate(names)}!r}" if names else ""
+    return f'{options}, problem_type="{trained.config.problem_type}"' if names and trained.config.problem_type else options
+
+
+def model_command(folder: pathlib.Path, trained: Any) -> str:
     """Returns where the model is, and how transformers uses it."""
+    if (pipeline := _PIPELINES.get(trained.task)) is not None:
+        return (
+            f"The model is in {folder}. With transformers:\n\n"
+            "    from transformers import pipeline\n\n"
+            f'    model = pipeline("{pipeline}", "{folder}")\n'
+        )
+    auto = auto_class(trained.task)
     return (
         f"The model is in {folder}. With transformers:\n\n"
-        "    from transformers import AutoModelForCausalLM\n\n"
-        f'    model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
+        f"    from transformers import {auto}\n\n"
+        f'    model = {auto}.from_pretrained("{folder}")\n'
     )
 
 

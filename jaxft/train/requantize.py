@@ -61,11 +61,11 @@ def _error(kernel: Any, again: Any) -> jax.Array:
 
 
 def _report(errors: Mapping[str, float], evaluator: Evaluator, state: State, again: Any, split: str) -> float:
-    """Prints what was lost; returns the answer loss of what is written."""
+    """Prints what was lost; returns the loss of what is written."""
     examples = evaluator.chosen(split)
-    before, after = evaluator.loss(state, examples)["loss"], evaluator.loss_of(again, examples)["loss"]
+    before, after = evaluator.measure(state, examples).metrics["loss"], evaluator.measure_params(again, examples).metrics["loss"]
     worst = max(errors, key=errors.__getitem__, default="")
-    rows = [("answer loss", f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")]
+    rows = [("loss", f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")]
     if errors:
         rows += [
             ("kernels, mean relative error", "-", f"{sum(errors.values()) / len(errors):.4f}", ""),

@@ -34,7 +34,7 @@ from jaxft.train.checkpoint import Checkpoints, Progress, check_same, fingerprin
 from jaxft.train.evaluate import Evaluation, Evaluator, make_sampling
 from jaxft.train.logs import peak_memory_bytes
 from jaxft.train.loop import Loop, Outcome
-from jaxft.train.report import adapter_command, card, model_command, print_answers, print_comparison
+from jaxft.train.report import adapter_command, card, model_command, print_answers, print_comparison, print_report
 from jaxft.train.setup import Setup, can_merge, on_host, set_up
 from jaxft.train.state import State
 
@@ -73,13 +73,14 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
 
 def evaluate(experiment: Experiment, workdir: pathlib.Path) -> dict[str, float]:
     """Evaluates the best checkpoint of `workdir` on `eval.split`, and prints the figures."""
-    _, state, _, evaluator = _load_best(experiment, workdir)
+    setup, state, _, evaluator = _load_best(experiment, workdir)
     found = evaluator.full(state, experiment.eval.split, "Evaluating")
     console.table(
         f"{experiment.name}, step {int(state.step)}, on {experiment.eval.split}",
         ("metric", "value"),
         [(name, f"{value:.4f}") for name, value in found.metrics.items()],
     )
+    print_report(experiment.task.report(setup.model, evaluator.chosen(experiment.eval.split), found.outputs), workdir)
     return found.metrics
 
 
@@ -92,6 +93,11 @@ def generate(experiment: Experiment, workdir: pathlib.Path, rows: Sequence[Mappi
       rows: each {"prompt": text}, or the columns that `data.prompt` names.
       output: a file, or None.
     """
+    if not experiment.task.generates:
+        raise UserError(
+            f"The task {type(experiment.task).__name__} has no text to generate. --mode=eval measures the model; --mode=export writes it "
+            "for transformers' pipelines."
+        )
     places = [f"prompt {number}" for number in range(1, len(rows) + 1)]
     asked = [question(row, experiment.data, place) for row, place in zip(rows, places, strict=True)]
     prompts = [turns[-1]["content"] for turns in asked]
@@ -100,7 +106,7 @@ def generate(experiment: Experiment, workdir: pathlib.Path, rows: Sequence[Mappi
     if output is not None and not output.absolute().parent.is_dir():
         raise UserError(f"There is no folder {output.absolute().parent} for --output={output}.")
     setup, state, _, _ = _load_best(experiment, workdir)
-    sampling = make_sampling(experiment.eval, setup.tokenizer, setup.examples["train"])
+    sampling = make_sampling(setup)
     tokens = generate_tokens(
         setup.model,
         setup.params(state),
@@ -150,7 +156,7 @@ def export(experiment: Experiment, workdir: pathlib.Path, format: str | None, ou
     if format == BITSANDBYTES:
         requantize.export(setup, state, evaluator, folder, _summary_of(workdir))
     else:
-        _export(setup, state, format, experiment.method, folder, _summary_of(workdir))
+        _export(setup, state, format, setup.experiment.method, folder, _summary_of(workdir))
     _say_exported(folder, format)
 
 
@@ -193,6 +199,8 @@ def own_exports(setup: Setup, state: State) -> list[tuple[str, str, Method]]:
     if not isinstance(method, Compose):
         format = form(method) or "hf"
         return [(format, format, method)]
+    if setup.model.head and adapter_format(method) == "peft" and has_form(setup.model, params, method):  # one adapter, and the task's head
+        return [("peft", "peft", method)]
     if can_merge(method, setup.model, params):
         return [("hf", "hf", method)]
     exports = []
@@ -339,22 +347,26 @@ def _finish(
     split = setup.experiment.eval.split
     after = evaluator.full(state, split, "After training")
     summary = _summarize(setup, outcome, after, time.perf_counter() - began)
-    summary["eval"]["majority"] = evaluator.majority(split) if after.answers else {}
+    summary["eval"]["majority"] = evaluator.majority(split)
     exports = own_exports(setup, state)
     for name, format, method in exports:
         _export(setup, state, format, method, workdir / "export" / name, summary)
     summary["seconds"] = time.perf_counter() - began
     _write_json(workdir / SUMMARY, summary)
-    rows = len(evaluator.chosen(split))
-    print_comparison(summary, evaluator.answer_format.names, f"On {rows:,} rows of {split}")
-    print_answers(evaluator.chosen(split), after, setup.tokenizer)
+    chosen = evaluator.chosen(split)
+    fields = evaluator.answer_format.names if evaluator.generates else ()
+    print_comparison(summary, fields, f"On {len(set(chosen.rows.tolist())):,} rows of {split}")
+    print_report(setup.experiment.task.report(setup.model, chosen, after.outputs), workdir)
+    print_answers(chosen, after, setup)
     console.say(
         f"{summary['seconds']:.0f} s in all, {summary['compile_seconds']:.1f} s of them compiling; "
         f"{summary['tokens_per_second']:,.0f} tokens/s, peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB.\n"
     )
     for name, format, _ in exports:
         folder = workdir / "export" / name
-        console.say(model_command(folder) if format == HF else adapter_command(folder, setup.experiment.model, format))
+        console.say(
+            model_command(folder, setup.model) if format == HF else adapter_command(folder, setup.experiment.model, format, setup.model)
+        )
     return summary
 
 

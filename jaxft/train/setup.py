@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,21 +16,25 @@ from jax.sharding import Mesh
 from jaxft import console
 from jaxft.config import Experiment, ModelConfig
 from jaxft.data.batches import Batches
+from jaxft.data.examples import Examples
 from jaxft.data.sources import Rows, load_splits
-from jaxft.data.tokenize import COLUMNS, Examples, describe, tokenize
+from jaxft.data.tokenize import COLUMNS, NextTokens, answer_end, describe
 from jaxft.errors import UserError, unknown
 from jaxft.hub.load import OriginalKernels, compute_type, describe_pretrained, load_pretrained
 from jaxft.hub.peft import adapter_format
 from jaxft.hub.tokenizer import load_tokenizer
 from jaxft.inspect.look import look_quickly
 from jaxft.methods.base import Compose, Material, Method
+from jaxft.methods.head import with_head
 from jaxft.methods.kernels import is_kernel
 from jaxft.methods.partition import combine, listing, partition, size, trainable_leaves
+from jaxft.models.heads import LAST
 from jaxft.models.layers import REMAT
 from jaxft.models.node import dense, is_node, virtual_tokens
 from jaxft.models.registry import family_of
 from jaxft.models.segments import Leaf, map_leaves
 from jaxft.quant.blockwise import Format
+from jaxft.tasks.base import Task
 from jaxft.train import optimizer as optimizers
 from jaxft.train import placement
 from jaxft.train.scores import gradient_scores
@@ -45,8 +49,8 @@ class Setup:
     mesh: Mesh
     model: nn.Module
     tokenizer: Any
-    examples: dict[str, Examples]  # by set: train, validation, test
-    training_rows: Rows  # where each training example stands in its source
+    rows: dict[str, Rows]  # by set: train, validation, test
+    examples: dict[str, Examples]  # the same, tokenized
     batches: Batches  # of the training set
     steps: int  # of the whole run
     optimizer: optax.GradientTransformation
@@ -69,8 +73,6 @@ def check(experiment: Experiment) -> Mesh:
         raise unknown("remat policy", train.remat, REMAT)
     if train.best_mode not in ("min", "max"):
         raise unknown("train.best_mode", train.best_mode, ("min", "max"))
-    if train.best_metric not in VALIDATION_METRICS:
-        raise unknown("train.best_metric", train.best_metric, VALIDATION_METRICS)
     if evaluation.split not in ("validation", "test", "train"):
         raise unknown("eval.split", evaluation.split, ("validation", "test", "train"))
     positive = {"train.batch_size": train.batch_size, "train.accumulation": train.accumulation, "train.keep": train.keep}
@@ -97,38 +99,41 @@ def check(experiment: Experiment) -> Mesh:
 
 
 NONE, FORMATS = "none", ("nf4", "fp4", "int8")  # of model.quantization
-VALIDATION_METRICS = ("loss", "accuracy", "perplexity")
 
 
-def load_data(experiment: Experiment, tokenizer: Any) -> tuple[dict[str, Examples], Rows]:
-    """Returns the tokenized sets, and the training rows; prints lengths. All of it before the model is loaded."""
+def load_rows(experiment: Experiment) -> dict[str, Rows]:
+    """Returns the rows of each set; raises `UserError` where the one to evaluate on is missing."""
     rows = load_splits(experiment.data, experiment.train.seed)
     split = experiment.eval.split
     if split not in rows:
         raise UserError(f"There is no {split} set. Give config.data.{split}, or a share of the training rows by config.data.split.")
-    examples = {name: tokenize(found, tokenizer, experiment.data) for name, found in rows.items()}
+    return rows
+
+
+def load_examples(experiment: Experiment, rows: dict[str, Rows], tokenizer: Any, model: nn.Module) -> dict[str, Examples]:
+    """Returns the rows of each set as tokens; prints their lengths, and what is wrong with them."""
+    task = experiment.task
+    examples = {name: task.examples(found, tokenizer, experiment.data, model) for name, found in rows.items()}
     console.table("Data", COLUMNS, [describe(found, name) for name, found in examples.items()])
     look_quickly(rows, examples, experiment)
-    if (examples["train"].cut == 0).any() and answer_end(tokenizer, examples["train"]) is None:
-        console.say(
-            "Warning: the training answers end with no special token, so the model won't learn where to stop. Put {{ eos_token }} behind "
-            "the answer in the chat template (config.data.template).\n"
-        )
-    return examples, rows["train"]
+    for warning in task.warnings(tokenizer, examples["train"]):
+        console.say(f"Warning: {warning}\n")
+    return examples
 
 
 @dataclasses.dataclass(frozen=True)
 class Described:
     """A run as its files describe it: all but the weights."""
 
-    experiment: Experiment
+    experiment: Experiment  # its method trains the task's head too
     mesh: Mesh
     model: nn.Module
+    options: dict[str, Any]  # of `load_pretrained`, that the training rows gave
     tokenizer: Any
     method: Method  # with the tokens of what it has as text
     shapes: Any  # of the whole model with the method's leaves
+    rows: dict[str, Rows]
     examples: dict[str, Examples]
-    training_rows: Rows
     batches: Batches
     steps: int
     kernels: OriginalKernels  # of the model's files
@@ -142,28 +147,33 @@ def describe_run(experiment: Experiment) -> Described:
         raise UserError("There is nothing to train on: set config.data.train to a hub data set, a file, or bundled:NAME.")
     if not source:
         raise UserError("There is no model: set config.model.source to a hub id, a local folder, a .gguf file, or bundled:NAME.")
-    model, shapes = describe_pretrained(**from_source(experiment.model))
-    kernels = OriginalKernels(source, experiment.model.revision)
+    task = experiment.task
+    task.check(data)
+    rows = load_rows(experiment)
+    options = task.model_options(rows["train"], data)
+    model, shapes = describe_pretrained(**from_source(experiment.model, task, options, train.seed))
+    if train.best_metric not in task.metrics(model):
+        raise unknown("train.best_metric", train.best_metric, task.metrics(model))
+    kernels = OriginalKernels(source, experiment.model.revision, task.model_task, seed=train.seed, **options)
     tokenizer = load_tokenizer(source, experiment.model.revision)
-    method = experiment.method.tokenized(tokenizer)
-    shapes = check_method(method, model, shapes, train.seed, kernels)
-    examples, rows = load_data(experiment, tokenizer)
+    method, shapes = fit_method(experiment.method.tokenized(tokenizer), model, shapes, train.seed, kernels)
+    experiment = dataclasses.replace(experiment, method=with_head(experiment.method, model, shapes))
+    examples = load_examples(experiment, rows, tokenizer, model)
     check_positions(examples, experiment, model, virtual_tokens(shapes))
-    share_prefix = not train.neftune_alpha  # its noise follows each example's length
-    batches = Batches(
-        examples["train"], data, train.batch_size, train.accumulation, train.seed, share_prefix, pad_token_id=pad_token(tokenizer)
-    )
+    share_prefix = model.pooling == LAST and not train.neftune_alpha  # its noise follows each example's length
+    training = task.for_training(model, examples["train"])
+    batches = Batches(training, data, train.batch_size, train.accumulation, train.seed, share_prefix, pad_token_id=pad_token(tokenizer))
     steps = train.steps or max(round(train.epochs * batches.steps_per_epoch), 1)
     model = model.clone(remat=train.remat)
-    return Described(experiment, mesh, model, tokenizer, method, shapes, examples, rows, batches, steps, kernels)
+    return Described(experiment, mesh, model, options, tokenizer, method, shapes, rows, examples, batches, steps, kernels)
 
 
 def set_up(experiment: Experiment) -> Setup:
     """Loads data and model, adds the method, places everything, and prints what trains."""
     run = describe_run(experiment)
-    mesh, method, train = run.mesh, run.method, experiment.train
+    experiment, mesh, method, train = run.experiment, run.mesh, run.method, experiment.train
     placing = functools.partial(placement.shardings, mesh=mesh)
-    params = load_pretrained(**from_source(experiment.model), placing=placing)[1]
+    params = load_pretrained(**from_source(experiment.model, experiment.task, run.options, train.seed), placing=placing)[1]
 
     def scores(params: Any, chosen: Callable[[str], bool], kind: str, count: int) -> Any:
         first = itertools.islice(micro_batches(run.batches), count)
@@ -184,8 +194,8 @@ def set_up(experiment: Experiment) -> Setup:
         mesh,
         run.model,
         run.tokenizer,
+        run.rows,
         run.examples,
-        run.training_rows,
         run.batches,
         run.steps,
         optimizer,
@@ -200,11 +210,20 @@ def make_optimizer(run: Described) -> optax.GradientTransformation:
     return run.method.optimizer(optimizers.make_optimizer(run.experiment.optimizer, run.steps), run.steps)
 
 
-def from_source(config: ModelConfig) -> dict[str, Any]:
-    """Returns the arguments of `load_pretrained` and `describe_pretrained` that a configuration gives."""
+def from_source(config: ModelConfig, task: Task, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Returns the arguments of `load_pretrained` and `describe_pretrained`.
+
+    Args:
+      config: which model.
+      task: what for.
+      options: what the task says of its head.
+      seed: of a head that is drawn anew.
+    """
     return {
+        **options,
         "source": config.source,
-        "task": "causal_lm",
+        "task": task.model_task,
+        "seed": seed,
         "dtype": config.dtype,
         "revision": config.revision,
         "quantization": quantization(config),
@@ -223,6 +242,13 @@ def quantization(config: ModelConfig) -> Format | None:
                 raise UserError(f"model.{field} has no effect without model.quantization: set that, or leave this out.")
         return None
     return Format(config.quantization, config.block_size, config.double_quantization)
+
+
+def fit_method(method: Method, model: Any, shapes: Any, seed: int, kernels: OriginalKernels | None = None) -> tuple[Method, Any]:
+    """Returns the method that trains the model's head too, and the model's shapes with its leaves; arguments as `check_method`."""
+    found = check_method(method, model, shapes, seed, kernels)
+    whole = with_head(method, model, found)
+    return whole, found if whole is method else check_method(whole, model, shapes, seed, kernels)
 
 
 def check_method(method: Method, model: Any, shapes: Any, seed: int, kernels: OriginalKernels | None = None) -> Any:
@@ -315,18 +341,6 @@ def print_trainable(params: Any, mask: Any) -> None:
     console.say(f"{trains:,} of {total:,} parameters train ({trains / total:.2%}).\n")
 
 
-def end_tokens(tokenizer: Any, examples: Examples) -> tuple[int, ...]:
+def end_tokens(tokenizer: Any, examples: NextTokens) -> tuple[int, ...]:
     """Returns the tokens that end a text: the tokenizer's own, and the one that ends the answers trained on."""
     return tuple(sorted({token for token in (tokenizer.eos_token_id, answer_end(tokenizer, examples)) if token is not None}))
-
-
-def answer_end(tokenizer: Any, examples: Examples) -> int | None:
-    """Returns the special token that most answers end with, or None where they end with text."""
-    last = examples.tokens[examples.offsets[1:] - 1 - _unscored_tail(examples)][examples.cut == 0]
-    common = int(np.bincount(last).argmax()) if len(last) else None
-    return common if common in tokenizer.all_special_ids else None
-
-
-def _unscored_tail(examples: Examples) -> np.ndarray:
-    """Tokens behind each example's last scored one, as the line break of some templates."""
-    return np.asarray([np.argmax(examples[i][1][::-1]) for i in range(len(examples))])

@@ -22,6 +22,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     seed: int,
     neftune_alpha: float = 0.0,
+    r_drop: float = 0.0,
     penalty: Callable[[Any], jax.Array] | None = None,
 ) -> Callable[[State, Any, Batch], tuple[State, Metrics]]:
     """Returns step(state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
@@ -34,10 +35,12 @@ def make_step(
 
     def gradient(trainable: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[Any, Sums]:
         rngs = {"dropout": jax.random.fold_in(key, 0)}
-        options = {}
+        options: dict[str, float] = {}
         if neftune_alpha:
             rngs["noise"] = jax.random.fold_in(key, 1)
             options["neftune_alpha"] = neftune_alpha
+        if r_drop:
+            options["r_drop"] = r_drop
 
         def loss(trainable: Any) -> tuple[jax.Array, Sums]:
             sums = task.sums(model, combine(trainable, frozen), batch, rngs, **options)
@@ -56,8 +59,9 @@ def make_step(
         if count == 1:
             total = gradient(state.trainable, frozen, jax.tree.map(lambda leaf: leaf[0], batch), jax.random.fold_in(key, 0))
         else:
-            zero = jnp.zeros((), jnp.float32)
-            start = (jax.tree.map(jnp.zeros_like, state.trainable), Sums(zero, zero, zero, zero))
+            first = jax.tree.map(lambda leaf: leaf[0], batch)
+            shapes = jax.eval_shape(gradient, state.trainable, frozen, first, key)
+            start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
             total = jax.lax.scan(add, start, (jnp.arange(count), batch))[0]
         gradients, sums = total
         weight = jnp.maximum(sums.weight, 1e-9)  # a batch without a scored token has no gradient either
@@ -70,16 +74,21 @@ def make_step(
         finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
         new = State(state.step + 1, optax.apply_updates(state.trainable, updates), optimizer_state)
         new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
-        metrics = {"loss": sums.loss / weight, "nll": sums.nll / weight, "accuracy": sums.correct / weight}
+        metrics = {"loss": sums.loss / weight, "nll": sums.nll / weight}
+        if sums.correct is not None:
+            metrics["accuracy"] = sums.correct / weight
         return new, metrics | {"gradient_norm": norm, "scored_tokens": sums.weight, "finite": finite}
 
     return step
 
 
-def make_evaluation(model: nn.Module, task: Any) -> Callable[[Any, Any, Batch], Sums]:
-    """Returns evaluate(trainable, frozen, batch) -> sums over one (batch, length) batch, without dropout or noise."""
+def make_evaluation(model: nn.Module, task: Any) -> Callable[[Any, Any, Batch], tuple[Sums, Any]]:
+    """Returns evaluate(trainable, frozen, batch) -> the sums over one (batch, length) batch, without dropout or noise, and the outputs
+    that the task's metrics need.
+    """
 
-    def evaluate(trainable: Any, frozen: Any, batch: Batch) -> Sums:
-        return task.sums(model, combine(trainable, frozen), batch, {})
+    def evaluate(trainable: Any, frozen: Any, batch: Batch) -> tuple[Sums, Any]:
+        found: tuple[Sums, Any] = task.measure(model, combine(trainable, frozen), batch)
+        return found
 
     return evaluate

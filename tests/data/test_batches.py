@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from jaxft.config import DataConfig
 from jaxft.data.batches import Batches, evaluation_batches
-from jaxft.data.tokenize import Examples
+from jaxft.data.tokenize import NextTokens
 from jaxft.models.attention import PADDING, SHARED
 
 
@@ -19,7 +19,7 @@ def make_examples(lengths, prefix=0, scored_tail=2):
     scored = [np.arange(length) >= max(length - scored_tail, 1) for length in lengths]
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
     zeros = np.zeros(len(lengths), np.int32)
-    return Examples(np.concatenate(tokens).astype(np.int32), np.concatenate(scored), offsets, zeros, zeros, ("",) * len(lengths))
+    return NextTokens(np.concatenate(tokens).astype(np.int32), offsets, zeros, np.concatenate(scored), zeros, ("",) * len(lengths))
 
 
 def unpacked(batch):

@@ -49,23 +49,23 @@ def test_packs_a_hundred_thousand_examples_in_seconds():
     assert len(rows) < 1.02 * lengths.sum() / 512
 
 
-def examples(*rows):
-    """(tokens, index of the first scored one) -> what common_prefix reads."""
-    return [(np.array(tokens), np.arange(len(tokens)) >= first) for tokens, first in rows]
+def shared(*rows):
+    """(tokens, the first position that is read) of each example -> their common prefix."""
+    return common_prefix([np.array(tokens) for tokens, _ in rows], np.array([read for _, read in rows]))
 
 
 def test_common_prefix_ends_where_tokens_differ():
-    assert common_prefix(examples(([1, 2, 3, 9, 9], 4), ([1, 2, 4, 9, 9], 4))) == 2
+    assert shared(([1, 2, 3, 9, 9], 3), ([1, 2, 4, 9, 9], 3)) == 2
 
 
-def test_common_prefix_ends_before_a_scored_token():
-    assert common_prefix(examples(([1, 2, 3, 4, 5], 4), ([1, 2, 3, 4, 5], 2))) == 2
+def test_common_prefix_ends_with_the_first_token_that_is_read():
+    assert shared(([1, 2, 3, 4, 5], 3), ([1, 2, 3, 4, 5], 1)) == 2
 
 
 def test_common_prefix_leaves_each_example_a_token():
-    assert common_prefix(examples(([1, 2, 3], 3), ([1, 2, 3, 4], 4))) == 2
+    assert shared(([1, 2, 3], 2), ([1, 2, 3, 4], 3)) == 2
 
 
 def test_common_prefix_of_nothing_in_common_is_none():
-    assert common_prefix(examples(([1, 2], 1), ([2, 2], 1))) == 0
-    assert common_prefix([]) == 0
+    assert shared(([1, 2], 0), ([2, 2], 0)) == 0
+    assert common_prefix([], np.array([])) == 0

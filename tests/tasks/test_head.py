@@ -38,7 +38,11 @@ def drawn():
 
 def ours(hidden, kernel, chunk, label_smoothing, z_loss):
     _, _, targets, weights = drawn()
-    return head_sums(Head(), {"lm_head": {"kernel": kernel}}, hidden, targets, weights, chunk, label_smoothing, z_loss)
+
+    def loss(logits, targets, weights):
+        return cross_entropy(logits[0], targets, weights, label_smoothing, z_loss)
+
+    return head_sums(Head(), {"lm_head": {"kernel": kernel}}, [hidden], targets, weights, loss, chunk, {})
 
 
 def theirs(label_smoothing, z_loss):

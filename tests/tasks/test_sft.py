@@ -48,7 +48,7 @@ def reference_loss():
 @pytest.mark.parametrize(("packing", "share_prefix"), [(False, False), (True, False), (True, True)])
 def test_the_loss_is_that_of_transformers(packing, share_prefix):
     _, model, params = pair()
-    sums = jax.jit(make_evaluation(model, SFT()))(params, jax.tree.map(lambda _: None, params), rows(packing, share_prefix))
+    sums, _ = jax.jit(make_evaluation(model, SFT()))(params, jax.tree.map(lambda _: None, params), rows(packing, share_prefix))
     assert float(sums.weight) == EXAMPLES.scored.sum()
     np.testing.assert_allclose(sums.nll / sums.weight, reference_loss(), rtol=1e-5)  # float32 rounding of a mean
     assert sums.loss == sums.nll

@@ -8,7 +8,7 @@ import pytest
 from tiny_models import make_examples
 
 import experiments
-from jaxft.config import EvalConfig
+from jaxft.tasks import sft
 from jaxft.train import setup
 
 END = 3
@@ -31,8 +31,8 @@ def test_the_last_scored_token_ends_an_answer_if_it_is_special(examples, end, st
 
 @pytest.mark.parametrize(("examples", "warned"), [(ending_with(END), False), (ending_with(50), True), (ending_with(50, cut=1), False)])
 def test_a_template_that_ends_no_answer_is_told(monkeypatch, capsys, examples, warned):
-    monkeypatch.setattr(setup, "load_splits", lambda *_: {"train": "rows", "validation": "rows"})
-    monkeypatch.setattr(setup, "tokenize", lambda *_: examples)
-    setup.load_data(dataclasses.replace(experiments.load("lora_llama2"), eval=EvalConfig(split="validation")), TOKENIZER)
+    monkeypatch.setattr(sft, "tokenize", lambda *_: examples)
+    monkeypatch.setattr(setup, "look_quickly", lambda *_: None)
+    setup.load_examples(experiments.load("lora_llama2"), {"train": "rows", "validation": "rows"}, TOKENIZER, None)
     said = " ".join(capsys.readouterr().out.split())
     assert ("the model won't learn where to stop. Put {{ eos_token }} behind the answer" in said) == warned

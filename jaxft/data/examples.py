@@ -1,0 +1,100 @@
+"""What a model reads of each row, where its head reads the hidden states, and what it should make of them."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Self
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """The places where the head reads, one example's after the other's, and what it should say there."""
+
+    offsets: np.ndarray  # (n + 1,) int64: example i's are [offsets[i], offsets[i + 1])
+    reads: np.ndarray  # (slots,) int32: the position in its example of the token whose hidden state is read
+    targets: np.ndarray  # (slots,) int32 classes or tokens, or (slots, outputs) float32
+    weights: np.ndarray  # (slots,) float32: what each counts in the loss
+
+    @property
+    def counts(self) -> np.ndarray:
+        """(n,) int64: the slots of each example."""
+        return np.diff(self.offsets)
+
+    def part(self, i: int) -> slice:
+        """Returns where example `i`'s slots are."""
+        return slice(int(self.offsets[i]), int(self.offsets[i + 1]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Tokenized rows, one after the other in flat arrays."""
+
+    tokens: np.ndarray  # (total,) int32
+    offsets: np.ndarray  # (n + 1,) int64: example i is [offsets[i], offsets[i + 1])
+    cut: np.ndarray  # (n,) int32: tokens cut to fit max_length
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def tokens_of(self, i: int) -> np.ndarray:
+        """Returns (length,) int32: what the model reads of example `i`."""
+        return self.tokens[self.offsets[i] : self.offsets[i + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n,) int64: the tokens of each example."""
+        return np.diff(self.offsets)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """(n,) int64: the row of the data that each example is of."""
+        return np.arange(len(self))
+
+    @property
+    def slots(self) -> Slots:
+        """Where the head reads."""
+        raise NotImplementedError
+
+    @property
+    def per_token(self) -> Mapping[str, np.ndarray]:
+        """What the model is given beside each token, by its name: (total,) int32 each."""
+        return {}
+
+    def first(self, count: int) -> Self:
+        """Returns the examples of the first `count` rows, or all where there are fewer."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled(Examples):
+    """Examples with targets of their own, as classes: `slots` says where they belong."""
+
+    labelled: Slots
+    row_numbers: np.ndarray  # (n,) int64
+    beside: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """(n,) int64: the row of the data that each example is of."""
+        return self.row_numbers
+
+    @property
+    def slots(self) -> Slots:
+        """Where the head reads."""
+        return self.labelled
+
+    @property
+    def per_token(self) -> Mapping[str, np.ndarray]:
+        """What the model is given beside each token."""
+        return self.beside
+
+    def first(self, count: int) -> "Labelled":
+        """Returns the examples of the first `count` rows, or all where there are fewer."""
+        n = int(np.searchsorted(self.row_numbers, count))
+        end, last = self.offsets[n], self.labelled.offsets[n]
+        slots = Slots(
+            self.labelled.offsets[: n + 1], self.labelled.reads[:last], self.labelled.targets[:last], self.labelled.weights[:last]
+        )
+        beside = {name: values[:end] for name, values in self.beside.items()}
+        return Labelled(self.tokens[:end], self.offsets[: n + 1], self.cut[:n], slots, self.row_numbers[:n], beside)

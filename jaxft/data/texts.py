@@ -1,0 +1,33 @@
+"""The texts of a row that a head reads: from columns, as they are or put together by a format."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxft.config import DataConfig
+from jaxft.data.conversations import fill
+from jaxft.data.sources import Rows
+
+_PAIR = "text_pair"
+
+
+def text_of(row: Mapping[str, Any], data: DataConfig, place: str) -> str:
+    """Returns a row's text, by `data.text`; raises `UserError` for columns that aren't there or aren't text."""
+    return fill(data.text, row, "text", place)
+
+
+def pair_of(row: Mapping[str, Any], data: DataConfig, place: str) -> str:
+    """Returns a row's second text, by `data.text_pair`, or else the column text_pair; empty where there is none."""
+    pattern = data.text_pair or ("{text_pair}" if _PAIR in row else "")
+    return fill(pattern, row, _PAIR, place) if pattern else ""
+
+
+def texts_of(rows: Rows, data: DataConfig) -> list[str]:
+    """Returns the text of each row."""
+    return [text_of(row, data, rows.place(i)) for i, row in enumerate(rows.dataset)]
+
+
+def pairs_of(rows: Rows, data: DataConfig) -> list[str]:
+    """Returns the second text of each row; empty where there is none."""
+    if not data.text_pair and _PAIR not in rows.dataset.column_names:
+        return []
+    return [pair_of(row, data, rows.place(i)) for i, row in enumerate(rows.dataset)]

@@ -1,0 +1,246 @@
+"""One answer for a whole text, or a pair of texts: a class, several classes, or numbers."""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from scipy import stats
+from sklearn import metrics as sk
+
+from jaxft.config import DataConfig
+from jaxft.data.encode import encode, joined
+from jaxft.data.examples import Examples, Labelled, Slots
+from jaxft.data.labels import LabelColumn, label_column, problem_of
+from jaxft.data.sources import Rows
+from jaxft.data.texts import pairs_of, texts_of
+from jaxft.errors import UserError, unknown
+from jaxft.models.heads import FIRST, MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
+from jaxft.tasks.base import Batch, Report, Table, Task
+from jaxft.tasks.confusion import confusion_picture
+from jaxft.tasks.head import Sums, cross_entropy
+from jaxft.tasks.sft import check_label_smoothing
+
+AUTO = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceClassification(Task):
+    """Cross-entropy of a single label; binary cross-entropies of several labels, their mean; squared error of numbers.
+
+    Rows have a text, maybe a second one, and a label: `config.data.text`, `text_pair`, `label`. The head reads an encoder's first token, a
+    causal model's last.
+
+    >>> SequenceClassification(label_smoothing=0.1).label_smoothing
+    0.1
+    """
+
+    labels: tuple[str, ...] = ()  # names of the classes by their number; empty: those of the training rows
+    problem_type: str = AUTO  # single_label_classification, multi_label_classification, regression; auto: by the training rows
+    class_weights: tuple[tuple[str, float], ...] = ()  # what rows of a label count in the training loss; 1 where it isn't named
+    balanced: bool = False  # all labels count alike in the training loss: their weights are the inverse of their frequency
+    label_smoothing: float = 0.0  # share of each target spread over the classes
+
+    model_task: ClassVar[str] = "sequence_classification"
+    data_fields: ClassVar[tuple[str, ...]] = ("text", "text_pair", "label")
+
+    def __post_init__(self) -> None:
+        check_label_smoothing(self.label_smoothing)
+        if self.problem_type not in (AUTO, *PROBLEM_TYPES):
+            raise unknown("task.problem_type", self.problem_type, (AUTO, *PROBLEM_TYPES))
+        if self.balanced and self.class_weights:
+            raise UserError("task.balanced sets the weights of the labels, and so does task.class_weights. Give one of them.")
+        if wrong := [f"{name}:{weight}" for name, weight in self.class_weights if weight <= 0]:
+            raise UserError(f"task.class_weights are above 0, not {wrong[0]}.")
+        if (self.balanced or self.class_weights) and self.problem_type in (MULTI_LABEL, REGRESSION):
+            raise self._single_only(self.problem_type)
+
+    # ------------------------------------------------------------ rows
+
+    def model_options(self, rows: Rows, data: DataConfig) -> dict[str, Any]:
+        """Returns the labels and the problem type, for `load_pretrained`."""
+        column = label_column(rows, data.label)
+        problem = problem_of(column, self.problem_type)
+        if problem == REGRESSION:
+            first = column.values[0]
+            count = len(first) if isinstance(first, (list, tuple)) else 1
+            return {"labels": self.labels or tuple(f"LABEL_{number}" for number in range(count)), "problem_type": problem}
+        if problem != SINGLE_LABEL and (self.balanced or self.class_weights):
+            raise self._single_only(problem)
+        if problem != SINGLE_LABEL and self.label_smoothing:
+            raise UserError(f"task.label_smoothing is for single labels; these rows are of {problem}. Leave it out.")
+        labels = self.labels or column.names()
+        if len(labels) < 2:
+            raise UserError(f"{rows.name}: column '{data.label}' has one label only, '{labels[0]}': there is nothing to tell apart.")
+        for name, _ in self.class_weights:
+            if name not in labels:
+                raise unknown("label in task.class_weights", name, labels)
+        return {"labels": labels, "problem_type": problem}
+
+    @staticmethod
+    def _single_only(problem: str) -> UserError:
+        return UserError(f"task.balanced and task.class_weights are for single labels, not for {problem}. Leave them out.")
+
+    def examples(self, rows: Rows, tokenizer: Any, data: DataConfig, model: nn.Module) -> Labelled:
+        """Returns a set's rows as tokens, a slot each: the first token of an encoder, the last of a causal model."""
+        places = [rows.place(i) for i in range(len(rows))]
+        found = encode(texts_of(rows, data), pairs_of(rows, data), tokenizer, data.max_length, places)
+        tokens, offsets, cut, beside = joined(found, takes_types=model.pooling == FIRST)
+        reads = np.zeros(len(rows), np.int64) if model.pooling == FIRST else np.diff(offsets) - 1
+        targets = self._targets(label_column(rows, data.label), model)
+        every = np.arange(len(rows) + 1, dtype=np.int64)
+        slots = Slots(every, reads.astype(np.int32), targets, np.ones(len(rows), np.float32))
+        return Labelled(tokens, offsets, cut, slots, every[:-1], beside)
+
+    def _targets(self, column: LabelColumn, model: Any) -> np.ndarray:
+        problem, names = model.config.problem_type, model.config.labels
+        if problem == REGRESSION:
+            return column.numbers(len(names))
+        named = bool(self.labels) or column.is_named
+        return column.indicators(names, named) if problem == MULTI_LABEL else column.classes(names, named)
+
+    def for_training(self, model: nn.Module, examples: Examples) -> Examples:
+        """Returns the examples with the weights of their labels."""
+        if not (self.balanced or self.class_weights):
+            return examples
+        assert isinstance(examples, Labelled)
+        classes, names = examples.slots.targets, model.config.labels
+        if self.balanced:
+            counts = np.bincount(classes, minlength=len(names))
+            by_class = len(classes) / (len(names) * np.maximum(counts, 1))
+        else:
+            by_class = np.asarray([dict(self.class_weights).get(name, 1.0) for name in names])
+        slots = dataclasses.replace(examples.slots, weights=by_class[classes].astype(np.float32))
+        return dataclasses.replace(examples, labelled=slots)
+
+    def classes(self, model: nn.Module, examples: Examples) -> np.ndarray | None:
+        """Returns the class of each example, (n,) int, where each has one."""
+        return examples.slots.targets if model.config.problem_type == SINGLE_LABEL else None
+
+    # ------------------------------------------------------------ loss
+
+    def loss(self, model: nn.Module, logits: jax.Array, targets: jax.Array, weights: jax.Array) -> Sums:
+        """Returns the sums over texts."""
+        problem = model.config.problem_type
+        if problem == SINGLE_LABEL:
+            return cross_entropy(logits, targets, weights, self.label_smoothing, 0.0)
+        logits = logits.astype(jnp.float32)
+        if problem == REGRESSION:
+            error = jnp.sum(jnp.mean((logits - targets) ** 2, axis=-1) * weights)
+            return Sums(error, error, None, jnp.sum(weights))
+        entropy = jnp.sum(jnp.mean(jax.nn.softplus(logits) - targets * logits, axis=-1) * weights)
+        right = jnp.mean(((logits > 0) == (targets > 0.5)).astype(jnp.float32), axis=-1)
+        return Sums(entropy, entropy, jnp.sum(right * weights), jnp.sum(weights))
+
+    def divergence(self, model: nn.Module, one: jax.Array, other: jax.Array) -> jax.Array:
+        """Returns how far apart two outputs are: of classes the divergence of their distributions, of numbers the squared difference."""
+        problem = model.config.problem_type
+        if problem == SINGLE_LABEL:
+            return super().divergence(model, one, other)
+        one, other = one.astype(jnp.float32), other.astype(jnp.float32)
+        if problem == REGRESSION:
+            return jnp.mean((one - other) ** 2, axis=-1)
+        return jnp.mean((jax.nn.sigmoid(one) - jax.nn.sigmoid(other)) * (one - other), axis=-1) / 2
+
+    # ------------------------------------------------------------ figures
+
+    def measure(self, model: nn.Module, params: Any, batch: Batch) -> tuple[Sums, Any]:
+        """Returns the sums over a batch and the logits, (batch, slots, labels) float32."""
+        logits = self.logits(model, params, batch)
+        targets, weights = batch["targets"].reshape(-1, *batch["targets"].shape[2:]), batch["weights"].reshape(-1)
+        return self.loss(model, logits, targets, weights), logits.reshape(*batch["scored"].shape, -1)
+
+    def metrics(self, model: nn.Module) -> tuple[str, ...]:
+        """Returns the names of what is measured on validation."""
+        return {
+            SINGLE_LABEL: ("loss", "accuracy", "macro_f1", "mcc"),
+            MULTI_LABEL: ("loss", "accuracy", "micro_f1", "macro_f1"),
+            REGRESSION: ("loss", "pearson", "spearman"),
+        }[model.config.problem_type]
+
+    def scores(self, model: nn.Module, examples: Examples, sums: Sums, outputs: np.ndarray | None) -> dict[str, float]:
+        """Returns the mean loss, and by scikit-learn or SciPy: accuracy, macro F1 and Matthews' correlation of single labels; the share
+        of texts with all labels right, micro and macro F1 of several; Pearson's and Spearman's correlation of numbers, 0 for constants.
+        """
+        assert outputs is not None
+        return {"loss": float(sums.nll / sums.weight)} | figures(examples.slots.targets, outputs, model.config.problem_type)
+
+    def majority(self, model: nn.Module, training: Examples, examples: Examples) -> dict[str, float]:
+        """Returns the metrics of always giving the shares of the classes in training, or the mean of the numbers."""
+        targets, true, problem = training.slots.targets, examples.slots.targets, model.config.problem_type
+        if problem == SINGLE_LABEL:
+            count = len(model.config.labels)
+            shares = (np.bincount(targets, minlength=count) + 1) / (len(targets) + count)  # a class that training lacks isn't impossible
+            constant = np.log(shares)
+        else:
+            mean = targets.mean(axis=0)
+            odds = np.clip(mean, 1 / (len(targets) + 2), 1 - 1 / (len(targets) + 2))
+            constant = np.log(odds / (1 - odds)) if problem == MULTI_LABEL else mean
+        outputs = np.tile(constant.astype(np.float32), (len(true), 1))
+        sums = self.loss(model, jnp.asarray(outputs), jnp.asarray(true), jnp.ones(len(true)))
+        return self.scores(model, examples, jax.device_get(sums), outputs)
+
+    def report(self, model: nn.Module, examples: Examples, outputs: np.ndarray | None) -> Report:
+        """Returns precision, recall and F1 of each label, and the confusion matrix of single labels as a picture."""
+        assert outputs is not None
+        problem, names, true = model.config.problem_type, model.config.labels, examples.slots.targets
+        if problem == REGRESSION:
+            return Report()
+        made = _predicted(outputs, problem)
+        every = np.arange(len(names))
+        columns = sk.precision_recall_fscore_support(true, made, labels=every, zero_division=0)
+        rows = tuple(
+            (name, *(f"{value:.1%}" for value in values[:3]), f"{values[3]:,}") for name, *values in zip(names, *columns, strict=True)
+        )
+        tables = (Table("By label", ("label", "precision", "recall", "F1", "rows"), rows),)
+        if problem == MULTI_LABEL:
+            return Report(tables)
+        return Report(tables, {"confusion.png": confusion_picture(sk.confusion_matrix(true, made, labels=every), names)})
+
+    def shown(self, model: nn.Module, examples: Examples, outputs: np.ndarray | None, numbers: Sequence[int]) -> list[tuple[str, str]]:
+        """Returns the true and the predicted labels, or numbers, of some examples."""
+        assert outputs is not None
+        problem, names, true = model.config.problem_type, model.config.labels, examples.slots.targets
+        if problem == REGRESSION:
+            return [tuple(", ".join(f"{value:.3g}" for value in row) for row in (true[i], outputs[i])) for i in numbers]  # type: ignore[misc]
+        if problem == SINGLE_LABEL:
+            return [(names[int(true[i])], names[int(outputs[i].argmax())]) for i in numbers]
+        chosen = [[", ".join(names[k] for k in np.flatnonzero(row)) or "none" for row in (true[i], outputs[i] > 0)] for i in numbers]
+        return [(one, other) for one, other in chosen]
+
+
+def _predicted(outputs: np.ndarray, problem: str) -> np.ndarray:
+    return outputs.argmax(axis=1) if problem == SINGLE_LABEL else (outputs > 0).astype(np.int64)
+
+
+def figures(true: np.ndarray, outputs: np.ndarray, problem: str) -> dict[str, float]:
+    """Returns the metrics of a head's outputs.
+
+    Args:
+      true: (texts,) int classes, or (texts, labels) 0 and 1, or (texts, numbers).
+      outputs: (texts, labels) logits, or (texts, numbers).
+      problem: as transformers names it.
+    """
+    if problem == REGRESSION:
+        return {"pearson": _correlation(stats.pearsonr, true, outputs), "spearman": _correlation(stats.spearmanr, true, outputs)}
+    made = _predicted(outputs, problem)
+    macro = float(sk.f1_score(true, made, average="macro", zero_division=0))
+    accuracy = float(sk.accuracy_score(true, made))
+    if problem == MULTI_LABEL:
+        return {"accuracy": accuracy, "micro_f1": float(sk.f1_score(true, made, average="micro", zero_division=0)), "macro_f1": macro}
+    return {"accuracy": accuracy, "macro_f1": macro, "mcc": float(sk.matthews_corrcoef(true, made))}
+
+
+def _correlation(function: Any, true: np.ndarray, made: np.ndarray) -> float:
+    """The mean over columns; 0 where one of the two is constant, or there are fewer than two rows."""
+    found = []
+    for one, other in zip(true.T, made.T, strict=True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", stats.ConstantInputWarning)
+            value = function(one, other).statistic if len(one) > 1 else 0.0
+        found.append(float(value) if np.isfinite(value) else 0.0)
+    return float(np.mean(found))
