@@ -65,14 +65,14 @@ class SequenceClassification(Task):
         """Returns the labels and the problem type, for `load_pretrained`."""
         column = label_column(rows, data.label)
         problem = problem_of(column, self.problem_type)
-        if problem == REGRESSION:
-            first = column.values[0]
-            count = len(first) if isinstance(first, (list, tuple)) else 1
-            return {"labels": self.labels or tuple(f"LABEL_{number}" for number in range(count)), "problem_type": problem}
         if problem != SINGLE_LABEL and (self.balanced or self.class_weights):
             raise self._single_only(problem)
         if problem != SINGLE_LABEL and self.label_smoothing:
             raise UserError(f"task.label_smoothing is for single labels; these rows are of {problem}. Leave it out.")
+        if problem == REGRESSION:
+            first = column.values[0]
+            count = len(first) if isinstance(first, (list, tuple)) else 1
+            return {"labels": self.labels or tuple(f"LABEL_{number}" for number in range(count)), "problem_type": problem}
         labels = self.labels or column.names()
         if len(labels) < 2:
             raise UserError(f"{rows.name}: column '{data.label}' has one label only, '{labels[0]}': there is nothing to tell apart.")
