@@ -97,7 +97,7 @@ def save_adapter(
 ) -> None:
     """Writes a method's leaves as a folder that `peft.PeftModel.from_pretrained` loads; each tensor is read back and compared.
 
-    A bottleneck adapter becomes a folder that AdapterHub's `model.load_adapter` loads.
+    A bottleneck adapter becomes a folder that AdapterHub's `model.load_adapter` loads. What trained is written as float32.
 
     Args:
       folder: where; what is there is replaced if jaxft wrote it.
@@ -141,6 +141,9 @@ def _write(
 
 def load_adapter(folder: str | pathlib.Path, model: nn.Module, params: Params) -> tuple[Params, Any]:
     """Returns `params` with a folder's adapter, and the method that gives the same structure.
+
+    What trains is float32, whatever type the file has, as in peft: bfloat16 and float16 numbers stay as they are, float64 ones are
+    rounded. `save_adapter` writes it as float32.
 
     Args:
       folder: with adapter_config.json and adapter_model.safetensors (PEFT) or adapter.safetensors (AdapterHub).

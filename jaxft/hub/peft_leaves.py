@@ -100,9 +100,9 @@ def _check_base(path: pathlib.Path, name: str, entry: Entry) -> None:
     with safetensors.safe_open(path, framework="numpy") as file:
         stored = file.get_tensor(name)
     base = innermost(entry.leaf.value)
-    dtype = base.dtype
+    coarser = min(stored.dtype, np.dtype(base.dtype), key=lambda dtype: dtype.itemsize)  # either side may hold its base in a half type
     ours = entry.swap(np.asarray(jax.device_get(dense(base))))
-    if stored.shape != ours.shape or not np.array_equal(stored.astype(dtype), ours.astype(dtype)):
+    if stored.shape != ours.shape or not np.array_equal(stored.astype(coarser), ours.astype(coarser)):
         raise UserError(f"{path}: {name} isn't this model's {entry.name}: the adapter is of another base model, or trained its head whole.")
 
 
