@@ -25,6 +25,7 @@ PEFT_TYPE = "LORA"
 _KEYS = {  # of linear layers, of embeddings
     "lora_a": ("{module}.lora_A.weight", "{module}.lora_embedding_A"),  # (rank, in)
     "lora_b": ("{module}.lora_B.weight", "{module}.lora_embedding_B"),  # (out, rank)
+    "lora_bias": ("{module}.lora_B.bias", ""),  # (out,)
     "magnitude": ("{module}.lora_magnitude_vector", "{module}.lora_magnitude_vector"),  # (out,)
 }
 
@@ -135,8 +136,9 @@ def _check_made_by(method: LoRA, entry: Entry) -> None:
             f"{entry.path} has rank {rank} and scale {float(_part(entry, 'scale')):g}; this method gives it rank "
             f"{method.rank_of(entry.path)} and scale {scale:g}. Pass the method that made the parameters."
         )
-    if method.dora != (entry.leaf.value.magnitude is not None):
-        raise UserError(f"{entry.path} and this method differ in dora. Pass the method that made the parameters.")
+    for option, field in (("dora", "magnitude"), ("lora_bias", "lora_bias")):
+        if getattr(method, option) != (getattr(entry.leaf.value, field) is not None):
+            raise UserError(f"{entry.path} and this method differ in {option}. Pass the method that made the parameters.")
 
 
 def _config(method: LoRA, every: list[Entry], adapted: list[Entry]) -> dict[str, Any]:
@@ -149,6 +151,7 @@ def _config(method: LoRA, every: list[Entry], adapted: list[Entry]) -> dict[str,
     return peft_lora_config.DEFAULTS | {
         "r": rank,
         "lora_alpha": _number(alpha),
+        "lora_bias": method.lora_bias,
         "lora_dropout": method.dropout,
         "use_rslora": method.rslora,
         "use_dora": method.dora,
@@ -188,6 +191,7 @@ def _method(config: dict[str, Any], every: list[Entry], chosen: set[str], where:
         alpha_pattern=tuple(peft_lora_config.summarize({name: a for name, a in alphas.items() if a != alpha}, names, "/").items()),
         dora=bool(config.get("use_dora")),
         start=start if start in peft_lora_config.OUR_STARTS else "default",
+        lora_bias=bool(config.get("lora_bias")),
         bias=config.get("bias") or "none",
         modules_to_save=tuple(peft_lora_config.summarize(whole, [place(entry) for entry in every], "/")),
     )

@@ -50,7 +50,7 @@ DEFAULTS: dict[str, Any] = {
     "use_rslora": False,
     "velora_config": None,
 }
-HONOURED = frozenset({"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout"}) | frozenset(
+HONOURED = frozenset({"r", "lora_alpha", "lora_bias", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout"}) | frozenset(
     {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "use_dora", "bias", "modules_to_save"}
 )
 # What changes nothing in what an adapter that is written already computes.

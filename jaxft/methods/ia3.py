@@ -34,8 +34,9 @@ class ScaledOutput(Scaled):
     def linear(self, x: jax.Array, bias: jax.Array | None, rng: jax.Array | None) -> jax.Array:
         return _times(linear(x, self.base, bias, rng), self.scale)
 
-    def bias(self, bias: jax.Array) -> jax.Array:
-        return _times(super().bias(bias), self.scale)
+    def bias(self, bias: jax.Array | None) -> jax.Array | None:
+        added = super().bias(bias)
+        return None if added is None else _times(added, self.scale)
 
     def dense(self) -> jax.Array:
         return dense(self.base) * self.scale[..., None, :]

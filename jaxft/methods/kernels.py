@@ -101,13 +101,19 @@ def _marked(value: Any, kind: type[Any], fields: Sequence[str]) -> Any:
 def fold(params: Params, kind: type[Any], chosen: Callable[[str], bool] = lambda name: True) -> Params:
     """Returns `params` with the nodes of one class around `chosen` kernels folded in, in float32, cast once to the base's type.
 
-    So are nodes within them, and what all these make of the layers' biases.
+    So are nodes within them, and what all these make of the layers' biases. Raises `UserError` for a node that adds a bias to a layer that
+    has none.
     """
-    folded = {
-        leaf.path[:-1]: leaf.value
-        for leaf in segments.leaves(params, is_leaf=is_node)
-        if isinstance(leaf.value, kind) and chosen(leaf.names[0])
-    }
+    leaves = list(segments.leaves(params, is_leaf=is_node))
+    folded = {leaf.path[:-1]: leaf.value for leaf in leaves if isinstance(leaf.value, kind) and chosen(leaf.names[0])}
+
+    biased = {leaf.path[:-1] for leaf in leaves if leaf.path[-1] == BIAS}
+    for leaf in leaves:
+        if leaf.path[:-1] in folded.keys() - biased and is_kernel(leaf) and leaf.value.bias(None) is not None:
+            raise UserError(
+                f"What {type(leaf.value).__name__} adds to the products of {leaf.title} can't be merged: this layer of the base has "
+                "no bias. Save the adapter alone: jaxft.save_adapter(folder, model, params, method)."
+            )
 
     def plain(leaf: Leaf) -> Any:
         value, node = leaf.value, folded.get(leaf.path[:-1])

@@ -33,7 +33,7 @@ from jaxft.models.node import Around, Kernel, Node, dense, dot, is_node, is_quan
 
 Params = dict[str, Any]
 BIASES = ("none", "all", "lora_only")
-_FAST = ("lora_b", "magnitude", "bias", "scale")  # what LoRA+'s ratio reaches in peft: B and everything of one axis
+_FAST = ("lora_b", "lora_bias", "magnitude", "bias", "scale")  # what LoRA+'s ratio reaches in peft: B and everything of one axis
 
 
 @jax.custom_vjp
@@ -73,7 +73,7 @@ class LoRAKernel(Around):
 
     Fields, without the layer axis: base (in, out), lora_a (in, rank), lora_b (rank, out) float32, scale () float32, and what is None
     where it isn't used: dropout, the rate () float32 on the low-rank branch's input; magnitude (out,) float32; start_a and start_b, the
-    lora_a and lora_b whose product was taken out of the base.
+    lora_a and lora_b whose product was taken out of the base; lora_bias (out,) float32, which scale multiplies too.
     """
 
     base: Kernel
@@ -84,6 +84,7 @@ class LoRAKernel(Around):
     magnitude: jax.Array | None = None
     start_a: jax.Array | None = None
     start_b: jax.Array | None = None
+    lora_bias: jax.Array | None = None
 
     def dot(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
         inputs = dropped(x, self.dropout, rng)
@@ -95,6 +96,13 @@ class LoRAKernel(Around):
             return factor * (dot(x, self.base, rng) + difference)
         # As peft: the base's product keeps its whole input, what DoRA changes of it sees the dropped one.
         return dot(x, self.base, rng) + (factor - 1) * dot(inputs, self.base, rng) + factor * difference
+
+    def bias(self, bias: jax.Array | None) -> jax.Array | None:
+        added = super().bias(bias)
+        if self.lora_bias is None:
+            return added
+        own = self.scale[..., None] * self.lora_bias
+        return own if added is None else added.astype(jnp.float32) + own
 
     def take(self, ids: jax.Array, dtype: Any) -> jax.Array:
         low = self.lora_a.astype(dtype)[ids] * self.scale.astype(dtype)
@@ -108,7 +116,7 @@ class LoRAKernel(Around):
     def prepared(self) -> Node:
         """For a DoRA, the factor of each column in the place of its length: the norm is that of the whole kernel."""
         base = prepared(self.base)
-        plain = LoRAKernel(base, self.lora_a, self.lora_b, self.scale, None)
+        plain = LoRAKernel(base, self.lora_a, self.lora_b, self.scale, None, lora_bias=self.lora_bias)
         if self.magnitude is None:
             return plain
         factors = segments.each_layer(lambda layer: layer._factor(jnp.float32), self, stacked=self.scale.ndim == 1)
@@ -127,7 +135,7 @@ class LoRAKernel(Around):
         rows, columns = (*spec, None, None)[:2]
         base = self.base_placement(spec)
         places = {"lora_a": P(rows, None), "lora_b": P(None, columns), "scale": P(), "dropout": P(), "magnitude": P(columns)}
-        places |= {"start_a": P(rows, None), "start_b": P(None, columns)}
+        places |= {"start_a": P(rows, None), "start_b": P(None, columns), "lora_bias": P(columns)}
         made: Any = LoRAKernel  # a node of specs, not of arrays
         return made(base, **{field: None if getattr(self, field) is None else place for field, place in places.items()})
 
@@ -154,6 +162,7 @@ class LoRA(Method):
     dora: bool = False  # train the length of each column by itself (Liu et al. 2024, arXiv:2402.09353)
     lora_plus_ratio: float = 1.0  # lora_b's learning rate, as a multiple of lora_a's (Hayou et al. 2024, arXiv:2402.12354)
     start: str = lora_start.DEFAULT  # default, gaussian, pissa, pissa_niter_N (N steps of a randomized SVD), olora, loftq or loftq_niter_N
+    lora_bias: bool = False  # train a bias beside lora_b too: of linear layers, with the default start, without DoRA
     bias: str = "none"  # which biases train too: none, all, or lora_only, those of the targets
     modules_to_save: tuple[str, ...] = ()  # patterns of what trains whole beside the targets: lm_head, norm
 
@@ -171,6 +180,8 @@ class LoRA(Method):
         if self.bias not in BIASES:
             raise unknown("method.bias", self.bias, BIASES)
         lora_start.check(self.start)
+        if self.lora_bias and (self.dora or self.start != lora_start.DEFAULT):
+            raise UserError("method.lora_bias goes with start 'default' and without method.dora, as in PEFT. Leave one of them out.")
 
     def init(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
         """Returns `params` with a LoRA around each target's kernel.
@@ -228,7 +239,8 @@ class LoRA(Method):
     def merge(self, model: nn.Module, params: Params) -> Params:
         """Returns plain kernels: base + scale * lora_a @ lora_b in float32, cast once to the base's type.
 
-        Raises `UserError` for embeddings that are the output head too: only one of the two has the LoRA.
+        Raises `UserError` for embeddings that are the output head too, since only one of the two has the LoRA, and for a lora_bias of a
+        layer without a bias.
         """
         for leaf in segments.leaves(params, is_leaf=is_node):
             if isinstance(leaf.value, LoRAKernel) and leaf.path[-1] == EMBEDDING and model.config.tie_word_embeddings:
@@ -283,7 +295,7 @@ class LoRA(Method):
 
     def _is_low_rank(self, name: str) -> bool:
         kernel, _, field = name.rpartition("/")
-        return field in ("lora_a", "lora_b", "magnitude") and self.is_target(kernel)
+        return field in ("lora_a", "lora_b", "lora_bias", "magnitude") and self.is_target(kernel)
 
     def trains_whole(self, name: str) -> bool:
         """Returns whether the base's leaf of this name trains as it is: a bias, or one of the modules to save."""
@@ -312,8 +324,11 @@ class LoRA(Method):
         if tables and model.config.tie_word_embeddings:
             raise UserError(f"method.modules_to_save: {tables[0]} is the output head too in this model, which PEFT can't train as one.")
         check_not_quantized(params, self.trains_whole)
-        if lora_start.decomposes(self.start) and any(name.endswith(f"/{EMBEDDING}") for name in chosen):
-            raise UserError(f"method.start: {self.start} is for linear layers; embeddings start at 'default'.")
+        if any(name.endswith(f"/{EMBEDDING}") for name in chosen):
+            if lora_start.decomposes(self.start):
+                raise UserError(f"method.start: {self.start} is for linear layers; embeddings start at 'default'.")
+            if self.lora_bias:
+                raise UserError("method.lora_bias is for linear layers; method.targets has embeddings. Leave one of them out.")
 
     def _around(self, rng: jax.Array, leaf: segments.Leaf, kernel: Callable[[str], Any] | None) -> Any:
         rank = self._target_rank(leaf.names[0])
@@ -334,6 +349,8 @@ class LoRA(Method):
             rest = dense(base) - scale[..., None, None] * jnp.matmul(lora_a, lora_b, precision="highest")
             kept = {"start_a": jnp.copy(lora_a), "start_b": jnp.copy(lora_b)}  # a step donates what trains, and these stay
             made = dataclasses.replace(made, base=rest.astype(base.dtype), **kept)
+        if self.lora_bias:
+            made = dataclasses.replace(made, lora_bias=jnp.zeros((*lora_b.shape[:-2], lora_b.shape[-1]), jnp.float32))
         if self.dora:
             made = dataclasses.replace(made, magnitude=segments.each_layer(dora.norms_of, made, leaf.layers is not None))
         return made

@@ -108,6 +108,8 @@ def low_rank_kernels(params: Params) -> dict[str, LoRAKernel]:
             continue
         if leaf.value.magnitude is not None:
             raise UserError(f"{leaf.title} is a DoRA, which can't be added to others. Merge it into the base instead.")
+        if leaf.value.lora_bias is not None:
+            raise UserError(f"{leaf.title} has a lora_bias, which can't be added to others. Merge it into the base instead.")
         if leaf.value.start_a is not None:
             raise UserError(f"{leaf.title} took a part of the base. Save the adapter and load it again: then it fits the original base.")
         own = dataclasses.replace(leaf.value, base=None)

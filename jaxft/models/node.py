@@ -27,10 +27,10 @@ class Node(abc.ABC):
 
     def linear(self, x: jax.Array, bias: jax.Array | None, rng: jax.Array | None) -> jax.Array:
         """Returns x (tokens, in) times the kernel plus the bias (out,), where there is one."""
-        return _plus(self.dot(x, rng), None if bias is None else self.bias(bias))
+        return _plus(self.dot(x, rng), self.bias(bias))
 
-    def bias(self, bias: jax.Array) -> jax.Array:
-        """Returns what the layer adds to the product, (out,), where its parameter is `bias`."""
+    def bias(self, bias: jax.Array | None) -> jax.Array | None:
+        """Returns what the layer adds to the product, (out,), where its parameter is `bias`; None is nothing."""
         return bias
 
     def take(self, ids: jax.Array, dtype: Any) -> jax.Array:
@@ -77,7 +77,7 @@ class Around(Node):
     def dtype(self) -> Any:
         return self.base.dtype
 
-    def bias(self, bias: jax.Array) -> jax.Array:
+    def bias(self, bias: jax.Array | None) -> jax.Array | None:
         return self.base.bias(bias) if isinstance(self.base, Node) else bias
 
     def prepared(self) -> Node:

@@ -12,7 +12,7 @@ from jaxft.errors import UserError, unknown
 from jaxft.models import segments
 from jaxft.train.moments import in_8_bits
 
-NO_DECAY = ("bias", "scale")  # leaves that weight decay leaves alone, by the last part of their name
+NO_DECAY = ("bias", "lora_bias", "scale")  # leaves that weight decay leaves alone, by the last part of their name
 OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd")
 MOMENTS = {"float32": OPTIMIZERS, "int8": ("adamw", "lion")}  # and which optimizers can hold them so
 SCHEDULES = ("constant", "linear", "cosine", "wsd")

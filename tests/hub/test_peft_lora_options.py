@@ -38,6 +38,11 @@ THEIRS = {  # family, its settings, peft's settings
         BIASED,
         {"r": 40, "lora_alpha": 9, "target_modules": ["q_proj", "up_proj"], "bias": "lora_only", "layers_to_transform": [0, 2]},
     ),
+    "lora biases": (
+        "llama",
+        BIASED,
+        {"r": 3, "lora_alpha": 9, "target_modules": ["q_proj", "up_proj"], "lora_bias": True, "lora_dropout": 0.1},
+    ),
 }
 STARTS = {
     "pissa": {"r": 4, "lora_alpha": 6, "init_lora_weights": "pissa", "target_modules": EVERY},
@@ -52,6 +57,7 @@ OURS = {
         BIASED,
         LoRA(rank=3, alpha=7.0, start="gaussian", layers=(1,), bias="all", modules_to_save=("norm", "lm_head", "embed")),
     ),
+    "lora biases": ("llama", BIASED, LoRA(rank=3, alpha=7.0, lora_bias=True, bias="lora_only", targets=("attention", "lm_head"))),
     "pissa": ("llama", BIASED, LoRA(rank=3, alpha=7.0, start="pissa", rank_pattern=(("k_proj", 2),), alpha_pattern=(("mlp", 5.0),))),
     "fast pissa": ("llama", BIASED, LoRA(rank=3, alpha=7.0, start="pissa_niter_2", dora=True, targets=("layers", "lm_head"))),
     "olora": ("llama", BIASED, LoRA(rank=3, alpha=7.0, start="olora", rslora=True, rank_pattern=(("k_proj", 2),))),
@@ -107,6 +113,7 @@ def load_in_peft(reference, folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # that a tied embedding is a target, which is so
+        warnings.filterwarnings("ignore", "`lora_bias=True` was passed but")  # of layers that have no bias, which is meant
         return peft.PeftModel.from_pretrained(reference, folder).eval()
 
 

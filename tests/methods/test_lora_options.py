@@ -21,8 +21,10 @@ from jaxft.data.batches import evaluation_batches
 from jaxft.errors import UserError
 from jaxft.methods import LoRA, lora_start
 from jaxft.methods.lora import LoRAKernel
-from jaxft.models import segments
+from jaxft.methods.lora_combination import combine_adapters
+from jaxft.models import node, segments
 from jaxft.tasks import SFT
+from jaxft.train import optimizer
 from jaxft.train.state import new_state
 from jaxft.train.step import make_step
 
@@ -34,6 +36,7 @@ METHODS = {
     "fast pissa with dora": LoRA(rank=3, alpha=7.0, start="pissa_niter_3", dora=True),
     "olora": LoRA(rank=3, alpha=7.0, start="olora", rslora=True),
     "gaussian": LoRA(rank=16, alpha=7.0, start="gaussian", layers=(0, 2)),
+    "lora biases": LoRA(rank=3, alpha=7.0, targets=("attention",), lora_bias=True),
     "modules": LoRA(rank=3, alpha=7.0, targets=("q_proj",), bias="all", modules_to_save=("lm_head", "norm")),
 }
 
@@ -82,6 +85,25 @@ def test_what_trains_is_what_the_options_say():
     whole = dataclasses.replace(one, modules_to_save=("norm", "layers/2/mlp/up_proj"))
     assert trains(whole) == low | {"norm/scale", "layers/2/mlp/up_proj/kernel"}
     assert trains(LoRA(rank=2, targets=("embed",)), tie_word_embeddings=True) == {f"embed/embedding/lora_{side}" for side in "ab"}
+
+
+def test_a_bias_beside_lora_b_acts_without_one_in_the_layer_and_merges_only_into_one():
+    model, params = base()
+    method = LoRA(rank=2, targets=("up_proj",), lora_bias=True)
+    tuned = moved(method, model, params)
+    kernel = tuned["layers"]["0-2"]["mlp"]["up_proj"]["kernel"]
+    one = jax.tree.map(lambda part: part[1], kernel)
+    x = jax.random.normal(jax.random.key(0), (5, 32))
+    expected = x @ one.dense() + one.scale * one.lora_bias
+    assert largest_difference(node.linear(x, one, None), expected) <= 1e-5
+    assert largest_difference(node.linear(x, node.prepared(one), None), expected) <= 1e-5
+    with pytest.raises(UserError, match=r"mlp/up_proj/kernel can't be merged: this layer of the base has no bias"):
+        method.merge(model, tuned)
+    with pytest.raises(UserError, match="has a lora_bias, which can't be added"):
+        combine_adapters(model, params, [(tuned, method)], [1.0])
+    decays = optimizer.decay_mask({"kernel": one})["kernel"]
+    assert decays.lora_b
+    assert not decays.lora_bias
 
 
 def test_a_tied_head_keeps_the_embedding_as_it_was():
@@ -233,6 +255,7 @@ def test_lora_plus_leaves_other_methods_rates_alone():
         ({"modules_to_save": ("heads",)}, "method.modules_to_save: the pattern 'heads' matches nothing"),
         ({"modules_to_save": ("q_proj",)}, "it gets a LoRA, or trains whole"),
         ({"start": "pissa", "targets": ("embed",)}, "embeddings start at 'default'"),
+        ({"lora_bias": True, "targets": ("embed",)}, "lora_bias is for linear layers"),
     ],
     ids=str,
 )
@@ -248,6 +271,8 @@ def test_what_the_model_lacks_is_named(settings, message):
         ({"start": "pisa"}, "there is no 'pisa'. Did you mean 'pissa'"),
         ({"bias": "some"}, "There is no method.bias 'some'"),
         ({"lora_plus_ratio": 0.0}, "lora_plus_ratio is above 0"),
+        ({"lora_bias": True, "dora": True}, "lora_bias goes with start 'default' and without method.dora"),
+        ({"lora_bias": True, "start": "gaussian"}, "lora_bias goes with start 'default'"),
     ],
     ids=str,
 )
