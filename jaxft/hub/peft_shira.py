@@ -73,6 +73,7 @@ def read(
     every = [entry.path.rpartition("/")[0] for entry in linear]
     names = [name for entry, name in zip(linear, every, strict=True) if entry.module in chosen]
     method = SparseMask(rank=config.get("r", DEFAULTS["r"]), targets=tuple(peft_config.patterns(names, every, "/")))
+    method.check_fits(params, f"{where}: r")
     params = method.init(jax.random.key(0), model, params)
     adapted = nodes_of(linear_layers(model, params), SparseKernel, method.is_target)
     shapes: dict[str, tuple[int, ...]] = {_INDICES.format(module=entry.module): (2, _count(entry)) for entry in adapted}

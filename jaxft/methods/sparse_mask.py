@@ -131,14 +131,14 @@ class SparseMask(Method):
                 f"method.choice is {self.choice}: places are chosen by gradients of training batches. launch.py takes them; in a program: "
                 "scores = jaxft.train.scores.gradient_scores(...); params = method.init_from_scores(rng, model, params, scores)."
             )
-        self._check(params)
+        self.check_fits(params)
         return wrap(params, self._kind, lambda leaf: self._around(rng, leaf, None))
 
     def begin(self, rng: jax.Array, model: nn.Module, params: Params, material: Material) -> Params:
         """Returns what `init` does, or `init_from_scores` where the choice goes by gradients."""
         if self.choice not in FROM_GRADIENTS:
             return self.init(rng, model, params)
-        self._check(params)
+        self.check_fits(params)
         found = material.scores(params, self.is_target, self.choice, self.score_batches)
         return self.init_from_scores(rng, model, params, found)
 
@@ -151,7 +151,7 @@ class SparseMask(Method):
           params: as for `init`.
           scores: of the structure of `params` as given, an array of a kernel's shape where there is a target.
         """
-        self._check(params)
+        self.check_fits(params)
         found = {
             name: leaf.value if leaf.layers is None else leaf.value[index]
             for leaf in segments.leaves(scores, is_leaf=is_node)
@@ -181,10 +181,8 @@ class SparseMask(Method):
         """Returns whether the kernel of this name gets a difference."""
         return first_match(self.targets, name) is not None
 
-    def _kind(self, name: str) -> bool | None:
-        return self.is_target(name) or None
-
-    def _check(self, params: Params) -> None:
+    def check_fits(self, params: Params, field: str = "method.rank") -> None:
+        """Raises `UserError` where a pattern matches nothing, and for a kernel of fewer weights than `field` asks for."""
         chosen_kernels(params, self.targets)
         for leaf in segments.leaves(params, is_leaf=is_node):
             if not is_kernel(leaf) or not any(map(self.is_target, leaf.names)):
@@ -192,9 +190,12 @@ class SparseMask(Method):
             (rows, columns), count = leaf.shape, self.count_of(*leaf.shape)
             if count > rows * columns:
                 raise UserError(
-                    f"method.rank: {leaf.title} is {rows} x {columns}; a rank of {self.rank} asks for {count:,} of its "
-                    f"{rows * columns:,} weights."
+                    f"{field}: {leaf.title} is {rows} x {columns}; a rank of {self.rank} asks for {count:,} of its "
+                    f"{rows * columns:,} weights. The greatest rank it can have is {rows * columns // (rows + columns)}."
                 )
+
+    def _kind(self, name: str) -> bool | None:
+        return self.is_target(name) or None
 
     def _around(self, rng: jax.Array, leaf: Leaf, scores: dict[str, jax.Array] | None) -> SparseKernel:
         rows, columns = leaf.shape

@@ -246,7 +246,7 @@ def test_a_sum_passes_the_scores_on_of_kernels_as_they_act():
         ({"density": 1.0}, "method.density is a share"),
         ({"choice": "magnitud"}, "Did you mean 'magnitude'"),
         ({"score_batches": 0}, "method.score_batches is 1 or more"),
-        ({"rank": 17, "targets": ("q_proj",)}, "a rank of 17 asks for 1,088 of its 1,024 weights"),
+        ({"rank": 17, "targets": ("q_proj",)}, "a rank of 17 asks for 1,088 of its 1,024 weights. The greatest rank it can have is 16"),
         ({"targets": ("q_prj",)}, "matches nothing. Did you mean 'q_proj'"),
         ({"choice": "fisher"}, "gradients of training batches. launch.py takes them"),
     ],
@@ -315,6 +315,7 @@ def test_a_broken_configuration_gives_one_clear_message(tmp_path):
     whole = json.loads(path.read_text())
     for change, message in (
         ({"r": 2}, r"\(64,\) for \(128,\)"),
+        ({"r": 10**9}, r"adapter_config.json: r: layers/0-2/attention/q_proj/kernel is 32 x 32; .* The greatest rank it can have is 16"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
         ({"target_modules": "q_proj("}, "is no regular expression"),
         ({"target_modules": 3}, "target_modules is 3"),
