@@ -9,7 +9,7 @@ import json
 import pathlib
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import datasets
@@ -76,8 +76,8 @@ def load_rows(source: str, default_split: str) -> Rows:
     return rows
 
 
-def load_splits(config: DataConfig, seed: int) -> dict[str, Rows]:
-    """Returns the rows of "train", "validation" and "test".
+def load_splits(config: DataConfig, seed: int, wanted: Collection[str] = SPLITS) -> dict[str, Rows]:
+    """Returns the rows of those of "train", "validation" and "test" that are `wanted`; no source is read that they don't come from.
 
     A set that isn't given is cut from the training rows by its share in `config.split`, drawn by `seed`, and is absent where the share
     is 0. `config.limit` then keeps the first rows of each set.
@@ -90,12 +90,14 @@ def load_splits(config: DataConfig, seed: int) -> dict[str, Rows]:
     if config.limit < 0:
         raise UserError(f"config.data.limit is {config.limit}: give a number of rows, or 0 for all.")
     given = {name: source for name in SPLITS if (source := getattr(config, name))}
-    sets = {name: load_rows(source, name) for name, source in given.items()}
-    cut = {name: share for name, share in zip(SPLITS, _checked_shares(config.split), strict=True) if name not in sets and share > 0}
-    sets |= _cut(sets["train"], cut, seed)
+    cut = {name: share for name, share in zip(SPLITS, _checked_shares(config.split), strict=True) if name not in given and share > 0}
+    read = {"train" if name in cut else name for name in wanted}
+    sets = {name: load_rows(source, name) for name, source in given.items() if name in read}
+    if "train" in sets:
+        sets |= _cut(sets["train"], cut, seed)
     if config.limit:
         sets = {name: rows.select(range(min(config.limit, len(rows)))) for name, rows in sets.items()}
-    return {name: sets[name] for name in SPLITS if name in sets}
+    return {name: sets[name] for name in SPLITS if name in sets and name in wanted}
 
 
 def _checked_shares(split: Sequence[float]) -> Sequence[float]:

@@ -34,6 +34,8 @@ class Progress:
     tokens: int = 0  # that those seconds trained on
     elapsed: float = 0.0  # seconds of the starts before this one, all included
     train_loss: float | None = None  # of the last step
+    answer_end: int | None = None  # the special token that ends the answers trained on, None where they end with text
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of `load_pretrained`, that the training rows gave: labels
 
 
 def fingerprint(frozen: Any) -> str:
@@ -121,6 +123,15 @@ class Checkpoints:
         found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_named(abstract))))["state"]
         return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in _named(like)])
 
+    def restore_trained(self, step: int, trainable: Any) -> State:
+        """Returns the trained leaves of a step, of the shapes and places of `trainable`, in a state without an optimizer's."""
+        step_like: Any = jax.ShapeDtypeStruct((), jnp.int32)
+        like = State(step_like, jax.tree.map(_float32_like, trainable), None)
+        named = _named(like)
+        args = ocp.args.PyTreeRestore(named, ocp.checkpoint_utils.construct_restore_args(named), partial_restore=True)
+        found = self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+        return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in named])
+
     def close(self) -> None:
         """Waits and lets go of the folder."""
         self.wait()
@@ -135,6 +146,10 @@ class Checkpoints:
             f"The checkpoint of step {max(steps)} is whole; the same command goes on from there." if steps else "No checkpoint was written."
         )
         return UserError(f"The disk of {self.folder} is full. {left} Free some space, or take another --workdir.")
+
+
+def _float32_like(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
 
 
 def _named(state: State) -> dict[str, Any]:

@@ -125,10 +125,8 @@ class Evaluator:
 
 def make_sampling(setup: Setup) -> Sampling:
     """Returns how answers are sampled, from the configuration and the tokens that end an answer."""
-    config, tokenizer, training = setup.experiment.eval, setup.tokenizer, setup.examples["train"]
-    assert isinstance(training, NextTokens)
-    stops = end_tokens(tokenizer, training)
-    return Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p, stops, pad_token(tokenizer))
+    config = setup.experiment.eval
+    return Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p, end_tokens(setup), pad_token(setup.tokenizer))
 
 
 def _shares(setup: Setup) -> int:

@@ -19,7 +19,7 @@ from jaxft.train.checkpoint import Checkpoints, Progress
 from jaxft.train.evaluate import Evaluator
 from jaxft.train.logs import Logs, figure
 from jaxft.train.optimizer import make_schedule
-from jaxft.train.setup import Setup
+from jaxft.train.setup import TrainingSetup
 from jaxft.train.state import State
 from jaxft.train.step import make_step
 
@@ -68,7 +68,7 @@ class Outcome:
 class Loop:
     """Trains one run to its end, or to a signal."""
 
-    def __init__(self, setup: Setup, workdir: pathlib.Path, checkpoints: Checkpoints, evaluator: Evaluator, began: float):
+    def __init__(self, setup: TrainingSetup, workdir: pathlib.Path, checkpoints: Checkpoints, evaluator: Evaluator, began: float):
         self._began = began  # time.perf_counter() when the program started
         self._setup, self._checkpoints, self._evaluator = setup, checkpoints, evaluator
         self._workdir = workdir

@@ -14,7 +14,7 @@ from jaxft.methods.partition import combine, distinct, partition, size
 from jaxft.models.registry import family_of
 from jaxft.train import placement
 from jaxft.train.loop import jitted_step
-from jaxft.train.setup import Described, describe_run, make_optimizer, print_trainable
+from jaxft.train.setup import Described, TrainingData, describe_run, load_training_data, make_optimizer, print_trainable
 from jaxft.train.state import State, new_state
 
 
@@ -41,16 +41,17 @@ def plan(experiment: Experiment) -> Plan:
     The step is compiled for the run's own batch and asked what it needs; arrays are told by their shapes. Memory of generation, and of a
     method that looks at training batches before it begins, isn't in it.
     """
-    run = describe_run(experiment)
+    run, rows = describe_run(experiment)
+    data = load_training_data(run, rows)
     mask = run.method.mask(run.shapes)
     print_trainable(run.shapes, mask)
-    found = _of_step(run, mask)
-    rows = [(part, gibibytes(count)) for part, count in found.memory.items()]
+    found = _of_step(run, data, mask)
+    parts = [(part, gibibytes(count)) for part, count in found.memory.items()]
     devices = f" on each of {run.mesh.size} devices" if run.mesh.size > 1 else ""
-    console.table(f"Memory of a step{devices}", ("part", "GiB"), [*rows, ("in all", gibibytes(found.memory_bytes))])
+    console.table(f"Memory of a step{devices}", ("part", "GiB"), [*parts, ("in all", gibibytes(found.memory_bytes))])
     console.say(
         f"The products of a step take {found.operations / 1e9:,.1f} GFLOP, {found.operations / found.tokens / 1e9:,.3f} for each of its "
-        f"{found.tokens:,} tokens; the run has {run.steps:,} steps.\n"
+        f"{found.tokens:,} tokens; the run has {data.steps:,} steps.\n"
     )
     return found
 
@@ -64,8 +65,8 @@ def gibibytes(count: int) -> str:
     return f"{count / 2**30:,.3f}"
 
 
-def _of_step(run: Described, mask: Any) -> Plan:
-    optimizer, table = make_optimizer(run), family_of(run.model.config.architecture).module.PLACEMENT
+def _of_step(run: Described, data: TrainingData, mask: Any) -> Plan:
+    optimizer, table = make_optimizer(run, data.steps), family_of(run.model.config.architecture).module.PLACEMENT
     places = placement.shardings(run.shapes, table, run.mesh)
     trainable, frozen = partition(_placed(run.shapes, places), mask)
     state = jax.eval_shape(lambda trainable: new_state(trainable, optimizer), trainable)
@@ -73,7 +74,7 @@ def _of_step(run: Described, mask: Any) -> Plan:
     state = _placed(state, sharding)
     batch = {
         name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=jax.NamedSharding(run.mesh, placement.BATCH))
-        for name, value in run.batches.batch(0).items()
+        for name, value in data.batches.batch(0).items()
     }
     traced = jitted_step(run.experiment, run.model, optimizer, sharding).trace(state, frozen, batch)
     used = traced.lower().compile().memory_analysis()
@@ -86,7 +87,7 @@ def _of_step(run: Described, mask: Any) -> Plan:
         "activations": min(kept, used.temp_size_in_bytes),
         "workspace": max(used.temp_size_in_bytes - kept, 0) + used.output_size_in_bytes - used.alias_size_in_bytes,
     }
-    return Plan(size(trainable), size(run.shapes), memory, operations(traced.jaxpr.jaxpr), run.batches.real_tokens(0), run.steps)
+    return Plan(size(trainable), size(run.shapes), memory, operations(traced.jaxpr.jaxpr), data.batches.real_tokens(0), data.steps)
 
 
 def _placed(shapes: Any, places: Any) -> Any:

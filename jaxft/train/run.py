@@ -35,7 +35,7 @@ from jaxft.train.evaluate import Evaluation, Evaluator, make_sampling
 from jaxft.train.logs import peak_memory_bytes
 from jaxft.train.loop import Loop, Outcome
 from jaxft.train.report import adapter_command, card, model_command, print_answers, print_comparison, print_report
-from jaxft.train.setup import Setup, can_merge, on_host, set_up
+from jaxft.train.setup import Setup, TrainingSetup, can_merge, on_host, set_up, set_up_trained
 from jaxft.train.state import State
 
 WHOLE = (HF, BITSANDBYTES)  # formats of a merged model
@@ -73,7 +73,8 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
 
 def evaluate(experiment: Experiment, workdir: pathlib.Path) -> dict[str, float]:
     """Evaluates the best checkpoint of `workdir` on `eval.split`, and prints the figures."""
-    setup, state, _, evaluator = _load_best(experiment, workdir)
+    setup, state = _load_best(experiment, workdir, measured=True)
+    evaluator = Evaluator(setup)
     found = evaluator.full(state, experiment.eval.split, "Evaluating")
     console.table(
         f"{experiment.name}, step {int(state.step)}, on {experiment.eval.split}",
@@ -105,7 +106,7 @@ def generate(experiment: Experiment, workdir: pathlib.Path, rows: Sequence[Mappi
         raise UserError(f"{output} exists. Choose another --output.")
     if output is not None and not output.absolute().parent.is_dir():
         raise UserError(f"There is no folder {output.absolute().parent} for --output={output}.")
-    setup, state, _, _ = _load_best(experiment, workdir)
+    setup, state = _load_best(experiment, workdir)
     sampling = make_sampling(setup)
     tokens = generate_tokens(
         setup.model,
@@ -136,7 +137,7 @@ def export(experiment: Experiment, workdir: pathlib.Path, format: str | None, ou
       output: a folder, or None for one in `workdir`.
     """
     if format is None:
-        setup, state, _, _ = _load_best(experiment, workdir)
+        setup, state = _load_best(experiment, workdir)
         exports = own_exports(setup, state)
         for name, own, method in exports:
             folder = output / name if output and len(exports) > 1 else output or workdir / "export" / name
@@ -152,9 +153,9 @@ def export(experiment: Experiment, workdir: pathlib.Path, format: str | None, ou
     if format == BITSANDBYTES:
         bitsandbytes_config.check_code(experiment.model.quantization)
     check_replaceable(folder)
-    setup, state, _, evaluator = _load_best(experiment, workdir)
+    setup, state = _load_best(experiment, workdir, measured=format == BITSANDBYTES)
     if format == BITSANDBYTES:
-        requantize.export(setup, state, evaluator, folder, _summary_of(workdir))
+        requantize.export(setup, state, Evaluator(setup), folder, _summary_of(workdir))
     else:
         _export(setup, state, format, setup.experiment.method, folder, _summary_of(workdir))
     _say_exported(folder, format)
@@ -282,14 +283,14 @@ def _keep_compiled() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _start(setup: Setup, checkpoints: Checkpoints, evaluator: Evaluator, resolved: dict[str, Any]) -> tuple[State, Progress]:
+def _start(setup: TrainingSetup, checkpoints: Checkpoints, evaluator: Evaluator, resolved: dict[str, Any]) -> tuple[State, Progress]:
     """The newest checkpoint's state, or the first state with the evaluation before training."""
     base = fingerprint(setup.frozen)
     newest = checkpoints.latest()
     if newest is None:
         before = evaluator.full(setup.state, setup.experiment.eval.split, "Before training").metrics
-        return setup.state, Progress(resolved, base, before)
-    progress = checkpoints.progress(newest)
+        return setup.state, Progress(resolved, base, before, answer_end=setup.answer_end, options=setup.options)
+    progress = dataclasses.replace(checkpoints.progress(newest), answer_end=setup.answer_end, options=setup.options)
     _check_base(progress, base, setup)
     console.say(f"Going on from step {newest} of {setup.steps}.")
     if _measured(progress.config) != _measured(resolved):  # the table compares figures of one set
@@ -317,8 +318,8 @@ def _best(checkpoints: Checkpoints, progress: Progress) -> int:
     return newest if progress.best_step is None else progress.best_step
 
 
-def _load_best(experiment: Experiment, workdir: pathlib.Path) -> tuple[Setup, State, Progress, Evaluator]:
-    """The run of a working folder, at its best checkpoint."""
+def _load_best(experiment: Experiment, workdir: pathlib.Path, measured: bool = False) -> tuple[Setup, State]:
+    """The run of a working folder, at its best checkpoint; where it shall be `measured`, with the set of `eval.split`."""
     if not (workdir / CONFIG).is_file():
         raise UserError(f"{workdir} holds no run of jaxft. Train one first (--mode=train), or name its folder by --workdir.")
     _check_workdir(workdir, overrides.to_dict(experiment))
@@ -328,15 +329,15 @@ def _load_best(experiment: Experiment, workdir: pathlib.Path) -> tuple[Setup, St
     if newest is None:
         raise UserError(f"{workdir} has no checkpoint yet. Train first (--mode=train).")
     progress = checkpoints.progress(newest)
-    setup = set_up(experiment)
+    setup, trainable = set_up_trained(experiment, progress, measured)
     _check_base(progress, fingerprint(setup.frozen), setup)
-    state = checkpoints.restore(_best(checkpoints, progress), setup.state, setup.state_sharding)
+    state = checkpoints.restore_trained(_best(checkpoints, progress), trainable)
     checkpoints.close()
-    return setup, state, progress, Evaluator(setup)
+    return setup, state
 
 
 def _finish(
-    setup: Setup, workdir: pathlib.Path, checkpoints: Checkpoints, evaluator: Evaluator, outcome: Outcome, began: float
+    setup: TrainingSetup, workdir: pathlib.Path, checkpoints: Checkpoints, evaluator: Evaluator, outcome: Outcome, began: float
 ) -> dict[str, Any]:
     """Evaluates the best state, exports it, writes and prints what came out."""
     best = _best(checkpoints, outcome.progress)
@@ -370,7 +371,7 @@ def _finish(
     return summary
 
 
-def _summarize(setup: Setup, outcome: Outcome, after: Evaluation, seconds: float) -> dict[str, Any]:
+def _summarize(setup: TrainingSetup, outcome: Outcome, after: Evaluation, seconds: float) -> dict[str, Any]:
     progress, trainable = outcome.progress, size(outcome.state.trainable)
     return {
         "experiment": setup.experiment.name,

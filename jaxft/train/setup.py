@@ -37,30 +37,39 @@ from jaxft.quant.blockwise import Format
 from jaxft.tasks.base import Task
 from jaxft.train import optimizer as optimizers
 from jaxft.train import placement
+from jaxft.train.checkpoint import Progress
 from jaxft.train.scores import gradient_scores
 from jaxft.train.state import State, key_for, new_state
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A run, ready to step."""
+    """A run's model with its method, and the sets that it is measured on."""
 
     experiment: Experiment
     mesh: Mesh
     model: nn.Module
     tokenizer: Any
+    options: dict[str, Any]  # of `load_pretrained`, that the training rows gave: labels
     rows: dict[str, Rows]  # by set: train, validation, test
     examples: dict[str, Examples]  # the same, tokenized
-    batches: Batches  # of the training set
-    steps: int  # of the whole run
-    optimizer: optax.GradientTransformation
-    state: State  # before the first step
-    state_sharding: State
+    answer_end: int | None  # the special token that ends the answers trained on, or None where they end with text
     frozen: Any
 
     def params(self, state: State) -> Any:
         """Returns the whole model."""
         return combine(state.trainable, self.frozen)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSetup(Setup):
+    """A run, ready to step."""
+
+    batches: Batches  # of the training set
+    steps: int  # of the whole run
+    optimizer: optax.GradientTransformation
+    state: State  # before the first step
+    state_sharding: State
 
 
 def check(experiment: Experiment) -> Mesh:
@@ -101,15 +110,6 @@ def check(experiment: Experiment) -> Mesh:
 NONE, FORMATS = "none", ("nf4", "fp4", "int8")  # of model.quantization
 
 
-def load_rows(experiment: Experiment) -> dict[str, Rows]:
-    """Returns the rows of each set; raises `UserError` where the one to evaluate on is missing."""
-    rows = load_splits(experiment.data, experiment.train.seed)
-    split = experiment.eval.split
-    if split not in rows:
-        raise UserError(f"There is no {split} set. Give config.data.{split}, or a share of the training rows by config.data.split.")
-    return rows
-
-
 def load_examples(experiment: Experiment, rows: dict[str, Rows], tokenizer: Any, model: nn.Module) -> dict[str, Examples]:
     """Returns the rows of each set as tokens; prints their lengths, and what is wrong with them."""
     task = experiment.task
@@ -121,9 +121,28 @@ def load_examples(experiment: Experiment, rows: dict[str, Rows], tokenizer: Any,
     return examples
 
 
+def load_measured(experiment: Experiment, tokenizer: Any, model: nn.Module) -> tuple[dict[str, Rows], dict[str, Examples]]:
+    """Returns the one set that a trained model is measured on, and the same, tokenized; prints its lengths.
+
+    No other set is tokenized, nor read where this one isn't cut from it.
+    """
+    split = experiment.eval.split
+    rows = load_splits(experiment.data, experiment.train.seed, (split,))
+    _check_split(experiment, rows)
+    examples = experiment.task.examples(rows[split], tokenizer, experiment.data, model)
+    console.table("Data", COLUMNS, [describe(examples, split)])
+    return rows, {split: examples}
+
+
+def _check_split(experiment: Experiment, rows: Mapping[str, Rows]) -> None:
+    split = experiment.eval.split
+    if split not in rows:
+        raise UserError(f"There is no {split} set. Give config.data.{split}, or a share of the training rows by config.data.split.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """A run as its files describe it: all but the weights."""
+    """A run's model with its method as files describe it: all but the weights."""
 
     experiment: Experiment  # its method trains the task's head too
     mesh: Mesh
@@ -132,82 +151,134 @@ class Described:
     tokenizer: Any
     method: Method  # with the tokens of what it has as text
     shapes: Any  # of the whole model with the method's leaves
+    kernels: OriginalKernels  # of the model's files
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """What a run trains on and is measured on."""
+
     rows: dict[str, Rows]
     examples: dict[str, Examples]
     batches: Batches
     steps: int
-    kernels: OriginalKernels  # of the model's files
 
 
-def describe_run(experiment: Experiment) -> Described:
-    """Loads the data, and of the model its configuration alone; raises `UserError` for whatever can be found without the weights."""
+def describe_run(experiment: Experiment) -> tuple[Described, dict[str, Rows]]:
+    """Loads the rows, and of the model its configuration alone; raises `UserError` for what can be found without tokens and weights."""
+    mesh = _check_given(experiment)
+    rows = load_splits(experiment.data, experiment.train.seed)
+    _check_split(experiment, rows)
+    return _described(experiment, mesh, experiment.task.model_options(rows["train"], experiment.data)), rows
+
+
+def _check_given(experiment: Experiment) -> Mesh:
     mesh = check(experiment)
-    train, data, source = experiment.train, experiment.data, experiment.model.source
-    if not data.train:
+    if not experiment.data.train:
         raise UserError("There is nothing to train on: set config.data.train to a hub data set, a file, or bundled:NAME.")
-    if not source:
+    if not experiment.model.source:
         raise UserError("There is no model: set config.model.source to a hub id, a local folder, a .gguf file, or bundled:NAME.")
-    task = experiment.task
-    task.check(data)
-    rows = load_rows(experiment)
-    options = task.model_options(rows["train"], data)
-    model, shapes = describe_pretrained(**from_source(experiment.model, task, options, train.seed))
+    experiment.task.check(experiment.data)
+    return mesh
+
+
+def _described(experiment: Experiment, mesh: Mesh, options: dict[str, Any]) -> Described:
+    config, task, train = experiment.model, experiment.task, experiment.train
+    model, shapes = describe_pretrained(**from_source(config, task, options, train.seed))
     if train.best_metric not in task.metrics(model):
         raise unknown("train.best_metric", train.best_metric, task.metrics(model))
-    kernels = OriginalKernels(source, experiment.model.revision, task.model_task, seed=train.seed, **options)
-    tokenizer = load_tokenizer(source, experiment.model.revision)
+    kernels = OriginalKernels(config.source, config.revision, task.model_task, seed=train.seed, **options)
+    tokenizer = load_tokenizer(config.source, config.revision)
     method, shapes = fit_method(experiment.method.tokenized(tokenizer), model, shapes, train.seed, kernels)
     experiment = dataclasses.replace(experiment, method=with_head(experiment.method, model, shapes))
-    examples = load_examples(experiment, rows, tokenizer, model)
-    check_positions(examples, experiment, model, virtual_tokens(shapes))
-    share_prefix = model.pooling == LAST and not train.neftune_alpha  # its noise follows each example's length
-    training = task.for_training(model, examples["train"])
-    batches = Batches(training, data, train.batch_size, train.accumulation, train.seed, share_prefix, pad_token_id=pad_token(tokenizer))
-    steps = train.steps or max(round(train.epochs * batches.steps_per_epoch), 1)
     model = model.clone(remat=train.remat)
-    return Described(experiment, mesh, model, options, tokenizer, method, shapes, rows, examples, batches, steps, kernels)
+    return Described(experiment, mesh, model, options, tokenizer, method, shapes, kernels)
 
 
-def set_up(experiment: Experiment) -> Setup:
+def load_training_data(run: Described, rows: dict[str, Rows]) -> TrainingData:
+    """Tokenizes the data, and cuts the training set into batches; raises `UserError` for what is wrong with it."""
+    experiment, train, pad = run.experiment, run.experiment.train, pad_token(run.tokenizer)
+    examples = load_examples(experiment, rows, run.tokenizer, run.model)
+    check_positions(examples, experiment, run.model, virtual_tokens(run.shapes))
+    share_prefix = run.model.pooling == LAST and not train.neftune_alpha  # its noise follows each example's length
+    training = experiment.task.for_training(run.model, examples["train"])
+    batches = Batches(training, experiment.data, train.batch_size, train.accumulation, train.seed, share_prefix, pad_token_id=pad)
+    steps = train.steps or max(round(train.epochs * batches.steps_per_epoch), 1)
+    return TrainingData(rows, examples, batches, steps)
+
+
+def set_up(experiment: Experiment) -> TrainingSetup:
     """Loads data and model, adds the method, places everything, and prints what trains."""
-    run = describe_run(experiment)
-    experiment, mesh, method, train = run.experiment, run.mesh, run.method, experiment.train
-    placing = functools.partial(placement.shardings, mesh=mesh)
-    params = load_pretrained(**from_source(experiment.model, experiment.task, run.options, train.seed), placing=placing)[1]
-
-    def scores(params: Any, chosen: Callable[[str], bool], kind: str, count: int) -> Any:
-        first = itertools.islice(micro_batches(run.batches), count)
-        return gradient_scores(run.model, experiment.task, first, params, chosen, kind)
-
-    params = method.begin(key_for(train.seed, "method"), run.model, params, Material(scores, run.kernels))
-    mask = method.mask(params)
+    run, rows = describe_run(experiment)
+    data = load_training_data(run, rows)
+    params = _begin(run, lambda: data.batches)
+    mask = run.method.mask(params)
     print_trainable(params, mask)
-    optimizer = make_optimizer(run)
-    places = placement.shardings(params, family_of(run.model.config.architecture).module.PLACEMENT, mesh)
-    params = placement.place(params, places)
-    trainable, frozen = partition(params, mask)
+    optimizer = make_optimizer(run, data.steps)
+    trainable, frozen, places = _placed(run, params, mask)
     state = new_state(trainable, optimizer)
-    sharding = placement.state_shardings(state, partition(places, mask)[0], mesh, optimizer)
+    sharding = placement.state_shardings(state, places, run.mesh, optimizer)
     state = jax.device_put(state, sharding)
-    return Setup(
-        experiment,
-        mesh,
+    training = data.examples["train"]
+    return TrainingSetup(
+        run.experiment,
+        run.mesh,
         run.model,
         run.tokenizer,
-        run.rows,
-        run.examples,
-        run.batches,
-        run.steps,
-        optimizer,
-        state,
-        sharding,
+        run.options,
+        data.rows,
+        data.examples,
+        answer_end(run.tokenizer, training) if isinstance(training, NextTokens) else None,
         frozen,
+        batches=data.batches,
+        steps=data.steps,
+        optimizer=optimizer,
+        state=state,
+        state_sharding=sharding,
     )
 
 
-def make_optimizer(run: Described) -> optax.GradientTransformation:
-    """Returns the run's optimizer with what its method adds."""
-    return run.method.optimizer(optimizers.make_optimizer(run.experiment.optimizer, run.steps), run.steps)
+def set_up_trained(experiment: Experiment, progress: Progress, measured: bool) -> tuple[Setup, Any]:
+    """Returns a run to use, not to train, and the trainable leaves before the first step, which its checkpoint replaces.
+
+    Args:
+      experiment: the run's configuration.
+      progress: of it what the training rows gave: the labels, and what ends an answer.
+      measured: whether its `eval.split` is needed. Other sets aren't tokenized, but for a method that chose by training batches.
+    """
+    run = _described(experiment, _check_given(experiment), progress.options)
+    rows, examples = load_measured(run.experiment, run.tokenizer, run.model) if measured else ({}, {})
+    if examples:
+        check_positions(examples, experiment, run.model, virtual_tokens(run.shapes))
+    params = _begin(run, lambda: load_training_data(run, load_splits(experiment.data, experiment.train.seed)).batches)
+    trainable, frozen, _ = _placed(run, params, run.method.mask(params))
+    made = Setup(run.experiment, run.mesh, run.model, run.tokenizer, run.options, rows, examples, progress.answer_end, frozen)
+    return made, trainable
+
+
+def _begin(run: Described, batches: Callable[[], Batches]) -> Any:
+    """The base's parameters with the method's leaves; the batches are made where it asks for gradients."""
+    experiment, seed = run.experiment, run.experiment.train.seed
+    placing = functools.partial(placement.shardings, mesh=run.mesh)
+    params = load_pretrained(**from_source(experiment.model, experiment.task, run.options, seed), placing=placing)[1]
+
+    def scores(params: Any, chosen: Callable[[str], bool], kind: str, count: int) -> Any:
+        first = itertools.islice(micro_batches(batches()), count)
+        return gradient_scores(run.model, experiment.task, first, params, chosen, kind)
+
+    return run.method.begin(key_for(seed, "method"), run.model, params, Material(scores, run.kernels))
+
+
+def _placed(run: Described, params: Any, mask: Any) -> tuple[Any, Any, Any]:
+    """The trainable and the frozen leaves on the devices, and the shardings of the former."""
+    places = placement.shardings(params, family_of(run.model.config.architecture).module.PLACEMENT, run.mesh)
+    trainable, frozen = partition(placement.place(params, places), mask)
+    return trainable, frozen, partition(places, mask)[0]
+
+
+def make_optimizer(run: Described, steps: int) -> optax.GradientTransformation:
+    """Returns the optimizer of a run of so many steps, with what its method adds."""
+    return run.method.optimizer(optimizers.make_optimizer(run.experiment.optimizer, steps), steps)
 
 
 def from_source(config: ModelConfig, task: Task, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -341,6 +412,6 @@ def print_trainable(params: Any, mask: Any) -> None:
     console.say(f"{trains:,} of {total:,} parameters train ({trains / total:.2%}).\n")
 
 
-def end_tokens(tokenizer: Any, examples: NextTokens) -> tuple[int, ...]:
+def end_tokens(setup: Setup) -> tuple[int, ...]:
     """Returns the tokens that end a text: the tokenizer's own, and the one that ends the answers trained on."""
-    return tuple(sorted({token for token in (tokenizer.eos_token_id, answer_end(tokenizer, examples)) if token is not None}))
+    return tuple(sorted({token for token in (setup.tokenizer.eos_token_id, setup.answer_end) if token is not None}))

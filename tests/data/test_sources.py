@@ -251,6 +251,15 @@ def test_sets_that_are_not_given_are_cut_from_train(tmp_path):
     assert sets["test"].place(0).endswith(f"line {int(texts(sets['test'])[0].split()[1]) + 1}")
 
 
+def test_sets_that_are_not_wanted_are_not_read(tmp_path):
+    train, test = numbered(tmp_path / "a.jsonl", 20), numbered(tmp_path / "b.jsonl", 3)
+    whole = load_splits(DataConfig(train=train, test=test), 0)
+    alone = load_splits(DataConfig(train=train, test=str(tmp_path / "none.jsonl")), 0, ("validation",))
+    assert {name: texts(rows) for name, rows in alone.items()} == {"validation": texts(whole["validation"])}
+    alone = load_splits(DataConfig(train=str(tmp_path / "none.jsonl"), test=test), 0, ("test",))
+    assert {name: texts(rows) for name, rows in alone.items()} == {"test": texts(whole["test"])}
+
+
 def test_the_cut_is_drawn_by_the_seed(tmp_path):
     config = DataConfig(train=numbered(tmp_path / "a.jsonl", 50))
     drawn = [texts(load_splits(config, seed)["validation"]) for seed in (0, 0, 1)]

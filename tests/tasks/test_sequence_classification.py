@@ -270,5 +270,5 @@ def test_a_column_or_a_text_that_is_missing_is_told():
 
 
 def test_settings_of_another_task_are_refused():
-    with pytest.raises(UserError, match=r"config.data.completion has no effect with the task SequenceClassification, which reads config.data.text"):
+    with pytest.raises(UserError, match="config.data.completion has no effect with the task SequenceClassification"):
         SequenceClassification().check(DataConfig(prompt="{text}", completion="{label}"))

@@ -26,7 +26,7 @@ def ending_with(token, cut=0):
 @pytest.mark.parametrize(("examples", "end", "stops"), [(ending_with(END), END, (2, 3)), (ending_with(50), None, (2,))])
 def test_the_last_scored_token_ends_an_answer_if_it_is_special(examples, end, stops):
     assert setup.answer_end(TOKENIZER, examples) == end
-    assert setup.end_tokens(TOKENIZER, examples) == stops
+    assert setup.end_tokens(types.SimpleNamespace(tokenizer=TOKENIZER, answer_end=end)) == stops
 
 
 @pytest.mark.parametrize(("examples", "warned"), [(ending_with(END), False), (ending_with(50), True), (ending_with(50, cut=1), False)])
