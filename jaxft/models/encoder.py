@@ -6,7 +6,7 @@ Devlin et al. 2018 (arXiv:1810.04805). The reference in the tests is transformer
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,8 @@ _ACTIVATIONS = layers.ACTIVATIONS | {"tanh": jnp.tanh}
 class EncoderConfig:
     """The shape of an encoder, under the names of BERT's config.json."""
 
+    learned_positions: ClassVar[bool] = True  # a text can't be longer than max_position_embeddings
+
     architecture: str
     family: str  # transformers' model_type
     task: str  # what the head is for
@@ -69,6 +71,12 @@ class EncoderConfig:
     lm_act: str = "gelu"
     labels: tuple[str, ...] = ()  # names by class id
     problem_type: str = ""
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"config.json: hidden_size {self.hidden_size} isn't a multiple of num_attention_heads {self.num_attention_heads}."
+            )
 
     @property
     def num_key_value_heads(self) -> int:
@@ -249,6 +257,8 @@ class Encoder(nn.Module):
     ) -> Output:
         """Returns the head's outputs, in the shape that its task has in transformers, and the hidden states of every token.
 
+        A text with a position beyond max_position_embeddings has none that are numbers.
+
         Args:
           input_ids: (batch, length) int32.
           attention_mask: (batch, length), 0 at padding, which may be on either side.
@@ -315,7 +325,8 @@ class Encoder(nn.Module):
         x = self.embed(input_ids).astype(self.dtype)
         if self.has_rng("noise"):
             x += layers.embedding_noise(self.make_rng("noise"), neftune_alpha, tokens, config.embedding_size).astype(x.dtype)
-        x += self.position_embed(tokens.positions + config.position_offset).astype(self.dtype)
+        positions = layers.placed(self.position_embed, tokens.positions, config.max_position_embeddings, config.position_offset)
+        x += positions.astype(self.dtype)
         if config.type_vocab_size:
             kinds = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
             x += self.token_type_embed(kinds).astype(self.dtype)

@@ -362,8 +362,7 @@ class GPT2(nn.Module):
         prefix = layers.prefix(self, self.dtype) if cache is None else None  # a cache has it already
         index = None if cache is None else cache.index
         tokens, keys, cache = layers.entered(tokens, cache, prefix)
-        placed = self.position_embed(tokens.positions).astype(self.dtype)
-        x += jnp.where((tokens.positions < config.max_position_embeddings)[:, :, None], placed, jnp.nan)
+        x += layers.placed(self.position_embed, tokens.positions, config.max_position_embeddings).astype(self.dtype)
         x = layers.dropped(x, config.embedding_dropout, layers.dropout_rng(self))
         scales = None
         if config.scale_by_layer or not config.scale_by_width:

@@ -161,6 +161,18 @@ class Embedding(nn.Module):
         return dot(x, table.T)
 
 
+def placed(table: Embedding, positions: jax.Array, count: int, offset: int = 0) -> jax.Array:
+    """Returns the learned embeddings of positions (batch, length), (batch, length, features); NaN for those from `count` on.
+
+    Args:
+      table: has `offset` rows that no text uses before that of its first position.
+      positions: within the text.
+      count: of positions that a text may have.
+      offset: of the first one's row.
+    """
+    return jnp.where((positions < count)[:, :, None], table(positions + offset), jnp.nan)
+
+
 def join(module: nn.Module, name: str, residual: jax.Array, output: jax.Array) -> jax.Array:
     """Returns residual + output, (tokens, features), or what the node at the module's site `name` makes of them."""
     if not module.has_variable("params", name):
