@@ -29,12 +29,13 @@ def places(length, kind):
     return Tokens(segments, np.stack([packed_positions, np.maximum(order - 7, 0)]).astype(np.int32), order)
 
 
-def allowed(tokens, window):
+def allowed(tokens, window, causal=True):
     """The mask in NumPy, written from the definition."""
     segments, positions, order = (np.asarray(part) for part in (tokens.segments, tokens.positions, tokens.order))
     mine, theirs = segments[:, :, None], segments[:, None, :]
     mask = (mine == theirs) | ((theirs == -1) & (mine != 0))
-    mask &= (order[:, None] >= order[None, :])[None]
+    if causal:
+        mask &= (order[:, None] >= order[None, :])[None]
     if window is not None:
         mask &= positions[:, :, None] - positions[:, None, :] < window
     return mask
@@ -64,18 +65,60 @@ CASES = [
 
 @pytest.mark.parametrize(("length", "kind", "window"), CASES)
 def test_attention_and_its_gradients_are_those_of_torch(length, kind, window):
+    check_torch(length, kind, window, causal=True)
+
+
+@pytest.mark.parametrize("length", [40, 2 * QUERY_BLOCK + 77])
+def test_attention_in_both_directions_is_that_of_torch(length):
+    check_torch(length, "packed", None, causal=False)
+
+
+def check_torch(length, kind, window, causal):
     tokens = places(length, kind)
     query, key, value, weights = drawn(length)
     limit = None if window is None else np.int32(window)
 
     def weighted(query, key, value):
-        out = attention(query, key, value, tokens, tokens, limit)
+        out = attention(query, key, value, tokens, tokens, limit, causal=causal)
         return (out * weights).sum(), out
 
     (_, out), gradients = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2), has_aux=True))(query, key, value)
-    expected = torch_attention(length, allowed(tokens, window))
+    expected = torch_attention(length, allowed(tokens, window, causal))
     # float32 against float64, outputs and gradients of order 1 to 10
     assert largest_difference([out, *gradients], expected) <= 2e-5
+
+
+def test_dropped_weights_are_drawn_alike_forward_and_backward():
+    """With values that are the keys' numbers, a query's output is its row of weights; the gradient is that of the weights left."""
+    length, rate, rng = QUERY_BLOCK + 9, 0.25, jax.random.key(3)
+    query, key, _, _ = drawn(length)
+    one_hot = np.broadcast_to(np.eye(length, dtype=np.float32)[:, None], (2, length, GROUPS, length))
+    wide = np.concatenate([key, np.zeros((2, length, GROUPS, length - HEAD_DIM), np.float32)], axis=-1)
+    query = np.concatenate([query, np.zeros((2, length, HEADS, length - HEAD_DIM), np.float32)], axis=-1) * 8
+    tokens = places(length, "packed")
+    run = functools.partial(attention, query_tokens=tokens, key_tokens=tokens, causal=False)
+    weights = np.asarray(run(query, wide, one_hot))
+    found = np.asarray(run(query, wide, one_hot, dropout=rate, rng=rng))
+    kept = found != 0
+    np.testing.assert_allclose(found[kept], weights[kept] / (1 - rate), rtol=1e-5)
+    share = kept[weights > 0].mean()
+    assert abs(share - (1 - rate)) <= 4 * np.sqrt(rate * (1 - rate) / (weights > 0).sum())
+    assert np.array_equal(found, run(query, wide, one_hot, dropout=rate, rng=rng))
+    assert np.array_equal(weights, run(query, wide, one_hot, dropout=rate))
+
+    def plain(query, key):
+        heads = key.repeat(HEADS // GROUPS, axis=2)
+        scores = jax.numpy.einsum("bqhd,bkhd->bqhk", query, heads) * query.shape[-1] ** -0.5
+        scores = jax.numpy.where(allowed(tokens, None, causal=False)[:, :, None], scores, -1e30)
+        return jax.numpy.where(kept, jax.nn.softmax(scores, axis=-1) / (1 - rate), 0.0)
+
+    def loss(function):
+        return lambda query, key: jax.numpy.sum(jax.numpy.sin(10 * function(query, key)))
+
+    ours = jax.grad(loss(lambda query, key: run(query, key, one_hot, dropout=rate, rng=rng)), argnums=(0, 1))(query, wide)
+    expected = jax.grad(loss(plain), argnums=(0, 1))(query, wide)
+    for one, other in zip(ours, expected, strict=True):
+        assert largest_difference(one, other) <= 1e-5 * np.abs(other).max()
 
 
 @pytest.mark.parametrize("window", [None, 3])

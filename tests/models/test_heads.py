@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from tiny_models import VOCABULARY, load, make_pair
+from tiny_models import VOCABULARY, load, make_pair, same_bits
 
 from jaxft.hub.names import tensors_of
 from jaxft.models import heads
@@ -166,3 +166,46 @@ def test_half_precision_stays_near_float32(case, dtype):
     error = np.abs(half - full)[real]
     # 8 (11) bits of mantissa: 2**-8 a rounding, some tens of them one after the other through three layers
     assert 0 < error.max() <= 0.05 * np.abs(full).max()
+
+
+def test_no_token_of_an_encoder_depends_on_another_example_and_each_on_all_of_its_own():
+    """Each place of the row has a word of its own, so that a row of the embedding is the input of one place."""
+    _, model, params = make_pair("bert", "masked_lm", num_hidden_layers=2, tie_word_embeddings=False)
+    ids = np.arange(8, dtype=np.int32)[None]
+    segments, positions = np.array([[1, 1, 1, 2, 2, 2, 0, 0]], np.int32), np.array([[0, 1, 2, 0, 1, 2, 0, 0]], np.int32)
+
+    def logits(embedding):
+        replaced = params | {"embed": {"embedding": embedding}}
+        return model.apply({"params": replaced}, ids, segment_ids=segments, positions=positions).logits[0, :, :2].sum(axis=-1)
+
+    jacobian = np.asarray(jax.jit(jax.jacrev(logits))(params["embed"]["embedding"]))[:6, :8]
+    assert np.array_equal((jacobian != 0).any(axis=-1), segments[0, :6, None] == segments[0])
+
+
+@pytest.mark.parametrize("case", [case for case in ENCODERS if "sequence" in case])
+def test_a_text_with_a_position_beyond_the_table_is_no_number(case):
+    _, model, params = pair(case)
+    length = model.config.max_position_embeddings
+    ids, mask = np.full((2, length + 1), 2, np.int32), np.ones((2, length + 1), np.int32)
+    mask[0, length:] = 0
+    logits = np.asarray(program(case)(params, input_ids=ids, attention_mask=mask).logits)
+    assert np.isfinite(logits[0]).all()
+    assert np.isnan(logits[1]).all()
+
+
+RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+
+
+@pytest.mark.parametrize("kind", RATES)
+def test_dropout_is_drawn_from_its_key_and_off_without_one(kind):
+    off = dict.fromkeys(RATES, 0.0)
+    _, model, params = make_pair("bert", "sequence_classification", **(off | {kind: 0.5}))
+    batch = ragged("right", True)
+
+    @jax.jit
+    def logits(seed):
+        return model.apply({"params": params}, **batch, rngs={"dropout": jax.random.key(seed)}).logits
+
+    assert same_bits(logits(0), logits(0))
+    assert np.abs(np.asarray(logits(0) - program("bert sequence_classification")(params, **batch).logits)).max() > 0.01
+    assert np.abs(np.asarray(logits(0) - logits(1))).max() > 0.01
