@@ -30,7 +30,18 @@ SMALL = {
 
 ALIKE = {  # what families say otherwise; None is left out
     "gpt2": {"n_inner": 56, "intermediate_size": None, "num_key_value_heads": None},
-    "bert": {"num_key_value_heads": None},
+    **{family: {"num_key_value_heads": None} for family in ("bert", "roberta", "xlm-roberta", "camembert", "electra")},
+    "distilbert": {
+        "hidden_size": None,
+        "intermediate_size": None,
+        "num_hidden_layers": None,
+        "num_attention_heads": None,
+        "num_key_value_heads": None,
+        "dim": 32,
+        "hidden_dim": 56,
+        "n_layers": 3,
+        "n_heads": 4,
+    },
 }
 LABELS = ("no", "maybe", "yes")  # of the classifications
 
@@ -38,12 +49,18 @@ LABELS = ("no", "maybe", "yes")  # of the classifications
 def make_reference(family, task="causal_lm", **settings):
     """Returns a model of transformers whose every parameter is random: norms about 1, biases not zero."""
     torch.manual_seed(0)
-    fields = SMALL | ALIKE.get(family, {})
+    fields = fields_of(family)
     if task.endswith("classification"):
-        fields |= {"pad_token_id": 0, "id2label": dict(enumerate(LABELS)), "label2id": {name: id for id, name in enumerate(LABELS)}}
-    fields = {name: value for name, value in fields.items() if name in ("bos_token_id", "eos_token_id") or value is not None}
+        names = {label: number for number, label in enumerate(LABELS)}
+        fields |= {"pad_token_id": 0, "id2label": dict(enumerate(LABELS)), "label2id": names}
     made = getattr(transformers, auto_class(task)).from_config(transformers.AutoConfig.for_model(family, **(fields | settings)))
     return randomized(made)
+
+
+def fields_of(family):
+    """Returns the fields of a small model's configuration."""
+    fields = SMALL | ALIKE.get(family, {})
+    return {name: value for name, value in fields.items() if name in ("bos_token_id", "eos_token_id") or value is not None}
 
 
 def randomized(model):

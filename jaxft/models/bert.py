@@ -68,7 +68,8 @@ ALSO_NAMED = {
     "cls.predictions.bias": "cls.predictions.decoder.bias",
 }
 HF_IGNORED = (r"(.*\.)?embeddings\.(position_ids|token_type_ids)",)  # in old files; counted, not a parameter
-OTHER_HEADS = (r"cls\..+", r"(\w+\.)?pooler\.dense\.\w+", r"(classifier|qa_outputs)\.\w+")  # that another task's files may hold
+CLASSIFIERS = (r"(\w+\.)?pooler\.dense\.\w+", r"classifier\.((dense|out_proj)\.)?\w+", r"qa_outputs\.\w+")  # in all these families
+OTHER_HEADS = (r"cls\..+", *CLASSIFIERS)  # that another task's files may hold
 
 
 class BertConfig(EncoderConfig):

@@ -32,12 +32,14 @@ PLACEMENT = (
     ("(bias|scale)", P()),
 )
 
-# a head of sequence classification: dense layer and activation before the classifier, or both in a module of its own
-HEADS = {
-    "pooler": ("pooler", "classifier"),
-    "dense": ("classifier",),
-}
-_ACTIVATIONS = layers.ACTIVATIONS | {"tanh": jnp.tanh}
+POOLER, DENSE = "pooler", "dense"  # heads of sequence classification: pooler and classifier, or a classifier with a dense layer in it
+_HEADS = {POOLER: ("pooler", "classifier"), DENSE: ("classifier",)}
+DENSE_HEAD_NAMES = (  # of the second, in all families that have it
+    ("classifier.dense.weight", "classifier/dense/kernel", "transpose"),
+    ("classifier.dense.bias", "classifier/dense/bias", ""),
+    ("classifier.out_proj.weight", "classifier/out_proj/kernel", "transpose"),
+    ("classifier.out_proj.bias", "classifier/out_proj/bias", ""),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +66,10 @@ class EncoderConfig:
     position_offset: int = 0  # rows of the table of positions before that of the first token
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
+    attention_output_dropout: float = 0.0
     classifier_dropout: float = 0.0
     tie_word_embeddings: bool = False  # the head of masked_lm multiplies with the embedding
-    pooling: str = "pooler"  # the kind of head of sequence classification: pooler or dense, of HEADS
+    pooling_head: str = POOLER  # of sequence classification
     pooling_act: str = "tanh"
     lm_act: str = "gelu"
     labels: tuple[str, ...] = ()  # names by class id
@@ -113,14 +116,15 @@ def common_fields(hf: Mapping[str, Any], classes: Mapping[str, Architecture]) ->
         "type_vocab_size": hf["type_vocab_size"],
         "hidden_dropout": dropout,
         "attention_dropout": hf["attention_probs_dropout_prob"],
-        "classifier_dropout": classifier_dropout(architecture.task, dropout if own is None else own),
-        "tie_word_embeddings": architecture.task == heads.MASKED_LM and bool(hf.get("tie_word_embeddings", True)),
+        "attention_output_dropout": dropout,
+        "classifier_dropout": (dropout if own is None else own) if architecture.task in heads.CLASSIFYING else 0.0,
+        "tie_word_embeddings": is_tied(hf, architecture.task),
     }
 
 
-def classifier_dropout(task: str, rate: float) -> float:
-    """Returns the rate before a head: that of the classifiers; the heads of other tasks drop nothing."""
-    return rate if task in heads.CLASSIFYING else 0.0
+def is_tied(hf: Mapping[str, Any], task: str) -> bool:
+    """Returns whether the head of a task multiplies with the embedding."""
+    return task == heads.MASKED_LM and bool(hf.get("tie_word_embeddings", True))
 
 
 def activation(name: Any) -> str:
@@ -173,12 +177,11 @@ class Block(nn.Module):
         config = self.config
         linear = functools.partial(_linear, config, self.dtype)
         norm = functools.partial(layers.LayerNorm, config.layer_norm_eps, self.dtype)
-        rate = config.hidden_dropout
         attended = Attention(config, self.dtype, name="attention")(x, prefix, context)
-        attended = layers.dropped(attended, rate, layers.dropout_rng(self))
+        attended = layers.dropped(attended, config.attention_output_dropout, layers.dropout_rng(self))
         x = norm(name="attention_norm")(layers.join(self, "attention_output", x, attended))
         inner = layers.ACTIVATIONS[config.hidden_act](linear(config.intermediate_size, name="intermediate")(x))
-        fed = layers.dropped(linear(config.hidden_size, name="output")(inner), rate, layers.dropout_rng(self))
+        fed = layers.dropped(linear(config.hidden_size, name="output")(inner), config.hidden_dropout, layers.dropout_rng(self))
         return norm(name="output_norm")(layers.join(self, "mlp_output", x, fed)), cache
 
 
@@ -222,8 +225,8 @@ class Encoder(nn.Module):
             self.lm_head = heads.MaskedLMHead(config.vocab_size, size, act, config.layer_norm_eps, tied, self.dtype, drawn)
         elif self.task == heads.QUESTION_ANSWERING:
             self.qa_outputs = _linear(config, self.dtype, outputs)
-        elif self.task == heads.SEQUENCE_CLASSIFICATION and config.pooling == "dense":
-            act = _ACTIVATIONS[config.pooling_act]
+        elif self.task == heads.SEQUENCE_CLASSIFICATION and config.pooling_head == DENSE:
+            act = layers.ACTIVATIONS[config.pooling_act]
             self.classifier: Any = heads.DenseHead(outputs, act, config.classifier_dropout, self.dtype, drawn)
         else:
             if self.task == heads.SEQUENCE_CLASSIFICATION:
@@ -239,7 +242,7 @@ class Encoder(nn.Module):
     def head(self) -> tuple[str, ...]:
         """Patterns of the task's own parameters, which train with any method."""
         if self.task == heads.SEQUENCE_CLASSIFICATION:
-            return HEADS[self.config.pooling]
+            return _HEADS[self.config.pooling_head]
         return {heads.TOKEN_CLASSIFICATION: ("classifier",), heads.QUESTION_ANSWERING: ("qa_outputs",)}.get(self.task, ())
 
     @property
@@ -297,9 +300,9 @@ class Encoder(nn.Module):
         if self.task == heads.QUESTION_ANSWERING:
             return self.qa_outputs(layers.dropped(x, config.classifier_dropout, layers.dropout_rng(self)))
         if self.task == heads.SEQUENCE_CLASSIFICATION:
-            if config.pooling == "dense":
+            if config.pooling_head == DENSE:
                 return self.classifier(x)
-            x = _ACTIVATIONS[config.pooling_act](self.pooler(x))
+            x = layers.ACTIVATIONS[config.pooling_act](self.pooler(x))
         return self.classifier(layers.dropped(x, config.classifier_dropout, layers.dropout_rng(self)))
 
     def _run(

@@ -11,7 +11,7 @@ from typing import Any
 from flax import linen as nn
 
 from jaxft.errors import UserError, nearest, unknown
-from jaxft.models import bert, encoder, gpt2, llama
+from jaxft.models import bert, distilbert, electra, encoder, gpt2, llama, roberta
 from jaxft.models.heads import TASKS, Architecture
 
 
@@ -28,6 +28,9 @@ FAMILIES = (
     Family(llama, llama.LlamaConfig, llama.Llama),
     Family(gpt2, gpt2.GPT2Config, gpt2.GPT2),
     Family(bert, bert.BertConfig, encoder.Encoder),
+    Family(roberta, roberta.RobertaConfig, encoder.Encoder),
+    Family(distilbert, distilbert.DistilBertConfig, encoder.Encoder),
+    Family(electra, electra.ElectraConfig, encoder.Encoder),
 )
 
 

@@ -24,7 +24,9 @@ TOLERANCE = 1e-4
 
 CLASSES, TAGS, SPANS, WORDS = "sequence_classification", "token_classification", "question_answering", "masked_lm"
 CASES = [
-    *(("bert", task) for task in (CLASSES, TAGS, SPANS, WORDS)),
+    *((family, task) for family in ("bert", "roberta", "distilbert", "electra") for task in (CLASSES, TAGS, SPANS, WORDS)),
+    ("xlm-roberta", CLASSES),
+    ("camembert", WORDS),
     *(("gpt2", task) for task in (CLASSES, TAGS, SPANS)),
     *(("qwen2", task) for task in (CLASSES, TAGS, SPANS)),
     ("mistral", SPANS),
@@ -227,6 +229,35 @@ def test_parameters_are_in_the_type_asked_for(dtype, theirs):
     _, wide = jaxft.load_pretrained(folder, task=TAGS, labels=("a", "b"))
     assert model.dtype == dtype
     assert same_bits(params, jax.tree.map(lambda leaf: leaf.astype(dtype), wide))
+
+
+@pytest.mark.parametrize(
+    ("name", "family"), [("ElectraForPreTraining", "electra"), ("RobertaForCausalLM", "roberta"), ("GPT2DoubleHeadsModel", "gpt2")]
+)
+def test_files_with_a_head_that_jaxft_has_not_give_the_base(name, family, tmp_path):
+    config = transformers.AutoConfig.for_model(family, **tiny_models.fields_of(family))
+    reference = tiny_models.randomized(getattr(transformers, name)(config))
+    reference.save_pretrained(tmp_path / "model")
+    model, params = jaxft.load_pretrained(tmp_path / "model", task=TAGS, labels=("a", "b"))
+    ids = np.arange(4, 9, dtype=np.int32)[None]
+    with torch.no_grad():
+        expected = reference.base_model(torch.tensor(ids)).last_hidden_state.numpy()
+    assert np.abs(model.apply({"params": params}, ids, method="features") - expected).max() <= TOLERANCE
+
+
+def test_an_electra_of_narrow_embeddings_is_a_bert_behind_a_projection(theirs):
+    reference, folder = theirs("electra", CLASSES, embedding_size=20)
+    model, params = jaxft.load_pretrained(folder, task=CLASSES)
+    assert params["embed_projection"]["kernel"].shape == (20, 32)
+    assert difference(model, params, reference) <= TOLERANCE
+
+
+def test_a_roberta_has_the_positions_behind_its_padding_token(theirs):
+    _, folder = theirs("roberta", CLASSES, pad_token_id=1)
+    assert jaxft.load_pretrained(folder, task=CLASSES)[0].config.max_position_embeddings == 158
+    configure(folder, pad_token_id=None)
+    with pytest.raises(UserError, match="no pad_token_id, which says where"):
+        jaxft.load_pretrained(folder, task=CLASSES)
 
 
 REFUSED = {

@@ -20,6 +20,19 @@ CASES = {
     "bert question_answering": {},
     "bert masked_lm": {},
     "bert masked_lm untied": {"tie_word_embeddings": False, "hidden_act": "relu"},
+    "roberta sequence_classification": {"pad_token_id": 1, "type_vocab_size": 1},
+    "roberta masked_lm": {"pad_token_id": 1},
+    "roberta masked_lm untied": {"pad_token_id": 0, "tie_word_embeddings": False},
+    "xlm-roberta token_classification": {"pad_token_id": 1},
+    "camembert question_answering": {"pad_token_id": 3},
+    "distilbert sequence_classification": {},
+    "distilbert token_classification": {"sinusoidal_pos_embds": True},
+    "distilbert question_answering": {},
+    "distilbert masked_lm": {"activation": "gelu_new"},
+    "electra sequence_classification": {},
+    "electra token_classification": {"embedding_size": 32},
+    "electra question_answering": {"embedding_size": 20},
+    "electra masked_lm": {"embedding_size": 20},
     "gpt2 sequence_classification": {},
     "gpt2 token_classification": {},
     "gpt2 question_answering": {},
@@ -28,7 +41,9 @@ CASES = {
     "mistral question_answering": {"sliding_window": 5},
     "qwen3 question_answering": {"head_dim": 12},
 }
-ENCODERS = [case for case in CASES if case.split()[0] not in ("gpt2", "llama", "qwen2", "qwen3", "mistral")]
+CAUSAL, OFFSET = ("gpt2", "llama", "qwen2", "qwen3", "mistral"), ("roberta", "xlm-roberta", "camembert")
+ENCODERS = [case for case in CASES if case.split()[0] not in CAUSAL]
+TYPED = [case for case in ENCODERS if case.split()[0] in ("bert", "electra") or case == "roberta masked_lm"]  # have two kinds of tokens
 
 
 @functools.cache
@@ -43,22 +58,24 @@ def program(case):
     return jax.jit(lambda params, **batch: model.apply({"params": params}, **batch))
 
 
-def ragged(side, encoder):
-    """Returns ids, 0 at padding, and mask (3, 14), texts of 14, 9 and 4 tokens padded on `side`, and token types of an encoder."""
+def ragged(side, case):
+    """Returns ids and mask (3, 14), texts of 14, 9 and 4 tokens padded on `side`, and token types of an encoder."""
     random = np.random.default_rng(1)
     mask = (np.arange(14) < np.array([14, 9, 4])[:, None]).astype(np.int32)
-    batch = {"input_ids": random.integers(2, VOCABULARY, mask.shape).astype(np.int32) * mask, "attention_mask": mask}
-    if encoder:
+    batch = {"input_ids": random.integers(4, VOCABULARY, mask.shape).astype(np.int32), "attention_mask": mask}
+    batch["input_ids"][mask == 0] = pair(case)[0].config.pad_token_id or 0
+    if case in TYPED:
         batch["token_type_ids"] = random.integers(0, 2, mask.shape).astype(np.int32) * mask
     shift = (side == "left") * (14 - mask.sum(axis=1)[:, None])
     return {name: np.take_along_axis(value, (np.arange(14) - shift) % 14, axis=1) for name, value in batch.items()}
 
 
 def theirs(reference, batch):
-    """transformers' output; positions count the real tokens."""
+    """transformers' output; positions count the real tokens, which a RoBERTa does of its own accord."""
     tensors = {name: torch.tensor(value) for name, value in batch.items()}
-    positions = np.maximum(np.cumsum(batch["attention_mask"], axis=1) - 1, 0)
-    return reference(**tensors, position_ids=torch.tensor(positions), output_hidden_states=True)
+    if reference.config.model_type not in OFFSET:
+        tensors["position_ids"] = torch.tensor(np.maximum(np.cumsum(batch["attention_mask"], axis=1) - 1, 0))
+    return reference(**tensors, output_hidden_states=True)
 
 
 def outputs(out, mask):
@@ -73,12 +90,12 @@ def outputs(out, mask):
 def test_outputs_and_states_are_those_of_transformers(case):
     reference, model, params = pair(case)
     for side in ("right", "left"):
-        batch = ragged(side, case in ENCODERS)
+        batch = ragged(side, case)
         ours = program(case)(params, **batch)
         with torch.no_grad():
             expected = theirs(reference, batch)
             if case in ENCODERS and model.task == heads.SEQUENCE_CLASSIFICATION:  # theirs reads the first place, padding or not
-                expected.logits = theirs(reference, ragged("right", True)).logits
+                expected.logits = theirs(reference, ragged("right", case)).logits
         mask = batch["attention_mask"]
         for one, other in zip(outputs(ours, mask), outputs(expected, mask), strict=True):
             assert one.shape == other.shape
@@ -91,7 +108,7 @@ def test_outputs_and_states_are_those_of_transformers(case):
 @pytest.mark.parametrize("case", CASES)
 def test_the_head_on_chosen_rows_of_packed_texts_gives_what_each_text_alone_does(case):
     _, model, params = pair(case)
-    batch = ragged("right", case in ENCODERS)
+    batch = ragged("right", case)
     lengths = batch["attention_mask"].sum(axis=1)
     packed = {name: value[batch["attention_mask"] == 1][None] for name, value in batch.items() if name != "attention_mask"}
     packed["segment_ids"] = np.repeat(np.arange(1, 4, dtype=np.int32), lengths)[None]
@@ -120,7 +137,7 @@ GRADIENTS = ["bert sequence_classification", "bert masked_lm", "bert question_an
 @pytest.mark.parametrize("case", GRADIENTS)
 def test_gradients_are_those_of_transformers(case):
     reference, model, params = pair(case)
-    batch = ragged("right", case in ENCODERS)
+    batch = ragged("right", case)
     mask = batch["attention_mask"]
     parts = ("start_logits", "end_logits") if model.task == heads.QUESTION_ANSWERING else ("logits",)
 
@@ -145,10 +162,10 @@ def test_gradients_are_those_of_transformers(case):
         assert error <= TOLERANCE * max(np.abs(expected[entry.name].numpy()).max(), 1e-2 * largest), entry.name
 
 
-@pytest.mark.parametrize("case", [case for case in ENCODERS if "sequence" in case])
+@pytest.mark.parametrize("case", [case for case in TYPED if "sequence" in case])
 def test_token_types_are_0_where_none_are_given(case):
     _, _, params = pair(case)
-    batch = ragged("right", True)
+    batch = ragged("right", case)
     without = {name: value for name, value in batch.items() if name != "token_type_ids"}
     zeros = without | {"token_type_ids": np.zeros_like(batch["input_ids"])}
     assert np.array_equal(program(case)(params, **without).logits, program(case)(params, **zeros).logits)
@@ -159,7 +176,7 @@ def test_token_types_are_0_where_none_are_given(case):
 def test_half_precision_stays_near_float32(case, dtype):
     reference, exact, wide = pair(case)
     model, params = load(reference, exact.task, dtype=dtype)
-    batch = ragged("right", case in ENCODERS)
+    batch = ragged("right", case)
     half = np.asarray(jax.jit(lambda params: model.apply({"params": params}, **batch).logits)(params), np.float32)
     full = np.asarray(exact.apply({"params": wide}, **batch).logits)
     real = slice(None) if half.ndim == 2 else batch["attention_mask"] == 1
@@ -200,7 +217,7 @@ RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_drop
 def test_dropout_is_drawn_from_its_key_and_off_without_one(kind):
     off = dict.fromkeys(RATES, 0.0)
     _, model, params = make_pair("bert", "sequence_classification", **(off | {kind: 0.5}))
-    batch = ragged("right", True)
+    batch = ragged("right", "bert sequence_classification")
 
     @jax.jit
     def logits(seed):
