@@ -13,7 +13,7 @@ from jaxft.data import sources
 from jaxft.data import tokenize as tokenizing
 from jaxft.methods import LoRA, SparseMask
 from jaxft.tasks import sft
-from jaxft.train import run
+from jaxft.train import run, setup
 from jaxft.train.checkpoint import Checkpoints
 
 SETS = {"train": slice(0, 24), "validation": slice(24, 32), "test": slice(32, 40)}
@@ -99,7 +99,7 @@ def test_what_ends_an_answer_and_the_trained_leaves_come_from_the_checkpoint(tra
     asked, folder, _ = trained
     checkpoints = Checkpoints(folder / "checkpoints")
     progress = checkpoints.progress(4)
-    made, trainable = setup.set_up_trained(asked, progress.answer_end, measured=False)
+    made, trainable = setup.set_up_trained(asked, progress, measured=False)
     state = checkpoints.restore_trained(4, trainable)
     checkpoints.close()
     assert setup.end_tokens(made) == (made.tokenizer.convert_tokens_to_ids("<|im_end|>"),)
