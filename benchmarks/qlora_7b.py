@@ -27,7 +27,7 @@ import safetensors.numpy
 import jaxft
 from jaxft.config import DataConfig, OptimizerConfig
 from jaxft.data.batches import Batches
-from jaxft.data.tokenize import NextTokens
+from jaxft.data.examples import NextTokens
 from jaxft.hub.load import describe_pretrained
 from jaxft.hub.names import tensors_of
 from jaxft.methods.partition import size, size_in_bytes

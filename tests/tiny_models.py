@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import jaxft
-from jaxft.data.tokenize import NextTokens
+from jaxft.data.examples import NextTokens
 from jaxft.hub.save import auto_class
 
 VOCABULARY = 97

@@ -1,8 +1,9 @@
 """What a model reads of each row, where its head reads the hidden states, and what it should make of them."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -98,3 +99,53 @@ class Labelled(Examples):
         )
         beside = {name: values[:end] for name, values in self.beside.items()}
         return Labelled(self.tokens[:end], self.offsets[: n + 1], self.cut[:n], slots, self.row_numbers[:n], beside)
+
+
+@dataclasses.dataclass(frozen=True)
+class NextTokens(Examples):
+    """Examples of a causal model: the hidden state of each token predicts the next one, where that is scored."""
+
+    scored: np.ndarray  # (total,) bool: the token is a target counted in the loss
+    prompts: np.ndarray  # (n,) int32: tokens before the last scored turn
+    answers: tuple[str, ...]  # n texts: the last scored turn, as the row has it
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (length,) int32 tokens and (length,) bool scored of example `i`."""
+        part = slice(self.offsets[i], self.offsets[i + 1])
+        return self.tokens[part], self.scored[part]
+
+    @functools.cached_property
+    def slots(self) -> Slots:
+        """A slot for each scored token: the token before it is read."""
+        targets = np.flatnonzero(self.scored)
+        offsets = np.searchsorted(targets, self.offsets)
+        starts = np.repeat(self.offsets[:-1], np.diff(offsets))
+        return Slots(offsets, (targets - starts - 1).astype(np.int32), self.tokens[targets], np.ones(len(targets), np.float32))
+
+    def first(self, count: int) -> "NextTokens":
+        """Returns the first `count` examples, or all where there are fewer."""
+        count = min(count, len(self))
+        end = self.offsets[count]
+        return NextTokens(
+            self.tokens[:end], self.offsets[: count + 1], self.cut[:count], self.scored[:end], self.prompts[:count], self.answers[:count]
+        )
+
+    def prompt(self, i: int) -> np.ndarray:
+        """Returns (length,) int32: what the model is given before the last scored turn, the generation prompt included."""
+        return self[i][0][: self.prompts[i]]
+
+    def answer(self, i: int) -> str:
+        """Returns the true text of the last scored turn."""
+        return self.answers[i]
+
+
+def answer_end(tokenizer: Any, examples: NextTokens) -> int | None:
+    """Returns the special token that most answers end with, or None where they end with text."""
+    last = examples.tokens[examples.offsets[1:] - 1 - _unscored_tail(examples)][examples.cut == 0]
+    common = int(np.bincount(last).argmax()) if len(last) else None
+    return common if common in tokenizer.all_special_ids else None
+
+
+def _unscored_tail(examples: NextTokens) -> np.ndarray:
+    """Tokens behind each example's last scored one, as the line break of some templates."""
+    return np.asarray([np.argmax(examples[i][1][::-1]) for i in range(len(examples))])

@@ -4,10 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
 import numpy as np
 
-from jaxft.data.sources import Rows
+from jaxft.data.rows import Rows
 from jaxft.errors import UserError, nearest
 from jaxft.models.heads import MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
 
@@ -25,7 +24,7 @@ class LabelColumn:
     @property
     def is_named(self) -> bool:
         """Whether the data set's own feature names the classes, so that numbers are places in it."""
-        return isinstance(self._feature, datasets.ClassLabel)
+        return bool(getattr(self._feature, "names", None))  # datasets.ClassLabel
 
     @property
     def feature_names(self) -> tuple[str, ...]:

@@ -1,7 +1,6 @@
 """Rows from files, the hub and the bundled material, each with its place for messages."""
 
 import csv
-import dataclasses
 import html
 import importlib.util
 import io
@@ -18,34 +17,16 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from jaxft.config import DataConfig
+from jaxft.data.rows import Rows
 from jaxft.errors import UserError, given_path, nearest, unknown
+
+__all__ = ["BUNDLED", "SPLITS", "Rows", "load_rows", "load_splits"]
 
 SPLITS = ("train", "validation", "test")
 BUNDLED = "bundled:"
 # owner/name[@config][:split], as huggingface_hub allows names
 _HUB = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]:%+-]+))?")
 _LONGEST_FIELD = 2**31 - 1  # characters of a CSV field: csv's own limit, 131072, is shorter than a long document
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Rows of one set, and where each stands in its source."""
-
-    dataset: datasets.Dataset
-    name: str  # "train.jsonl", "owner/name:train", "bundled:drug-reviews:test"
-    unit: str  # what `numbers` count: "line" or "row"
-    numbers: np.ndarray  # (n,) int64: the line or row of each, from 1
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def place(self, i: int) -> str:
-        """Returns where row `i` stands, as "train.jsonl, line 17"."""
-        return f"{self.name}, {self.unit} {self.numbers[i]}"
-
-    def select(self, indices: Sequence[int] | np.ndarray) -> "Rows":
-        """Returns these rows only, in this order."""
-        return dataclasses.replace(self, dataset=self.dataset.select(indices), numbers=self.numbers[np.asarray(indices, dtype=np.int64)])
 
 
 def load_rows(source: str, default_split: str) -> Rows:

@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxft.config import DataConfig
 from jaxft.data.conversations import fill
-from jaxft.data.sources import Rows
+from jaxft.data.rows import Rows
 
 _PAIR = "text_pair"
 

@@ -1,7 +1,6 @@
 """Rows as tokens: what the model reads, which tokens are scored, and a cache of both by content."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -18,51 +17,13 @@ import transformers
 
 from jaxft.config import DataConfig
 from jaxft.data.conversations import Conversation, Message, conversation
-from jaxft.data.examples import Examples, Slots
-from jaxft.data.sources import Rows
+from jaxft.data.examples import Examples, NextTokens
+from jaxft.data.rows import Rows
 from jaxft.data.template import ChatTemplate, Span, chat_template
 from jaxft.errors import UserError
 
 VERSION = 1  # of what this code makes of the same rows: raise it when that changes, so that older cache files are not read
 CHUNK = 1000  # rows the tokenizer gets at once: it works on them in parallel
-
-
-@dataclasses.dataclass(frozen=True)
-class NextTokens(Examples):
-    """Examples of a causal model: the hidden state of each token predicts the next one, where that is scored."""
-
-    scored: np.ndarray  # (total,) bool: the token is a target counted in the loss
-    prompts: np.ndarray  # (n,) int32: tokens before the last scored turn
-    answers: tuple[str, ...]  # n texts: the last scored turn, as the row has it
-
-    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (length,) int32 tokens and (length,) bool scored of example `i`."""
-        part = slice(self.offsets[i], self.offsets[i + 1])
-        return self.tokens[part], self.scored[part]
-
-    @functools.cached_property
-    def slots(self) -> Slots:
-        """A slot for each scored token: the token before it is read."""
-        targets = np.flatnonzero(self.scored)
-        offsets = np.searchsorted(targets, self.offsets)
-        starts = np.repeat(self.offsets[:-1], np.diff(offsets))
-        return Slots(offsets, (targets - starts - 1).astype(np.int32), self.tokens[targets], np.ones(len(targets), np.float32))
-
-    def first(self, count: int) -> "NextTokens":
-        """Returns the first `count` examples, or all where there are fewer."""
-        count = min(count, len(self))
-        end = self.offsets[count]
-        return NextTokens(
-            self.tokens[:end], self.offsets[: count + 1], self.cut[:count], self.scored[:end], self.prompts[:count], self.answers[:count]
-        )
-
-    def prompt(self, i: int) -> np.ndarray:
-        """Returns (length,) int32: what the model is given before the last scored turn, the generation prompt included."""
-        return self[i][0][: self.prompts[i]]
-
-    def answer(self, i: int) -> str:
-        """Returns the true text of the last scored turn."""
-        return self.answers[i]
 
 
 def tokenize(rows: Rows, tokenizer: Any, config: DataConfig) -> NextTokens:
@@ -111,18 +72,6 @@ def prompt_tokens(asked: Sequence[Sequence[Message]], places: Sequence[str], tok
         texts = [template.render(turns, place, generate=True) for turns, place in zip(asked, places, strict=True)]
         encoded = tokenizer(texts, add_special_tokens=False)
     return [np.asarray(tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens, np.int32) for tokens in encoded["input_ids"]]
-
-
-def answer_end(tokenizer: Any, examples: NextTokens) -> int | None:
-    """Returns the special token that most answers end with, or None where they end with text."""
-    last = examples.tokens[examples.offsets[1:] - 1 - _unscored_tail(examples)][examples.cut == 0]
-    common = int(np.bincount(last).argmax()) if len(last) else None
-    return common if common in tokenizer.all_special_ids else None
-
-
-def _unscored_tail(examples: NextTokens) -> np.ndarray:
-    """Tokens behind each example's last scored one, as the line break of some templates."""
-    return np.asarray([np.argmax(examples[i][1][::-1]) for i in range(len(examples))])
 
 
 COLUMNS = ("set", "rows", "tokens", "min", "median", "mean", "95%", "max", "scored", "cut")

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from jaxft.config import DataConfig
 from jaxft.data.examples import Examples
-from jaxft.data.sources import Rows
+from jaxft.data.rows import Rows
 from jaxft.errors import UserError
 from jaxft.tasks.head import Sums, gather, head_sums
 

@@ -1,7 +1,6 @@
 """One answer for a whole text, or a pair of texts: a class, several classes, or numbers."""
 
 import dataclasses
-import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -9,19 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from scipy import stats
-from sklearn import metrics as sk
 
 from jaxft.config import DataConfig
 from jaxft.data.encode import encode, joined
 from jaxft.data.examples import Examples, Labelled, Slots
 from jaxft.data.labels import LabelColumn, label_column, problem_of
-from jaxft.data.sources import Rows
+from jaxft.data.rows import Rows
 from jaxft.data.texts import pairs_of, texts_of
 from jaxft.errors import UserError, unknown
 from jaxft.models.heads import FIRST, MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
-from jaxft.tasks.base import Batch, Report, Table, Task
-from jaxft.tasks.confusion import confusion_picture
+from jaxft.tasks.base import Batch, Report, Task
 from jaxft.tasks.head import Sums, cross_entropy
 from jaxft.tasks.sft import check_label_smoothing
 
@@ -166,6 +162,8 @@ class SequenceClassification(Task):
         """Returns the mean loss, and by scikit-learn or SciPy: accuracy, macro F1 and Matthews' correlation of single labels; the share
         of texts with all labels right, micro and macro F1 of several; Pearson's and Spearman's correlation of numbers, 0 for constants.
         """
+        from jaxft.tasks.class_figures import figures  # scikit-learn and matplotlib: seconds that a mistyped flag needn't wait for
+
         assert outputs is not None
         return {"loss": float(sums.nll / sums.weight)} | figures(examples.slots.targets, outputs, model.config.problem_type)
 
@@ -190,16 +188,9 @@ class SequenceClassification(Task):
         problem, names, true = model.config.problem_type, model.config.labels, examples.slots.targets
         if problem == REGRESSION:
             return Report()
-        made = _predicted(outputs, problem)
-        every = np.arange(len(names))
-        columns = sk.precision_recall_fscore_support(true, made, labels=every, zero_division=0)
-        rows = tuple(
-            (name, *(f"{value:.1%}" for value in values[:3]), f"{values[3]:,}") for name, *values in zip(names, *columns, strict=True)
-        )
-        tables = (Table("By label", ("label", "precision", "recall", "F1", "rows"), rows),)
-        if problem == MULTI_LABEL:
-            return Report(tables)
-        return Report(tables, {"confusion.png": confusion_picture(sk.confusion_matrix(true, made, labels=every), names)})
+        from jaxft.tasks.class_figures import class_report  # as above
+
+        return class_report(true, outputs, names, problem)
 
     def shown(self, model: nn.Module, examples: Examples, outputs: np.ndarray | None, numbers: Sequence[int]) -> list[tuple[str, str]]:
         """Returns the true and the predicted labels, or numbers, of some examples."""
@@ -211,36 +202,3 @@ class SequenceClassification(Task):
             return [(names[int(true[i])], names[int(outputs[i].argmax())]) for i in numbers]
         chosen = [[", ".join(names[k] for k in np.flatnonzero(row)) or "none" for row in (true[i], outputs[i] > 0)] for i in numbers]
         return [(one, other) for one, other in chosen]
-
-
-def _predicted(outputs: np.ndarray, problem: str) -> np.ndarray:
-    return outputs.argmax(axis=1) if problem == SINGLE_LABEL else (outputs > 0).astype(np.int64)
-
-
-def figures(true: np.ndarray, outputs: np.ndarray, problem: str) -> dict[str, float]:
-    """Returns the metrics of a head's outputs.
-
-    Args:
-      true: (texts,) int classes, or (texts, labels) 0 and 1, or (texts, numbers).
-      outputs: (texts, labels) logits, or (texts, numbers).
-      problem: as transformers names it.
-    """
-    if problem == REGRESSION:
-        return {"pearson": _correlation(stats.pearsonr, true, outputs), "spearman": _correlation(stats.spearmanr, true, outputs)}
-    made = _predicted(outputs, problem)
-    macro = float(sk.f1_score(true, made, average="macro", zero_division=0))
-    accuracy = float(sk.accuracy_score(true, made))
-    if problem == MULTI_LABEL:
-        return {"accuracy": accuracy, "micro_f1": float(sk.f1_score(true, made, average="micro", zero_division=0)), "macro_f1": macro}
-    return {"accuracy": accuracy, "macro_f1": macro, "mcc": float(sk.matthews_corrcoef(true, made))}
-
-
-def _correlation(function: Any, true: np.ndarray, made: np.ndarray) -> float:
-    """The mean over columns; 0 where one of the two is constant, or there are fewer than two rows."""
-    found = []
-    for one, other in zip(true.T, made.T, strict=True):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", stats.ConstantInputWarning)
-            value = function(one, other).statistic if len(one) > 1 else 0.0
-        found.append(float(value) if np.isfinite(value) else 0.0)
-    return float(np.mean(found))

@@ -8,9 +8,8 @@ import numpy as np
 from flax import linen as nn
 
 from jaxft.config import DataConfig
-from jaxft.data.examples import Examples
-from jaxft.data.sources import Rows
-from jaxft.data.tokenize import NextTokens, answer_end, tokenize
+from jaxft.data.examples import Examples, NextTokens, answer_end
+from jaxft.data.rows import Rows
 from jaxft.errors import UserError
 from jaxft.tasks.base import Task
 from jaxft.tasks.head import Sums, cross_entropy
@@ -46,6 +45,8 @@ class SFT(Task):
 
     def examples(self, rows: Rows, tokenizer: Any, data: DataConfig, model: nn.Module) -> NextTokens:
         """Returns a set's rows as tokens, those of the answers scored."""
+        from jaxft.data.tokenize import tokenize  # imports transformers: seconds that a mistyped flag needn't wait for
+
         return tokenize(rows, tokenizer, data)
 
     def warnings(self, tokenizer: Any, training: Examples) -> list[str]:

@@ -9,8 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxft.data.batches import each_once, lay_out
-from jaxft.data.examples import Examples
-from jaxft.data.tokenize import NextTokens
+from jaxft.data.examples import Examples, NextTokens
 from jaxft.errors import UserError
 from jaxft.generation import Sampling, generate
 from jaxft.methods.partition import partition

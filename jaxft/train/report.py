@@ -6,8 +6,7 @@ from typing import Any
 
 from jaxft import console
 from jaxft.config import Experiment, ModelConfig
-from jaxft.data.examples import Examples
-from jaxft.data.tokenize import NextTokens
+from jaxft.data.examples import Examples, NextTokens
 from jaxft.errors import UserError
 from jaxft.hub.bitsandbytes_config import BLOCK_SIZE, CODES
 from jaxft.hub.load import compute_type

@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 from jaxft import console
 from jaxft.config import Experiment, ModelConfig
 from jaxft.data.batches import Batches
-from jaxft.data.examples import Examples
+from jaxft.data.examples import Examples, NextTokens, answer_end
 from jaxft.data.sources import Rows, load_splits
-from jaxft.data.tokenize import COLUMNS, NextTokens, answer_end, describe
+from jaxft.data.tokenize import COLUMNS, describe
 from jaxft.errors import UserError, unknown
 from jaxft.hub.load import OriginalKernels, compute_type, describe_pretrained, load_pretrained
 from jaxft.hub.peft import adapter_format

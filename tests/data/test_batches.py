@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from jaxft.config import DataConfig
 from jaxft.data.batches import Batches, evaluation_batches
-from jaxft.data.tokenize import NextTokens
+from jaxft.data.examples import NextTokens
 from jaxft.models.attention import PADDING, SHARED
 
 

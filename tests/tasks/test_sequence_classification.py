@@ -22,7 +22,7 @@ from jaxft.data.sources import Rows
 from jaxft.errors import UserError
 from jaxft.models.heads import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from jaxft.tasks import SequenceClassification
-from jaxft.tasks.sequence_classification import figures
+from jaxft.tasks.class_figures import figures
 
 WORDS = [f"w{number}" for number in range(80)]
 LENGTHS = (3, 17, 9, 40, 1, 12)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import types
 
 import pytest
 
@@ -24,8 +25,11 @@ def test_what_has_no_effect_is_refused(change):
         quantization(dataclasses.replace(ModelConfig(), **change))
 
 
+MODEL = types.SimpleNamespace(task="causal_lm", config=types.SimpleNamespace(labels=()))
+
+
 def said(**settings):
-    return adapter_command(pathlib.Path("adapter"), ModelConfig(source="owner/name", dtype="float32", **settings), "peft")
+    return adapter_command(pathlib.Path("adapter"), ModelConfig(source="owner/name", dtype="float32", **settings), "peft", MODEL)
 
 
 def test_transformers_makes_the_base_where_it_makes_the_same():
@@ -37,7 +41,7 @@ def test_transformers_makes_the_base_where_it_makes_the_same():
 @pytest.mark.parametrize("change", [{"block_size": 32}, {"quantized": ("mlp",)}, {"source": "bundled:smollm2-135m-instruct"}], ids=str)
 def test_jaxft_writes_the_base_where_it_does_not(change):
     config = dataclasses.replace(ModelConfig(source="owner/name", dtype="float32", quantization="nf4"), **change)
-    found = adapter_command(pathlib.Path("adapter"), config, "peft")
+    found = adapter_command(pathlib.Path("adapter"), config, "peft", MODEL)
     code = found[found.index("    import") :]
     compile("\n".join(line[4:] for line in code.splitlines()), "printed", "exec")
     assert f'jaxft.load_pretrained("{config.source}", dtype="float32"' in code
