@@ -1,6 +1,11 @@
 """Full fine-tuning of a BERT that reads drug reviews: was the experience positive, neutral or negative?
 
-python launch.py --experiment=full_bert_sentiment
+    python launch.py --experiment=full_bert_sentiment
+
+MiniLM-L6, a BERT of six layers, with a new head; 540 reviews are trained on, 379 are the test. Runs anywhere, with nothing downloaded.
+
+Hardware: two CPU cores, 2.6 GB of memory. 22,714,371 parameters train.
+Its result over several seeds isn't measured yet. One run had 73.4% accuracy and 48.7% macro F1; the majority class has 65.4% and 26.4%.
 """
 
 from jaxft.config import DataConfig, EvalConfig, Experiment, ModelConfig, OptimizerConfig, TrainConfig
@@ -27,7 +32,7 @@ def get_config(variant: str = "") -> Experiment:
         ),
         method=Full(),
         task=SequenceClassification(),
-        train=TrainConfig(epochs=5.0, batch_size=4, eval_every=30),
+        train=TrainConfig(epochs=5.0, batch_size=4, eval_every=30),  # 4 packed rows hold about 9 reviews
         optimizer=OptimizerConfig(learning_rate=5e-5, weight_decay=0.01),
         eval=EvalConfig(),
     )

@@ -31,3 +31,9 @@ def pairs_of(rows: Rows, data: DataConfig) -> list[str]:
     if not data.text_pair and _PAIR not in rows.dataset.column_names:
         return []
     return [pair_of(row, data, rows.place(i)) for i, row in enumerate(rows.dataset)]
+
+
+def columns_of(rows: Rows, data: DataConfig) -> list[list[str]]:
+    """Returns the texts, and the second texts where there are some."""
+    pairs = pairs_of(rows, data)
+    return [texts_of(rows, data), pairs] if pairs else [texts_of(rows, data)]

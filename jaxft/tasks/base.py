@@ -17,6 +17,7 @@ from jaxft.errors import UserError
 from jaxft.tasks.head import Sums, gather, head_sums
 
 Batch = Mapping[str, jax.Array]
+Of = tuple[Rows, Examples]  # a set, as rows and as examples
 _OF_THE_HEAD = ("scored", "targets", "weights")
 _FIELDS_OF_TASKS = {"system", "prompt", "completion", "template", "loss", "text", "text_pair", "label"}
 _ARGUMENTS = {"tokens": "input_ids"}
@@ -169,6 +170,19 @@ class Task(abc.ABC):
 
     def majority(self, model: nn.Module, training: Examples, examples: Examples) -> dict[str, float]:
         """Returns the metrics of what knows the training targets and no text; {} where that makes no sense."""
+        return {}
+
+    def linear_baseline(
+        self, model: nn.Module, data: DataConfig, training: tuple[Rows, Examples], test: tuple[Rows, Examples]
+    ) -> dict[str, float]:
+        """Returns the metrics of a linear model of word counts, which takes a second; {} where that makes no sense.
+
+        Args:
+          model: of it the configuration.
+          data: which columns are read.
+          training: the training set.
+          test: the set that is measured.
+        """
         return {}
 
     def report(self, model: nn.Module, examples: Examples, outputs: np.ndarray | None) -> Report:

@@ -14,10 +14,10 @@ from jaxft.data.encode import encode, joined
 from jaxft.data.examples import Examples, Labelled, Slots
 from jaxft.data.labels import LabelColumn, label_column, problem_of
 from jaxft.data.rows import Rows
-from jaxft.data.texts import pairs_of, texts_of
+from jaxft.data.texts import columns_of, pairs_of, texts_of
 from jaxft.errors import UserError, unknown
 from jaxft.models.heads import FIRST, MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
-from jaxft.tasks.base import Batch, Report, Task
+from jaxft.tasks.base import Batch, Of, Report, Task
 from jaxft.tasks.head import Sums, cross_entropy
 from jaxft.tasks.sft import check_label_smoothing
 
@@ -181,6 +181,18 @@ class SequenceClassification(Task):
         outputs = np.tile(constant.astype(np.float32), (len(true), 1))
         sums = self.loss(model, jnp.asarray(outputs), jnp.asarray(true), jnp.ones(len(true)))
         return self.scores(model, examples, jax.device_get(sums), outputs)
+
+    def linear_baseline(self, model: nn.Module, data: DataConfig, training: Of, test: Of) -> dict[str, float]:
+        """Returns the metrics of logistic regression on TF-IDF of words and pairs of words, by scikit-learn; {} but for single labels."""
+        from jaxft.tasks.class_figures import word_logits  # as above
+
+        if model.config.problem_type != SINGLE_LABEL:
+            return {}
+        texts, held_out = (["\n".join(parts) for parts in zip(*columns_of(rows, data), strict=True)] for rows, _ in (training, test))
+        outputs = word_logits(texts, training[1].slots.targets, held_out, len(model.config.labels))
+        true = test[1].slots.targets
+        sums = self.loss(model, jnp.asarray(outputs), jnp.asarray(true), jnp.ones(len(true)))
+        return self.scores(model, test[1], jax.device_get(sums), outputs)
 
     def report(self, model: nn.Module, examples: Examples, outputs: np.ndarray | None) -> Report:
         """Returns precision, recall and F1 of each label, and the confusion matrix of single labels as a picture."""

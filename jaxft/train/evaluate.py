@@ -104,6 +104,13 @@ class Evaluator:
         assert isinstance(examples, NextTokens)
         return majority_match(training.answers, [examples.answer(i) for i in range(len(examples))], self.answer_format)
 
+    def linear_baseline(self, name: str) -> dict[str, float]:
+        """Returns the metrics of a linear model of word counts; {} where the task has none."""
+        setup, examples = self._setup, self.chosen(name)
+        rows = setup.rows[name].select(range(len(set(examples.rows.tolist()))))
+        training = (setup.rows["train"], setup.examples["train"])
+        return setup.experiment.task.linear_baseline(setup.model, setup.experiment.data, training, (rows, examples))
+
     def answers(self, state: State, examples: NextTokens, title: str) -> list[str]:
         """Returns the model's answer to each example's prompt."""
         setup = self._setup

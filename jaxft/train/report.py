@@ -26,11 +26,17 @@ _PIPELINES = {  # of transformers
 }
 _SHOWN = 3  # answers
 _PROMPT_CHARACTERS = 400
+_MODELS = {  # of a summary's eval
+    "before": "untuned model",
+    "majority": "majority answer",
+    "linear": "TF-IDF + logistic regression",
+    "after": "tuned model",
+}
 _TITLES = {"macro_f1": "macro F1", "micro_f1": "micro F1", "mcc": "MCC", "f1": "F1", "exact_match": "exact match"}
 
 
 def comparison(summary: Mapping[str, Any], fields: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Returns the columns and rows of the closing table: untuned model, majority answer, tuned model.
+    """Returns the columns and rows of the closing table: untuned model, majority answer, linear baseline, tuned model.
 
     Args:
       summary: of the run.
@@ -43,7 +49,7 @@ def comparison(summary: Mapping[str, Any], fields: Sequence[str]) -> tuple[list[
     else:
         metrics = {name: _TITLES.get(name, name) for name in found["after"]}
     rows = []
-    for title, key in (("untuned model", "before"), ("majority answer", "majority"), ("tuned model", "after")):
+    for key, title in _MODELS.items():
         if of_one := found.get(key):
             rows.append([title, *(_cell(name, of_one) for name in metrics)])
     return ["", *metrics.values()], rows

@@ -349,6 +349,8 @@ def _finish(
     after = evaluator.full(state, split, "After training")
     summary = _summarize(setup, outcome, after, time.perf_counter() - began)
     summary["eval"]["majority"] = evaluator.majority(split)
+    if linear := evaluator.linear_baseline(split):
+        summary["eval"]["linear"] = linear
     exports = own_exports(setup, state)
     for name, format, method in exports:
         _export(setup, state, format, method, workdir / "export" / name, summary)

@@ -1,0 +1,31 @@
+"""Bottleneck adapters on the BERT of full_bert_sentiment, on its data.
+
+    python launch.py --experiment=adapter_bert_sentiment
+
+Pfeiffer's adapter after the feed-forward part of each layer, and the head, train (arXiv:2005.00247).
+
+Hardware: two CPU cores, 2.6 GB of memory.
+Its result on the test reviews isn't measured yet.
+"""
+
+import dataclasses
+
+from experiments import full_bert_sentiment
+from jaxft.config import Experiment
+from jaxft.errors import unknown
+from jaxft.methods import Bottleneck
+
+VARIANTS = ()
+
+
+def get_config(variant: str = "") -> Experiment:
+    """Returns full_bert_sentiment's experiment, with Pfeiffer's adapter."""
+    if variant:
+        raise unknown("adapter_bert_sentiment variant", variant, VARIANTS)
+    found = full_bert_sentiment.get_config()
+    return dataclasses.replace(
+        found,
+        name="adapter_bert_sentiment",
+        method=Bottleneck.seq_bn(),
+        optimizer=dataclasses.replace(found.optimizer, learning_rate=1e-3),
+    )
