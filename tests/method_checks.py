@@ -30,10 +30,14 @@ ADAMW = OptimizerConfig(schedule="constant", warmup=0, learning_rate=1e-3)
 SGD = OptimizerConfig(name="sgd", learning_rate=0.02, schedule="constant", warmup=0, clip_norm=0)
 
 
+NO_DROPOUT = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "embd_pdrop", "resid_pdrop", "attn_pdrop"), 0.0)
+
+
 @functools.cache
 def pair(family="llama"):
-    """Returns the reference, jaxft's model, and its parameters."""
-    return make_pair(family, num_hidden_layers=3)
+    """Returns the reference, jaxft's model, and its parameters, of a family, or of a family and a task: "bert masked_lm"."""
+    family, task = (*family.split(), "causal_lm")[:2]
+    return make_pair(family, task, num_hidden_layers=3, **NO_DROPOUT)
 
 
 def base(family="llama"):
@@ -44,11 +48,16 @@ def base(family="llama"):
 @functools.cache
 def program(family):
     model = base(family)[0]
-    return jax.jit(lambda params: model.apply({"params": params}, IDS).logits)
+    return jax.jit(lambda params: outputs(model.apply({"params": params}, IDS)))
+
+
+def outputs(out):
+    """Returns what a head gave: its logits, or those of starts and ends."""
+    return [out.start_logits, out.end_logits] if getattr(out, "logits", None) is None else out.logits
 
 
 def logits(params, family="llama"):
-    """Returns the logits of two rows, (2, 13, vocabulary)."""
+    """Returns the outputs of two rows, (2, 13, vocabulary) of a language model."""
     return np.asarray(program(family)(params))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import peft
 import safetensors.numpy
 import torch
-from method_checks import IDS, base, logits, pair
+from method_checks import IDS, base, logits, outputs, pair
 from reference_training import check_gradients, check_losses, our_gradients, our_losses, torch_gradients, torch_losses
 from tiny_models import moved, with_adapter
 
@@ -35,7 +35,7 @@ def tuned_by_peft(config, prefix, size=0.1, family="llama"):
 
 def their_logits(model):
     with torch.no_grad():
-        return model(torch.tensor(IDS)).logits.numpy()
+        return np.asarray(outputs(model(torch.tensor(IDS))))
 
 
 def load_in_peft(folder, family="llama"):

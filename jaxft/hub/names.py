@@ -85,6 +85,11 @@ def linear_layers(model: nn.Module, params: Any) -> list[Entry]:
     return [entry for entry in tensors_of(model, params) if entry.path.endswith("/kernel")]
 
 
+def is_conv1d(found: Iterable[Entry]) -> bool:
+    """Returns whether their files hold any of these kernels (in, out), as GPT-2's Conv1D does; linear layers have (out, in)."""
+    return any(entry.path.endswith("/kernel") and not entry.transform for entry in found)
+
+
 def nodes_of(found: Iterable[Entry], kind: type[Any], chosen: Callable[[str], bool]) -> list[Entry]:
     """Returns the entries of `chosen` names that have a node of a class, other methods' nodes around it or not.
 

@@ -22,7 +22,7 @@ from jaxft.hub import (
 )
 from jaxft.hub import folder as folders
 from jaxft.hub.checkpoint import ADAPTER_CONFIG, read_json
-from jaxft.hub.peft_format import WEIGHTS, Format, Params
+from jaxft.hub.peft_format import BASE, PREFIX, WEIGHTS, Format, Params, check_task, task_type
 from jaxft.hub.save import CARD
 from jaxft.hub.sources import PICKLE_SUFFIXES, pickle_refusal
 from jaxft.methods.base import Method
@@ -36,7 +36,7 @@ FORMATS: tuple[Any, ...] = (  # what follows peft_format.Format
     peft_vera,
     *peft_virtual.FORMATS,
 )
-_ALONE = (peft_lora, *peft_virtual.FORMATS)  # where nothing trains whole beside the method: LoRA's modules_to_save is its own
+_ALONE = (peft_lora,)  # where nothing trains whole beside the method: LoRA's modules_to_save is its own
 _CARD = """---
 library_name: peft
 ---
@@ -88,7 +88,7 @@ def has_form(model: nn.Module, params: Params, method: Method) -> bool:
 
 def save_adapter(
     folder: str | pathlib.Path,
-    model: nn.Module,
+    model: Any,
     params: Params,
     method: Method,
     base_model: str = "",
@@ -103,8 +103,8 @@ def save_adapter(
       folder: where; what is there is replaced if jaxft wrote it.
       model: as `load_pretrained` gives it.
       params: as `method.init` makes them, trained or not.
-      method: the method that made them; but for LoRA and virtual tokens, with a `Partial(targets=...)` added to it, whose modules PEFT
-        saves whole (modules_to_save).
+      method: the method that made them; but for LoRA, with a `Partial(targets=...)` added to it, whose modules PEFT saves whole
+        (modules_to_save).
       base_model: what the adapter belongs to, a hub id or a folder, for peft to find it.
       card: README.md, Markdown; empty is a short one.
       name: of the adapter, in AdapterHub's form alone; PEFT's has none.
@@ -126,7 +126,8 @@ def save_adapter(
     written = found.write(model, params, own)
     if whole is not None:
         written = peft_saved.added(written, model, params, whole)
-    config = {**written.config, "base_model_name_or_path": base_model or None}
+    kind = task_type(model.config.task, written.config["modules_to_save"] or ())
+    config = {**written.config, "base_model_name_or_path": base_model or None, "task_type": kind}
     _write(pathlib.Path(folder), config, WEIGHTS, written.tensors, card or _CARD)
 
 
@@ -139,7 +140,7 @@ def _write(
         (temporary / CARD).write_text(card, encoding="utf-8")
 
 
-def load_adapter(folder: str | pathlib.Path, model: nn.Module, params: Params) -> tuple[Params, Any]:
+def load_adapter(folder: str | pathlib.Path, model: Any, params: Params) -> tuple[Params, Any]:
     """Returns `params` with a folder's adapter, and the method that gives the same structure.
 
     What trains is float32, whatever type the file has, as in peft: bfloat16 and float16 numbers stay as they are, float64 ones are
@@ -162,6 +163,7 @@ def load_adapter(folder: str | pathlib.Path, model: nn.Module, params: Params) -
     adapter_keys.check(config, adapter_keys.PEFT, str(folder / ADAPTER_CONFIG))
     kinds = {found.PEFT_TYPE: found for found in FORMATS}
     kind = config.get("peft_type")
+    check_task(config, model.config.task, str(folder / ADAPTER_CONFIG))
     if kind not in kinds:
         raise UserError(
             f"{folder / ADAPTER_CONFIG}: peft_type is {kind!r}.{nearest(str(kind), kinds)} jaxft reads {', '.join(sorted(kinds))}."
@@ -175,4 +177,5 @@ def load_adapter(folder: str | pathlib.Path, model: nn.Module, params: Params) -
         return found.read(folder, config, model, params)
     saved = peft_saved.chosen(config, model, params, str(folder / ADAPTER_CONFIG))
     params, method = found.read(folder, config | {"modules_to_save": None}, model, params, saved)
-    return peft_saved.read(folder, model, params, method, saved)
+    prefix = BASE if found in peft_virtual.FORMATS else PREFIX
+    return peft_saved.read(folder, model, params, method, saved, prefix) if saved else (params, method)

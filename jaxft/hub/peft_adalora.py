@@ -12,10 +12,10 @@ from flax import linen as nn
 from jaxft.errors import UserError
 from jaxft.hub import peft_leaves, peft_lora_config, peft_tensors
 from jaxft.hub.checkpoint import ADAPTER_CONFIG
-from jaxft.hub.names import Entry, linear_layers, nodes_of
-from jaxft.hub.peft_format import WEIGHTS, Params, Written
+from jaxft.hub.names import Entry, is_conv1d, linear_layers, nodes_of
+from jaxft.hub.peft_format import PREFIX, WEIGHTS, Params, Written
 from jaxft.hub.peft_lora import place
-from jaxft.hub.peft_tensors import PREFIX, Slot
+from jaxft.hub.peft_tensors import Slot
 from jaxft.methods.adalora import AdaLoRA, AdaLoRAKernel
 
 METHOD = AdaLoRA
@@ -46,7 +46,15 @@ DEFAULTS = peft_lora_config.DEFAULTS | {
     "orth_reg_weight": 0.5,
     "total_step": None,
 }
-_HONOURED = frozenset(_NAMES) | {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "r"}
+_HONOURED = frozenset(_NAMES) | {
+    "fan_in_fan_out",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "r",
+}
 
 
 def write(model: nn.Module, params: Params, method: AdaLoRA) -> Written:
@@ -64,6 +72,7 @@ def write(model: nn.Module, params: Params, method: AdaLoRA) -> Written:
         kept = {module: np.ones(method.init_rank, bool) for module in kept}
     modules = [entry.module for entry in adapted]
     config = {theirs: getattr(method, ours) for theirs, ours in _NAMES.items()} | {
+        "fan_in_fan_out": is_conv1d(adapted),
         "lora_alpha": int(method.alpha) if method.alpha == int(method.alpha) else method.alpha,
         # peft takes no adapter without a schedule, though one that is trained has no more use for it
         "total_step": method.total_steps or method.tinit + method.tfinal + 1,

@@ -6,7 +6,6 @@ from typing import Any
 from jaxft.errors import UserError, nearest
 from jaxft.hub.peft_lora_config import VERSION, summarize
 
-TASK = "CAUSAL_LM"
 COMMON: dict[str, Any] = {
     "auto_mapping": None,
     "base_model_name_or_path": None,
@@ -15,7 +14,7 @@ COMMON: dict[str, Any] = {
     "peft_version": VERSION,
     "revision": None,
     "target_modules": None,
-    "task_type": TASK,
+    "task_type": None,
 }
 # What changes nothing in what an adapter that is written already computes.
 _WITHOUT_EFFECT = frozenset({"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"})
@@ -33,8 +32,6 @@ def check(config: Mapping[str, Any], defaults: Mapping[str, Any], honoured: Iter
 
     A key that jaxft doesn't know passes where its value is off (null, false, empty): newer versions of peft write such.
     """
-    if config.get("task_type") not in (None, TASK):
-        raise UserError(f"{where}: task_type is {config['task_type']!r}; jaxft reads adapters of {TASK}.")
     passed = {"peft_type", "task_type", *honoured, *_WITHOUT_EFFECT, *(_TARGETS & set(defaults))}
     for key, value in config.items():
         if key in passed or (key in defaults and value == defaults[key]) or not value:

@@ -11,9 +11,9 @@ from flax import linen as nn
 from jaxft.errors import UserError
 from jaxft.hub import peft_config, peft_leaves, peft_lora_config
 from jaxft.hub.checkpoint import ADAPTER_CONFIG
-from jaxft.hub.names import Entry, linear_layers, nodes_of
-from jaxft.hub.peft_format import Params, Written
-from jaxft.hub.peft_leaves import PREFIX, Place
+from jaxft.hub.names import Entry, is_conv1d, linear_layers, nodes_of
+from jaxft.hub.peft_format import PREFIX, Params, Written
+from jaxft.hub.peft_leaves import Place
 from jaxft.methods.ia3 import IA3, Scaled, ScaledInput
 
 METHOD = IA3
@@ -39,14 +39,15 @@ def write(model: nn.Module, params: Params, method: IA3) -> Written:
     outputs = [entry.module for entry in scaled if entry.module not in feedforward]
     # peft wants each feedforward module's pattern among the targets'
     inputs, others = peft_config.patterns(feedforward, every, "."), peft_config.patterns(outputs, every, ".")
-    config = DEFAULTS | {"feedforward_modules": inputs, "target_modules": sorted({*inputs, *others})}
+    targets = {"feedforward_modules": inputs, "target_modules": sorted({*inputs, *others})}
+    config = DEFAULTS | targets | {"fan_in_fan_out": is_conv1d(scaled)}
     return Written(config, {**peft_leaves.tensors(map(_place, scaled)), **peft_leaves.base_weights(scaled)})
 
 
 def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params: Params, saved: Collection[str] = ()) -> tuple[Params, IA3]:
     """Returns `params` with a folder's vectors, and the method that gives the same structure."""
     where = str(folder / ADAPTER_CONFIG)
-    peft_config.check(config, DEFAULTS, ("feedforward_modules", "init_ia3_weights"), where)
+    peft_config.check(config, DEFAULTS, ("fan_in_fan_out", "feedforward_modules", "init_ia3_weights"), where)
     linear = linear_layers(model, params)
     chosen = set(peft_lora_config.targets(config, [entry.module for entry in linear], where))
     peft_leaves.check_free(linear, Scaled, chosen, METHOD.__name__)

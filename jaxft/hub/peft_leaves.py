@@ -14,12 +14,11 @@ import safetensors
 from jaxft.errors import UserError
 from jaxft.hub.checkpoint import FLOATS, header
 from jaxft.hub.names import Entry, listed
-from jaxft.hub.peft_format import WEIGHTS, Params
+from jaxft.hub.peft_format import PREFIX, WEIGHTS, Params
 from jaxft.models import segments
 from jaxft.models.node import dense, find, innermost, is_node
 from jaxft.models.segments import Leaf
 
-PREFIX = "base_model.model."  # of the names of tensors that belong to a module
 _BASE = PREFIX + "{module}.base_layer.weight"
 
 

@@ -12,9 +12,9 @@ from flax import linen as nn
 from jaxft.errors import UserError
 from jaxft.hub import peft_leaves, peft_lora_config, peft_saved, peft_tensors
 from jaxft.hub.checkpoint import ADAPTER_CONFIG
-from jaxft.hub.names import Entry, nodes_of, tensors_of
-from jaxft.hub.peft_format import WEIGHTS, Params, Written
-from jaxft.hub.peft_tensors import PREFIX, Slot, module_of
+from jaxft.hub.names import Entry, is_conv1d, nodes_of, tensors_of
+from jaxft.hub.peft_format import PREFIX, WEIGHTS, Params, Written
+from jaxft.hub.peft_tensors import Slot, module_of
 from jaxft.methods import lora_start
 from jaxft.methods.kernels import EMBEDDING, KERNEL
 from jaxft.methods.lora import LoRA, LoRAKernel
@@ -153,6 +153,7 @@ def _config(method: LoRA, every: list[Entry], adapted: list[Entry]) -> dict[str,
         "lora_alpha": _number(alpha),
         "lora_bias": method.lora_bias,
         "lora_dropout": method.dropout,
+        "fan_in_fan_out": is_conv1d(adapted),
         "use_rslora": method.rslora,
         "use_dora": method.dora,
         "init_lora_weights": method.start if method.start == "gaussian" else True,

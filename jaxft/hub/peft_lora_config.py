@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxft.errors import UserError, nearest
+from jaxft.hub.peft_format import saved_by
 
 VERSION = "0.21.2"  # of peft, whose keys and defaults these are
 DEFAULTS: dict[str, Any] = {
@@ -42,7 +43,7 @@ DEFAULTS: dict[str, Any] = {
     "revision": None,
     "target_modules": None,
     "target_parameters": None,
-    "task_type": "CAUSAL_LM",
+    "task_type": None,
     "trainable_token_indices": None,
     "use_bdlora": None,
     "use_dora": False,
@@ -50,8 +51,9 @@ DEFAULTS: dict[str, Any] = {
     "use_rslora": False,
     "velora_config": None,
 }
-HONOURED = frozenset({"r", "lora_alpha", "lora_bias", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout"}) | frozenset(
-    {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "use_dora", "bias", "modules_to_save"}
+# peft sees itself which way a module holds its kernel, whatever fan_in_fan_out says
+HONOURED = frozenset({"fan_in_fan_out", "r", "lora_alpha", "lora_bias", "use_rslora", "rank_pattern", "alpha_pattern"}) | frozenset(
+    {"lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "use_dora", "bias", "modules_to_save"}
 )
 # What changes nothing in what an adapter that is written already computes.
 _WITHOUT_EFFECT = frozenset({"auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version", "revision"}) | (
@@ -75,8 +77,6 @@ def check(
     """
     if config.get("peft_type") != peft_type:
         raise UserError(f"{where}: peft_type is {config.get('peft_type')!r}, not {peft_type}.")
-    if config.get("task_type") not in (None, "CAUSAL_LM"):
-        raise UserError(f"{where}: task_type is {config['task_type']!r}; jaxft reads adapters of CAUSAL_LM.")
     if config.get("init_lora_weights", True) not in _STARTS:
         raise UserError(
             f"{where}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base model by chance or by data. "
@@ -113,16 +113,25 @@ def targets(
 def saved_modules(config: Mapping[str, Any], modules: Iterable[str], where: str) -> set[str]:
     """Returns which of `modules` are trained whole: peft takes each that ends with one of the names, and all within it.
 
-    Raises `UserError` for a name that is no module's.
+    Of the heads that it saves for a task, only some are a model's. Raises `UserError` for any other name that is no module's.
     """
     modules = list(modules)
     saved: set[str] = set()
     for name in config.get("modules_to_save") or ():
-        found = {module for module in modules if any(outer.endswith(name) for outer in _and_outer(module))}
-        if not found:
+        found = covered(name, modules)
+        if not found and name not in saved_by(config.get("task_type")):
             raise UserError(f"{where}: modules_to_save: no module is called '{name}'. There are: {_kinds(modules)}.")
         saved |= found
     return saved
+
+
+def covered(name: str, modules: Iterable[str]) -> set[str]:
+    """Returns the modules that a name of modules_to_save stands for: PEFT takes what ends with it, and all within.
+
+    >>> sorted(covered("classifier", ["classifier.dense", "pre_classifier", "classifier_norm"]))
+    ['classifier.dense', 'pre_classifier']
+    """
+    return {module for module in modules if any(outer.endswith(name) for outer in _and_outer(module))}
 
 
 def _and_outer(module: str) -> list[str]:

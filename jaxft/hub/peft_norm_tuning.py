@@ -11,8 +11,8 @@ from jaxft.errors import UserError
 from jaxft.hub import peft_config, peft_leaves, peft_lora_config
 from jaxft.hub.checkpoint import ADAPTER_CONFIG
 from jaxft.hub.names import Entry, tensors_of
-from jaxft.hub.peft_format import Params, Written
-from jaxft.hub.peft_leaves import PREFIX, Place
+from jaxft.hub.peft_format import PREFIX, Params, Written
+from jaxft.hub.peft_leaves import Place
 from jaxft.methods.norm_tuning import NormTuning, is_norm
 
 METHOD = NormTuning

@@ -1,7 +1,8 @@
 """PEFT's modules_to_save beside any kind of adapter: modules that train whole, which here are a `Partial` in a sum with the method."""
 
+import dataclasses
 import pathlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from typing import Any
 
 import jax
@@ -11,8 +12,8 @@ from jaxft.errors import UserError
 from jaxft.hub import peft_leaves, peft_lora_config, peft_tensors
 from jaxft.hub.checkpoint import FLOATS, header
 from jaxft.hub.names import Entry, tensors_of
-from jaxft.hub.peft_format import WEIGHTS, Params, Written
-from jaxft.hub.peft_tensors import PREFIX, Slot, module_of
+from jaxft.hub.peft_format import PREFIX, WEIGHTS, Params, Written
+from jaxft.hub.peft_tensors import Slot, module_of
 from jaxft.methods.base import Compose, Method
 from jaxft.methods.kernels import EMBEDDING
 from jaxft.methods.partial import Partial
@@ -38,30 +39,34 @@ def added(written: Written, model: nn.Module, params: Params, whole: Partial) ->
     """Returns an adapter with the modules that `whole` trains; raises `UserError` where one of them has another tensor in it."""
     every = tensors_of(model, params)
     saved = {module_of(entry) for entry in every if first_match(whole.targets, entry.path) is not None}
-    if overlap := [module for module in saved if any(name.startswith(f"{PREFIX}{module}.") for name in written.tensors)]:
+    if overlap := [module for module in saved if any(name.startswith(f"{written.prefix}{module}.") for name in written.tensors)]:
         raise UserError(f"{overlap[0]} trains whole and has an adapter too, which PEFT's files can't hold. Leave one of them out.")
-    tensors = {slot.key: slot.read for slot in slots(every, saved)}
-    return Written({**written.config, "modules_to_save": names(saved, map(module_of, every))}, {**written.tensors, **tensors})
+    tensors = {slot.key: slot.read for slot in slots(every, saved, written.prefix)}
+    config = {**written.config, "modules_to_save": names(saved, map(module_of, every))}
+    return dataclasses.replace(written, config=config, tensors={**written.tensors, **tensors})
 
 
-def names(saved: Collection[str], modules: Iterable[str]) -> list[str] | None:
+def names(saved: Set[str], modules: Iterable[str]) -> list[str] | None:
     """Returns names that peft, which takes each module that ends with one, understands as these modules and no others.
 
     >>> names({"model.norm"}, ["model.norm", "model.layers.0.mlp.up_proj"])
     ['norm']
+    >>> names({"classifier.dense", "classifier.out_proj"}, ["classifier.dense", "classifier.out_proj", "roberta.encoder.dense"])
+    ['classifier']
     """
     modules = set(modules)
 
     def short(module: str) -> str:
-        tail = module.rpartition(".")[2]
-        return tail if all(other in saved for other in modules if other.endswith(tail)) else module
+        parts = module.split(".")
+        tails = parts[-1:] if any(part.isdecimal() for part in parts) else parts  # PEFT can't wrap a layer's own modules of modules
+        return next((tail for tail in tails if peft_lora_config.covered(tail, modules) <= saved), module)
 
     return sorted({short(module) for module in saved}) or None
 
 
-def slots(every: Iterable[Entry], saved: Collection[str]) -> list[Slot]:
+def slots(every: Iterable[Entry], saved: Collection[str], prefix: str = PREFIX) -> list[Slot]:
     """Returns the places of the saved modules' tensors."""
-    return [peft_tensors.whole(PREFIX + entry.name, entry) for entry in every if module_of(entry) in saved]
+    return [peft_tensors.whole(prefix + entry.name, entry) for entry in every if module_of(entry) in saved]
 
 
 def chosen(config: Mapping[str, Any], model: Any, params: Params, where: str) -> set[str]:
@@ -76,14 +81,16 @@ def chosen(config: Mapping[str, Any], model: Any, params: Params, where: str) ->
     return saved
 
 
-def read(folder: pathlib.Path, model: nn.Module, params: Params, method: Method, saved: Collection[str]) -> tuple[Params, Method]:
+def read(
+    folder: pathlib.Path, model: nn.Module, params: Params, method: Method, saved: Collection[str], prefix: str
+) -> tuple[Params, Method]:
     """Returns `params` with the saved modules of a folder, and the sum of `method` and what trains them."""
     every = tensors_of(model, params)
     places = dict.fromkeys([entry.path.rpartition("/")[0] for entry in every if module_of(entry) in saved], True)
     patterns = peft_lora_config.summarize(places, [entry.path.rpartition("/")[0] for entry in every], "/")
     whole = Partial(targets=tuple(patterns))
     params = whole.init(jax.random.key(0), model, params)
-    wanted = slots(tensors_of(model, params), saved)
+    wanted = slots(tensors_of(model, params), saved, prefix)
     stored = header(folder / WEIGHTS, (*FLOATS, "I32"))  # beside the indices of a SHiRA
     found = {slot.key: stored[slot.key] for slot in wanted if slot.key in stored}
     peft_leaves.check(folder, {slot.key: slot.shape for slot in wanted}, found)

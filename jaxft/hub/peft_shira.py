@@ -16,8 +16,7 @@ from jaxft.errors import UserError
 from jaxft.hub import peft_config, peft_leaves, peft_lora_config
 from jaxft.hub.checkpoint import ADAPTER_CONFIG, FLOATS
 from jaxft.hub.names import Entry, linear_layers, nodes_of
-from jaxft.hub.peft_format import WEIGHTS, Params, Written
-from jaxft.hub.peft_leaves import PREFIX
+from jaxft.hub.peft_format import PREFIX, WEIGHTS, Params, Written
 from jaxft.methods.sparse_mask import SparseKernel, SparseMask
 from jaxft.models import segments
 from jaxft.models.node import is_node

@@ -16,7 +16,6 @@ from jaxft.hub.peft_format import Params
 from jaxft.models import segments
 from jaxft.models.node import innermost, is_node
 
-PREFIX = "base_model.model."
 _ITSELF = "itself"  # in the place of a node's field
 
 

@@ -14,9 +14,9 @@ from flax import linen as nn
 from jaxft.errors import UserError
 from jaxft.hub import peft_config, peft_leaves, peft_lora_config
 from jaxft.hub.checkpoint import ADAPTER_CONFIG
-from jaxft.hub.names import Entry, linear_layers, nodes_of
-from jaxft.hub.peft_format import WEIGHTS, Params, Written
-from jaxft.hub.peft_leaves import PREFIX, Place
+from jaxft.hub.names import Entry, is_conv1d, linear_layers, nodes_of
+from jaxft.hub.peft_format import PREFIX, WEIGHTS, Params, Written
+from jaxft.hub.peft_leaves import Place
 from jaxft.methods.vera import VeRA, VeRAKernel
 from jaxft.models import segments
 from jaxft.models.node import Shared, is_node
@@ -37,7 +37,7 @@ DEFAULTS = peft_config.COMMON | {
     "save_projection": True,
     "vera_dropout": 0.0,
 }
-_HONOURED = ("d_initial", "init_weights", "projection_prng_key", "r", "save_projection", "vera_dropout")
+_HONOURED = ("d_initial", "fan_in_fan_out", "init_weights", "projection_prng_key", "r", "save_projection", "vera_dropout")
 _PROJECTIONS = {"base_model.vera_A": "vera_a", "base_model.vera_B": "vera_b"}  # (rank, largest in) and (largest out, rank)
 _VECTORS = ("lambda_b", "lambda_d")
 
@@ -55,6 +55,7 @@ def write(model: nn.Module, params: Params, method: VeRA) -> Written:
         )
     config = DEFAULTS | {
         "d_initial": method.d_initial,
+        "fan_in_fan_out": is_conv1d(adapted),
         "projection_prng_key": method.seed,
         "r": method.rank,
         "target_modules": peft_config.patterns([entry.module for entry in adapted], [entry.module for entry in linear], "."),

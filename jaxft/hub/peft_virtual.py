@@ -15,7 +15,7 @@ from jaxft.errors import UserError, nearest
 from jaxft.hub import adapter_keys
 from jaxft.hub.checkpoint import ADAPTER_CONFIG, header
 from jaxft.hub.names import listed
-from jaxft.hub.peft_format import WEIGHTS, Params, Written
+from jaxft.hub.peft_format import BASE, WEIGHTS, Params, Written
 from jaxft.hub.peft_lora_config import VERSION
 from jaxft.methods.base import Method
 from jaxft.methods.p_tuning import EncodedEmbeddings, PTuning
@@ -24,7 +24,6 @@ from jaxft.methods.prompt import Embeddings, Prompt
 from jaxft.models import node as nodes
 
 _TENSOR = "prompt_embeddings"  # (virtual_tokens, features)
-_TASK = "CAUSAL_LM"
 _COMMON: dict[str, Any] = {  # peft's keys of every kind, beside those of the base model's shape
     "auto_mapping": None,
     "base_model_name_or_path": None,
@@ -33,7 +32,7 @@ _COMMON: dict[str, Any] = {  # peft's keys of every kind, beside those of the ba
     "num_transformer_submodules": 1,
     "peft_version": VERSION,
     "revision": None,
-    "task_type": _TASK,
+    "task_type": None,
 }
 _SHAPE = ("num_attention_heads", "num_layers", "token_dim")  # keys that the base model decides
 _FROM_PEFT = {"RANDOM": "random", "SAMPLE_VOCAB": "vocabulary", "TEXT": "random"}  # starts; a text's adapter holds no tokens of it
@@ -66,7 +65,8 @@ class VirtualTokens:
             )
         base: Any = model
         own = {"peft_type": self.PEFT_TYPE, "num_virtual_tokens": method.virtual_tokens} | self.settings(method, model)
-        return Written(_COMMON | self.shape(base.config) | own, {_TENSOR: lambda: np.asarray(jax.device_get(_folded(node)), np.float32)})
+        tensors = {_TENSOR: lambda: np.asarray(jax.device_get(_folded(node)), np.float32)}
+        return Written(_COMMON | self.shape(base.config) | own, tensors, BASE)
 
     def read(
         self, folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params: Params, saved: Collection[str] = ()
@@ -78,7 +78,7 @@ class VirtualTokens:
         self._check(config, base.config, where)
         create: Any = self.METHOD
         method = create(virtual_tokens=config["num_virtual_tokens"], **self.made(config, where))
-        tensor = self._tensor(folder / WEIGHTS, (method.virtual_tokens, self.width(base.config)))
+        tensor = self._tensor(folder / WEIGHTS, (method.virtual_tokens, self.width(base.config)), saved)
         params = method.init(jax.random.key(0), model, params)
         node = params[self.site]
         value = jnp.asarray(tensor.astype(np.float32).reshape(node.embedding.shape))
@@ -93,23 +93,19 @@ class VirtualTokens:
 
         A key that jaxft doesn't know passes where its value is off (null, false, empty): newer versions of peft write such.
         """
-        if config.get("task_type") not in (None, _TASK):
-            raise UserError(f"{where}: task_type is {config['task_type']!r}; jaxft reads adapters of {_TASK}.")
         if config.get("num_transformer_submodules") not in (None, 1):
             raise UserError(f"{where}: num_transformer_submodules is {config['num_transformer_submodules']!r}; a causal model has 1.")
         for key, value in self.shape(base).items():
             if config.get(key) not in (None, value):
                 raise UserError(f"{where}: {key} is {config[key]!r}; this model's is {value}: the adapter is of another base model.")
-        if config.get("modules_to_save"):
-            raise UserError(f"{where}: modules_to_save is {config['modules_to_save']!r}, which jaxft doesn't have.")
         known = {*_COMMON, *_SHAPE, *self.keys, "num_virtual_tokens", "peft_type"}
         for key, value in config.items():
             if key in known or not value:
                 continue
             raise UserError(f"{where} has a key that jaxft doesn't know, '{key}'.{nearest(key, known)}")
 
-    def _tensor(self, path: pathlib.Path, shape: tuple[int, int]) -> np.ndarray:
-        have = header(path)
+    def _tensor(self, path: pathlib.Path, shape: tuple[int, int], saved: Collection[str]) -> np.ndarray:
+        have = {name: found for name, found in header(path).items() if name.removeprefix(BASE).rpartition(".")[0] not in saved}
         if left := sorted(set(have) - {_TENSOR}):
             raise UserError(f"{path} doesn't fit: it has tensors that its configuration has no place for: {listed(left)}.")
         if _TENSOR not in have:

@@ -193,7 +193,6 @@ BROKEN = {
     "modules": (lambda folder: _edit_config(folder, modules_to_save=["lm_head"]), r"lacks base_model\.model\.lm_head\.weight"),
     "no module": (lambda folder: _edit_config(folder, modules_to_save=["score"]), "no module is called 'score'"),
     "replication": (lambda folder: _edit_config(folder, layer_replication=[[0, 2]]), "layer_replication is"),
-    "fan": (lambda folder: _edit_config(folder, fan_in_fan_out=True), "fan_in_fan_out is True"),
     "tokens": (lambda folder: _edit_config(folder, trainable_token_indices=[1]), "trainable_token_indices is"),
     "pissa": (lambda folder: _edit_config(folder, init_lora_weights="pissa_niter_4"), "init_lora_weights is 'pissa_niter_4'"),
     "unknown": (lambda folder: _edit_config(folder, use_rsloro=True), "doesn't know, 'use_rsloro'. Did you mean 'use_rslora'"),

@@ -50,7 +50,7 @@ def test_peft_gives_our_logits(name, tmp_path):
         (IA3() + Partial(last=1), r"PEFT has no form for IA3 \+ Partial"),
         (IA3() + BitFit(), r"PEFT has no form for IA3 \+ BitFit"),
         (LoRA(targets=("q_proj",)) + Partial(targets=("norm",)), r"PEFT has no form for LoRA \+ Partial"),
-        (Prefix(virtual_tokens=2) + Partial(targets=("norm",)), r"PEFT has no form for Prefix \+ Partial"),
+        (Prefix(virtual_tokens=2) + Partial(last=1), r"PEFT has no form for Prefix \+ Partial"),
     ],
     ids=lambda found: getattr(found, "title", ""),
 )

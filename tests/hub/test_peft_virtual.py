@@ -129,7 +129,7 @@ def prompt(tmp_path):
         ("num_virtual_tokens", "5", "num_virtual_tokens is '5'; it has to be a whole number, 1 or more"),
         ("token_dim", 64, "another base model"),
         ("num_layers", 9, "another base model"),
-        ("modules_to_save", ["lm_head"], "modules_to_save"),
+        ("modules_to_save", ["lm_head"], "lacks base_model.lm_head.weight"),
         ("task_type", "SEQ_CLS", "task_type"),
         ("prompt_tuning_init", "GUESS", "prompt_tuning_init"),
         ("num_transformer_submodules", 2, "num_transformer_submodules"),
