@@ -20,13 +20,26 @@ from jaxft.methods.base import Params
 from jaxft.methods.bottleneck import NONLINEARITIES, STARTS, Bottleneck, BottleneckAdapter
 from jaxft.models import segments
 from jaxft.models.node import is_node
+from jaxft.models.registry import described
 
 METHOD = Bottleneck
 WEIGHTS = "adapter.safetensors"
 NAME = "jaxft"  # of the adapter, where its writer gives none; the names of its tensors hold it
-FAMILIES = ("llama", "mistral")  # those of ours that the library puts adapters into
+_OWN = {"attention_output": "attention_adapters", "mlp_output": "output_adapters"}  # modules of a layer that hold its adapters
+_OUTPUTS = {"attention_output": "attention.output", "mlp_output": "output"}  # the same in BERT and its like
+_LAYERS = {  # the families of ours that the library puts adapters into: where their layers are, and the modules in them
+    "llama": ("layers", _OWN),
+    "mistral": ("layers", _OWN),
+    "gpt2": ("h", _OWN),
+    "bert": ("encoder.layer", _OUTPUTS),
+    "roberta": ("encoder.layer", _OUTPUTS),
+    "xlm-roberta": ("encoder.layer", _OUTPUTS),
+    "electra": ("encoder.layer", _OUTPUTS),
+    "distilbert": ("transformer.layer", _OWN),
+}
+FAMILIES = tuple(_LAYERS)
+_NORM_LAST = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")  # where a norm comes after residual and output are added
 _VERSION = "adapters.1.3.0"
-_SITES = {"attention_output": "attention_adapters", "mlp_output": "output_adapters"}
 _PLACES = {"attention_output": "mh_adapter", "mlp_output": "output_adapter"}
 _TENSORS = {  # of one adapter: our path, whether theirs is transposed
     "adapter_down.0.weight": (("down", "kernel"), True),
@@ -94,13 +107,14 @@ def is_adapterhub(config: Mapping[str, Any]) -> bool:
     return "peft_type" not in config and {"config", "model_type", "name"} <= set(config)
 
 
-def write(model: nn.Module, params: Params, method: Bottleneck, name: str) -> tuple[dict[str, Any], dict[str, Callable[[], np.ndarray]]]:
+def write(model: Any, params: Params, method: Bottleneck, name: str) -> tuple[dict[str, Any], dict[str, Callable[[], np.ndarray]]]:
     """Returns the configuration, and what makes each tensor.
 
     Raises `UserError` where `params` hold no bottleneck adapter, or another one, and for a name that can't be part of a tensor's name.
     """
     if not name or "." in name:
         raise UserError(f"An adapter's name is without dots, not '{name}': AdapterHub makes it a part of its tensors' names.")
+    _check_family(model)
     _check_made_by(method, model, params)
     config = {
         "config": _config(method, model),
@@ -111,10 +125,10 @@ def write(model: nn.Module, params: Params, method: Bottleneck, name: str) -> tu
         "name": name,
         "version": _VERSION,
     }
-    return config, {tensor.name: tensor.read for tensor in _tensors(params, method, name)}
+    return config, {tensor.name: tensor.read for tensor in _tensors(model, params, method, name, _base(model))}
 
 
-def read(folder: pathlib.Path, config: Mapping[str, Any], model: nn.Module, params: Params) -> tuple[Params, Bottleneck]:
+def read(folder: pathlib.Path, config: Mapping[str, Any], model: Any, params: Params) -> tuple[Params, Bottleneck]:
     """Returns `params` with a folder's adapter, and the method that gives the same structure.
 
     Raises `UserError` for an adapter of another base, an option that jaxft doesn't have, and weights that don't fit.
@@ -123,7 +137,8 @@ def read(folder: pathlib.Path, config: Mapping[str, Any], model: nn.Module, para
     for key, own in (("model_type", model.config.family), ("hidden_size", model.config.hidden_size)):
         if config.get(key) not in (None, own):
             raise UserError(f"{where}: the adapter is of another base model: its {key} is {config[key]!r}, this model's {own!r}.")
-    method = _method(config["config"], where)
+    _check_family(model)
+    method = _method(config["config"], where, model.config.family in _NORM_LAST)
     depth = model.config.num_hidden_layers
     for key, layers in (("leave_out", method.leave_out), ("reduction_factor", [layer for layer, _ in method.layer_reductions])):
         if beyond := [layer for layer in layers if layer >= depth]:
@@ -133,19 +148,31 @@ def read(folder: pathlib.Path, config: Mapping[str, Any], model: nn.Module, para
     params = method.init(jax.random.key(0), model, params)
     stored = header(folder / WEIGHTS)
     # a model without a head writes layers.0..., one with a head model.layers.0...
-    prefix = "" if any(name.startswith("layers.") for name in stored) else "model."
-    tensors = list(_tensors(params, method, config["name"], prefix))
+    bare = any(name.startswith(f"{_LAYERS[model.config.family][0]}.") for name in stored)
+    tensors = list(_tensors(model, params, method, config["name"], "" if bare else _base(model)))
     _check_weights(folder / WEIGHTS, stored, tensors)
     return _fill(folder / WEIGHTS, params, tensors), method
 
 
-def _tensors(params: Params, method: Bottleneck, name: str, prefix: str = "model.") -> Iterator[_Tensor]:
+def _base(model: Any) -> str:
+    """What names begin with in a model with a head."""
+    return f"{described(model.config.architecture).base}."
+
+
+def _check_family(model: Any) -> None:
+    """Raises `UserError` for a family that the library has no places in."""
+    if model.config.family not in _LAYERS:
+        raise UserError(f"AdapterHub's library has no adapters for {model.config.family} models. It has: {', '.join(FAMILIES)}.")
+
+
+def _tensors(model: Any, params: Params, method: Bottleneck, name: str, prefix: str) -> Iterator[_Tensor]:
     """Yields what the file holds of `params`."""
+    stack, modules = _LAYERS[model.config.family]
     for leaf in segments.leaves(params, is_leaf=is_node):
         if not isinstance(leaf.value, BottleneckAdapter) or leaf.layers is None or leaf.path[2] not in method.sites:
             continue
         for index, layer in enumerate(leaf.layers):
-            start = f"{prefix}layers.{layer}.{_SITES[leaf.path[2]]}.adapters.{name}"
+            start = f"{prefix}{stack}.{layer}.{modules[leaf.path[2]]}.adapters.{name}"
             for tail, (field, transposed) in _TENSORS.items():
                 if tail != "scaling" or method.trained_scale:
                     yield _Tensor(f"{start}.{tail}", leaf.path, index, field, transposed, _get(leaf.value, field))
@@ -207,7 +234,7 @@ def _whole(number: float) -> float | int:
     return int(number) if number == int(number) else number
 
 
-def _method(config: Any, where: str) -> Bottleneck:
+def _method(config: Any, where: str, norm_last: bool) -> Bottleneck:
     """The method of the library's settings."""
     if not isinstance(config, dict) or config.get("architecture"):
         kind = config.get("architecture") if isinstance(config, dict) else config
@@ -230,7 +257,7 @@ def _method(config: Any, where: str) -> Bottleneck:
         raise UserError(f"{where}: {' and '.join(_PLACES.values())} are false: the adapter is nowhere.")
     return Bottleneck(
         sites=tuple(site for site, place in _PLACES.items() if config[place]),
-        input=_input(config, where),
+        input=_input(config, where, norm_last),
         reduction=float(reduction["default"] if by_layer else reduction),
         layer_reductions=tuple((int(layer), float(f)) for layer, f in reduction.items() if layer != "default") if by_layer else (),
         activation=activation,
@@ -251,18 +278,19 @@ def _check_options(config: Mapping[str, Any], where: str) -> None:
         raise UserError(f"{where} has a key that jaxft doesn't know, '{key}'.{nearest(key, {*_DEFAULTS, *_READ})}")
 
 
-def _input(config: Mapping[str, Any], where: str) -> str:
-    """What the adapter reads in models that have their norms before a sub-layer, where `original_ln` is the residual alone.
+def _input(config: Mapping[str, Any], where: str, norm_last: bool) -> str:
+    """What the adapter reads. In models that have their norms before a sub-layer, `original_ln` is the residual alone.
 
-    The library adds the residual before the adapter (original_ln_before), after it (original_ln_after), and once more where the adapter's
-    own residual holds it already (residual_before_ln false). Settings that add it never or twice break the base model.
+    The library adds the residual, and norms the sum in models with their norms last, before the adapter (original_ln_before), after it
+    (original_ln_after), and once more where the adapter's own residual holds it already (residual_before_ln false). Settings that add it
+    never or twice break the base model; so do those of models with their norms last that leave the last norm out.
     """
     before, after = bool(config.get("original_ln_before", False)), bool(config.get("original_ln_after", True))
     own = config.get("residual_before_ln", True)
     if config.get("is_parallel"):
         if after:
             return "residual"
-    elif own in (True, False) and after + (before and not own) == 1:
+    elif (after and own is True) if norm_last else (own in (True, False) and after + (before and not own) == 1):
         return "sum" if before else "output"
     raise UserError(
         f"{where}: original_ln_before {before}, original_ln_after {after} and residual_before_ln {own!r} don't add the residual once, "

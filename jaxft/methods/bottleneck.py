@@ -43,7 +43,9 @@ class Projection:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BottleneckAdapter(Join):
-    """residual + output + scale * up(activation(down(x))), where x is the output, residual + output, or the residual.
+    """residual + output + scale * up(activation(down(x))), where x is the output, the sum, or the residual.
+
+    The sum is residual + output, after the layer's norm where that comes next (BERT).
 
     Fields, without the layer axis: down (hidden_size, size), up (size, hidden_size), scale () or (1,) or (hidden_size,) float32, and
     dropout, the rate () float32 on what is added, or None for none.
@@ -56,9 +58,9 @@ class BottleneckAdapter(Join):
     activation: str = dataclasses.field(metadata={"static": True})
     input: str = dataclasses.field(metadata={"static": True})
 
-    def join(self, residual: jax.Array, output: jax.Array, rng: jax.Array | None) -> jax.Array:
+    def join(self, residual: jax.Array, output: jax.Array, rng: jax.Array | None, norm: Callable[[jax.Array], jax.Array]) -> jax.Array:
         joined = residual + output
-        x = {"output": output, "sum": joined, "residual": residual}[self.input]
+        x = norm(joined) if self.input == "sum" else {"output": output, "residual": residual}[self.input]
         added = self.up(NONLINEARITIES[self.activation](self.down(x))) * self.scale.astype(x.dtype)
         if self.dropout is not None and rng is not None:
             keep = jax.random.bernoulli(rng, 1.0 - self.dropout, added.shape)
@@ -83,7 +85,7 @@ class Bottleneck(Method):
     """
 
     sites: tuple[str, ...] = SITES  # where: attention_output, mlp_output
-    input: str = "output"  # what the adapter reads: the sub-layer's output, its sum with the residual, or the residual (parallel)
+    input: str = "output"  # what it reads: a sub-layer's output, its sum with the residual (normed in BERT), or the residual (parallel)
     reduction: float = 16.0  # hidden_size over the bottleneck's size
     layer_reductions: tuple[tuple[int, float], ...] = ()  # (layer, reduction) where layers differ from it
     size: int = 0  # the bottleneck's size; 0: by the reduction

@@ -179,10 +179,10 @@ class Block(nn.Module):
         norm = functools.partial(layers.LayerNorm, config.layer_norm_eps, self.dtype)
         attended = Attention(config, self.dtype, name="attention")(x, prefix, context)
         attended = layers.dropped(attended, config.attention_output_dropout, layers.dropout_rng(self))
-        x = norm(name="attention_norm")(layers.join(self, "attention_output", x, attended))
+        x = layers.join(self, "attention_output", x, attended, norm(name="attention_norm"))
         inner = layers.ACTIVATIONS[config.hidden_act](linear(config.intermediate_size, name="intermediate")(x))
         fed = layers.dropped(linear(config.hidden_size, name="output")(inner), config.hidden_dropout, layers.dropout_rng(self))
-        return norm(name="output_norm")(layers.join(self, "mlp_output", x, fed)), cache
+        return layers.join(self, "mlp_output", x, fed, norm(name="output_norm")), cache
 
 
 def _linear(config: EncoderConfig, dtype: Any, features: int, name: str | None = None) -> layers.Linear:
@@ -309,11 +309,6 @@ class Encoder(nn.Module):
         self, input_ids: jax.Array, tokens: attention.Tokens, token_type_ids: jax.Array | None, neftune_alpha: jax.Array | float
     ) -> tuple[jax.Array, list[jax.Array]]:
         """The last layer's output, (batch, length, hidden_size), and the states before it."""
-        if layers.prompt(self, self.dtype) is not None:
-            raise UserError(
-                "Virtual tokens before the text (prompt and P-tuning) are for causal models: an encoder's would look at the text. "
-                "Take a prefix (method Prefix), whose keys and values every layer sees."
-            )
         prefix = layers.prefix(self, self.dtype)
         tokens, keys, _ = layers.entered(tokens, None, prefix)
         x = self._embedded(input_ids, tokens, token_type_ids, neftune_alpha)

@@ -173,12 +173,14 @@ def placed(table: Embedding, positions: jax.Array, count: int, offset: int = 0) 
     return jnp.where((positions < count)[:, :, None], table(positions + offset), jnp.nan)
 
 
-def join(module: nn.Module, name: str, residual: jax.Array, output: jax.Array) -> jax.Array:
-    """Returns residual + output, (tokens, features), or what the node at the module's site `name` makes of them."""
+def join(
+    module: nn.Module, name: str, residual: jax.Array, output: jax.Array, norm: Callable[[jax.Array], jax.Array] = lambda joined: joined
+) -> jax.Array:
+    """Returns norm(residual + output), (tokens, features), or of what the node at the module's site `name` makes of the sum."""
     if not module.has_variable("params", name):
-        return residual + output
+        return norm(residual + output)
     found: Any = module.get_variable("params", name)
-    return found.join(residual, output, dropout_rng(module))
+    return norm(found.join(residual, output, dropout_rng(module), norm))
 
 
 class Layers(nn.Module):

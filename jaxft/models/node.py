@@ -7,6 +7,7 @@ passes through (`Join`), tokens that come before the text (`Prompt`), keys and v
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -119,8 +120,11 @@ class Join(Site, abc.ABC):
     """Stands where a sub-layer's output joins what it is added to: `attention_output`, `mlp_output`."""
 
     @abc.abstractmethod
-    def join(self, residual: jax.Array, output: jax.Array, rng: jax.Array | None) -> jax.Array:
-        """Returns what goes on, (tokens, hidden_size), in the place of residual + output."""
+    def join(self, residual: jax.Array, output: jax.Array, rng: jax.Array | None, norm: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """Returns what goes on, (tokens, hidden_size), in the place of residual + output, where `norm` is applied to it next.
+
+        In families with their norms before the sub-layers nothing is: `norm` returns what it gets.
+        """
 
 
 class Prompt(Site, abc.ABC):

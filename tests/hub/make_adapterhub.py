@@ -4,7 +4,7 @@
 
     python -m venv ENVIRONMENT
     ENVIRONMENT/bin/pip install torch==2.13.0 adapters==1.3.0
-    ENVIRONMENT/bin/python tests/hub/make_adapterhub.py
+    ENVIRONMENT/bin/python tests/hub/make_adapterhub.py [CASE ...]
 
 Weights depend on their names alone, so that both libraries have the same ones without a file. To see whether the library reads a
 folder as jaxft does, `make_adapterhub.py read CASE FOLDER OUTPUT.npy` writes the logits that it gives with the adapter of FOLDER,
@@ -33,7 +33,21 @@ SHAPE = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+OWN = {
+    "bert": {"intermediate_size": 24},
+    "roberta": {"intermediate_size": 24, "pad_token_id": 0},
+    "distilbert": {"dim": 16, "hidden_dim": 24, "n_layers": 3, "n_heads": 4},
+    "electra": {"intermediate_size": 24, "embedding_size": 16},
+    "gpt2": {"n_inner": 24},
+}
+ENCODERS = tuple(family for family in OWN if family != "gpt2")
 CASES = {  # family, preset, what differs from it
+    "bert_double_seq_bn": ("bert", "double_seq_bn", {"reduction_factor": 4}),
+    "bert_seq_bn": ("bert", "seq_bn", {"reduction_factor": 4, "leave_out": [0]}),
+    "roberta_par_bn": ("roberta", "par_bn", {"reduction_factor": 4, "scaling": "learned"}),
+    "distilbert_seq_bn": ("distilbert", "seq_bn", {"reduction_factor": 2}),
+    "electra_double_seq_bn": ("electra", "double_seq_bn", {"reduction_factor": 4, "original_ln_before": True}),
+    "gpt2_double_seq_bn": ("gpt2", "double_seq_bn", {"reduction_factor": 4}),
     "double_seq_bn": ("llama", "double_seq_bn", {"reduction_factor": 4}),
     "seq_bn": ("mistral", "seq_bn", {"reduction_factor": 3, "leave_out": [1], "non_linearity": "gelu", "dropout": 0.1}),
     "par_bn": ("llama", "par_bn", {"reduction_factor": 4, "mh_adapter": True}),
@@ -57,7 +71,8 @@ IDS = np.random.default_rng(0).integers(1, VOCABULARY, (2, 9))
 def weight(name, shape, size=0.2):
     """Returns a random tensor that depends on its name: norms about 1, nothing zero."""
     drawn = np.random.default_rng(zlib.crc32(name.encode())).normal(size=tuple(shape)) * size
-    return (drawn + ("norm" in name or name.endswith("scaling"))).astype(np.float32)
+    about_one = "norm" in name.lower() or ".ln_" in name or name.endswith("scaling")
+    return (drawn + about_one).astype(np.float32)
 
 
 def base_model(family):
@@ -65,8 +80,10 @@ def base_model(family):
     import torch
     import transformers
 
-    settings = SHAPE | ({"sliding_window": 5} if family == "mistral" else {})
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **settings))
+    others = {name: value for name, value in SHAPE.items() if name not in ("num_key_value_heads", "intermediate_size")}
+    fields = {"llama": SHAPE, "mistral": SHAPE | {"sliding_window": 5}}.get(family, others | OWN.get(family, {}))
+    made = transformers.AutoModelForMaskedLM if family in ENCODERS else transformers.AutoModelForCausalLM
+    model = made.from_config(transformers.AutoConfig.for_model(family, **fields))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.tensor(weight(name, parameter.shape)))
@@ -90,7 +107,7 @@ def _make(case):
     adapters.init(model)
     model.add_adapter(NAME, config=adapters.AdapterConfig.load(preset, **changes))
     model.train_adapter(NAME)
-    leaves = {name: leaf for name, leaf in model.named_parameters() if leaf.requires_grad}
+    leaves = {name: leaf for name, leaf in model.named_parameters() if f".adapters.{NAME}." in name}  # the library trains a head too
     with torch.no_grad():
         for name, parameter in leaves.items():
             parameter.copy_(torch.tensor(weight(name, parameter.shape)))
@@ -131,5 +148,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["read"]:
         _read(*sys.argv[2:5])
     else:
-        for each in CASES:
+        for each in sys.argv[1:] or CASES:
             _make(each)

@@ -19,7 +19,7 @@ import safetensors.numpy
 import torch
 from conftest import TOLERANCE
 from lenient_optax import lenient
-from make_adapterhub import CASES, DECAY, HERE, IDS, NAME, RATE, base_model
+from make_adapterhub import CASES, DECAY, ENCODERS, HERE, IDS, NAME, RATE, base_model
 from tiny_models import largest_difference, load, make_pair, moved, same_bits
 
 import jaxft
@@ -31,7 +31,7 @@ PYTHON = os.environ.get("JAXFT_ADAPTERS_PYTHON")
 
 @functools.cache
 def base(family):
-    return load(base_model(family))
+    return load(base_model(family), "masked_lm" if family in ENCODERS else "causal_lm")
 
 
 def adapted(case):
@@ -52,8 +52,9 @@ def program(case):
 
     def loss(trainable):
         logits = model.apply({"params": jaxft.combine(trainable, frozen)}, IDS).logits
-        scored = jax.nn.log_softmax(logits[:, :-1])
-        return -np.float32(1.0) * jax.numpy.take_along_axis(scored, IDS[:, 1:, None], axis=-1).mean(), logits
+        first = 0 if CASES[case][0] in ENCODERS else 1  # of the targets
+        scored = jax.nn.log_softmax(logits[:, : IDS.shape[1] - first])
+        return -np.float32(1.0) * jax.numpy.take_along_axis(scored, IDS[:, first:, None], axis=-1).mean(), logits
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
@@ -79,7 +80,7 @@ def test_logits_and_gradients_are_those_of_the_library(case, tmp_path):
         assert np.linalg.norm(found[name] - gradient) <= 1e-4 * np.linalg.norm(gradient), name
 
 
-@pytest.mark.parametrize("case", ["double_seq_bn", "learned", "par_bn"])
+@pytest.mark.parametrize("case", ["double_seq_bn", "learned", "par_bn", "bert_seq_bn"])
 def test_twenty_steps_have_the_losses_of_torch(case):
     _, params, method = adapted(case)
     trainable = jaxft.partition(params, method.mask(params))[0]
@@ -111,6 +112,10 @@ def test_written_again_it_holds_the_same_bytes_and_settings(case, tmp_path):
 
 OURS = {
     "double_seq_bn": ("double_seq_bn", Bottleneck(size=5, activation="gelu_new", leave_out=(0,), dropout=0.25)),
+    "bert": ("bert_seq_bn", Bottleneck.seq_bn(reduction=4.0, scaling=2.5)),
+    "distilbert": ("distilbert_seq_bn", Bottleneck(size=5, dropout=0.25)),
+    "roberta": ("roberta_par_bn", Bottleneck.par_bn(trained_scale="channel", scaling=1.0)),
+    "gpt2": ("gpt2_double_seq_bn", Bottleneck.seq_bn(reduction=4.0)),
     "seq_bn": ("seq_bn", Bottleneck.seq_bn(reduction=4.0, scaling=2.5)),
     "par_bn": ("par_bn", Bottleneck.par_bn(trained_scale="channel", scaling=1.0, layer_reductions=((1, 8.0),))),
 }
