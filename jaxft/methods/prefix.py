@@ -119,6 +119,7 @@ class Prefix(Method):
             embedding = jax.random.normal(first, (self.virtual_tokens, width), jnp.float32)
             return ProjectedKeysValues(embedding, virtual.new_dense(second, width, (hidden,)), output)
         if self.start == virtual.TEXT:
+            virtual.check_causal(model, "method.start='text'", "Set method.start='random' or 'zero'.")
             tokens = virtual.start_tokens(self.tokens, self.virtual_tokens, config.vocab_size)
             return KeysValues(virtual.keys_values(model, params, tokens))
         if self.start == "zero":

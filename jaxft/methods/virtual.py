@@ -10,10 +10,11 @@ from flax import linen as nn
 
 from jaxft.errors import UserError, unknown
 from jaxft.methods.base import Params
-from jaxft.models import segments
+from jaxft.models import heads, segments
 
 TEXT = "text"  # the start from real tokens
 SITES = ("prefix", "prompt")
+PREFIX_INSTEAD = "Take Prefix, whose keys and values every layer sees."
 
 
 @jax.tree_util.register_dataclass
@@ -95,6 +96,12 @@ def keys_values(model: Any, params: Params, tokens: jax.Array) -> jax.Array:
 
     parts = [jnp.stack(pair, axis=1)[:, :, 0] for pair in jax.jit(run)(_bare(params))]  # (layers, 2, count, heads, head_dim) a segment
     return jnp.moveaxis(jnp.concatenate(parts), 2, 0).astype(jnp.float32)
+
+
+def check_causal(model: Any, what: str, remedy: str) -> None:
+    """Raises `UserError` where a model isn't causal: in packed rows its virtual tokens would look at all texts of the row at once."""
+    if not heads.is_causal(model):
+        raise UserError(f"{what} is for causal models: the virtual tokens of a {model.config.family} would look at the text too. {remedy}")
 
 
 def placed(params: Params, site: str, node: Any) -> Params:

@@ -89,6 +89,11 @@ def is_language_model(model: Any) -> bool:
     return model.task in (CAUSAL_LM, MASKED_LM)
 
 
+def is_causal(model: Any) -> bool:
+    """Returns whether a token sees those before it alone; in an encoder it sees all of its example."""
+    return bool(model.pooling == LAST)
+
+
 def is_output(path: str) -> bool:
     """Returns whether a parameter is of the layer that gives a head's outputs.
 
