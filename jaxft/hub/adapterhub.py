@@ -27,19 +27,14 @@ WEIGHTS = "adapter.safetensors"
 NAME = "jaxft"  # of the adapter, where its writer gives none; the names of its tensors hold it
 _OWN = {"attention_output": "attention_adapters", "mlp_output": "output_adapters"}  # modules of a layer that hold its adapters
 _OUTPUTS = {"attention_output": "attention.output", "mlp_output": "output"}  # the same in BERT and its like
-_LAYERS = {  # the families of ours that the library puts adapters into: where their layers are, and the modules in them
-    "llama": ("layers", _OWN),
-    "mistral": ("layers", _OWN),
+_LAYERS = {  # where a family's layers are, and the modules in them; the library has no CamemBERT, whose names are RoBERTa's
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), ("layers", _OWN)),
     "gpt2": ("h", _OWN),
-    "bert": ("encoder.layer", _OUTPUTS),
-    "roberta": ("encoder.layer", _OUTPUTS),
-    "xlm-roberta": ("encoder.layer", _OUTPUTS),
-    "electra": ("encoder.layer", _OUTPUTS),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), ("encoder.layer", _OUTPUTS)),
     "distilbert": ("transformer.layer", _OWN),
 }
-FAMILIES = tuple(_LAYERS)
-_NORM_LAST = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")  # where a norm comes after residual and output are added
-_VERSION = "adapters.1.3.0"
+_NORM_LAST = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")  # where a norm follows the sum with the residual
+VERSION = "adapters.1.3.0"
 _PLACES = {"attention_output": "mh_adapter", "mlp_output": "output_adapter"}
 _TENSORS = {  # of one adapter: our path, whether theirs is transposed
     "adapter_down.0.weight": (("down", "kernel"), True),
@@ -114,7 +109,6 @@ def write(model: Any, params: Params, method: Bottleneck, name: str) -> tuple[di
     """
     if not name or "." in name:
         raise UserError(f"An adapter's name is without dots, not '{name}': AdapterHub makes it a part of its tensors' names.")
-    _check_family(model)
     _check_made_by(method, model, params)
     config = {
         "config": _config(method, model),
@@ -123,7 +117,7 @@ def write(model: Any, params: Params, method: Bottleneck, name: str) -> tuple[di
         "model_name": "",
         "model_type": model.config.family,
         "name": name,
-        "version": _VERSION,
+        "version": VERSION,
     }
     return config, {tensor.name: tensor.read for tensor in _tensors(model, params, method, name, _base(model))}
 
@@ -137,7 +131,6 @@ def read(folder: pathlib.Path, config: Mapping[str, Any], model: Any, params: Pa
     for key, own in (("model_type", model.config.family), ("hidden_size", model.config.hidden_size)):
         if config.get(key) not in (None, own):
             raise UserError(f"{where}: the adapter is of another base model: its {key} is {config[key]!r}, this model's {own!r}.")
-    _check_family(model)
     method = _method(config["config"], where, model.config.family in _NORM_LAST)
     depth = model.config.num_hidden_layers
     for key, layers in (("leave_out", method.leave_out), ("reduction_factor", [layer for layer, _ in method.layer_reductions])):
@@ -157,12 +150,6 @@ def read(folder: pathlib.Path, config: Mapping[str, Any], model: Any, params: Pa
 def _base(model: Any) -> str:
     """What names begin with in a model with a head."""
     return f"{described(model.config.architecture).base}."
-
-
-def _check_family(model: Any) -> None:
-    """Raises `UserError` for a family that the library has no places in."""
-    if model.config.family not in _LAYERS:
-        raise UserError(f"AdapterHub's library has no adapters for {model.config.family} models. It has: {', '.join(FAMILIES)}.")
 
 
 def _tensors(model: Any, params: Params, method: Bottleneck, name: str, prefix: str) -> Iterator[_Tensor]:

@@ -1,8 +1,8 @@
 """Adapters as PEFT and AdapterHub write and read them: adapter_config.json and its safetensors."""
 
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import linen as nn
@@ -11,6 +11,7 @@ from jaxft.errors import UserError, nearest
 from jaxft.hub import (
     adapter_keys,
     adapterhub,
+    adapterhub_head,
     peft_adalora,
     peft_ia3,
     peft_lora,
@@ -61,7 +62,7 @@ def adapter_format(method: Method) -> str | None:
     """
     own, whole = peft_saved.split(method)
     if type(own) is adapterhub.METHOD:
-        return "adapterhub" if whole is None else None
+        return "adapterhub"
     found = format_of(own)
     return None if found is None or (whole is not None and found in _ALONE) else "peft"
 
@@ -72,8 +73,10 @@ def format_of(method: Method) -> Format | None:
 
 
 def has_form(model: nn.Module, params: Params, method: Method) -> bool:
-    """Returns whether PEFT's files can hold the method as it is in `params`."""
+    """Returns whether PEFT's files, or AdapterHub's, can hold the method as it is in `params`, by shapes alone."""
     own, whole = peft_saved.split(method)
+    if isinstance(own, adapterhub.METHOD):
+        return whole is None or adapterhub_head.fits(model, params, whole)
     found = format_of(own)
     if found is None:
         return False
@@ -97,7 +100,8 @@ def save_adapter(
 ) -> None:
     """Writes a method's leaves as a folder that `peft.PeftModel.from_pretrained` loads; each tensor is read back and compared.
 
-    A bottleneck adapter becomes a folder that AdapterHub's `model.load_adapter` loads. What trained is written as float32.
+    A bottleneck adapter becomes a folder that AdapterHub's `model.load_adapter` loads, with the task's head where a `Partial` that trains
+    it is added to the method. What trained is written as float32.
 
     Args:
       folder: where; what is there is replaced if jaxft wrote it.
@@ -112,11 +116,13 @@ def save_adapter(
     Raises:
       UserError: `params` don't hold this method; PEFT has no such method; a folder that isn't ours, or can't be written.
     """
-    if isinstance(method, adapterhub.METHOD):
-        config, tensors = adapterhub.write(model, params, method, name)
-        _write(pathlib.Path(folder), config, adapterhub.WEIGHTS, tensors, card or _HUB_CARD)
-        return
     own, whole = peft_saved.split(method)
+    if isinstance(own, adapterhub.METHOD):
+        files = [_File(ADAPTER_CONFIG, adapterhub.WEIGHTS, *adapterhub.write(model, params, own, name))]
+        if whole is not None:
+            files.append(_File(adapterhub_head.CONFIG, adapterhub_head.WEIGHTS, *adapterhub_head.write(model, params, whole)))
+        _write(pathlib.Path(folder), files, card or _HUB_CARD)
+        return
     found = format_of(own)
     if found is None or (whole is not None and found in _ALONE):
         raise UserError(
@@ -128,15 +134,23 @@ def save_adapter(
         written = peft_saved.added(written, model, params, whole)
     kind = task_type(model.config.task, written.config["modules_to_save"] or ())
     config = {**written.config, "base_model_name_or_path": base_model or None, "task_type": kind}
-    _write(pathlib.Path(folder), config, WEIGHTS, written.tensors, card or _CARD)
+    _write(pathlib.Path(folder), [_File(ADAPTER_CONFIG, WEIGHTS, config, written.tensors)], card or _CARD)
 
 
-def _write(
-    folder: pathlib.Path, config: Mapping[str, Any], weights: str, tensors: Mapping[str, Callable[[], np.ndarray]], card: str
-) -> None:
+class _File(NamedTuple):
+    """A configuration and tensors, and what their files are called."""
+
+    config_name: str
+    weights_name: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Callable[[], np.ndarray]]
+
+
+def _write(folder: pathlib.Path, files: Sequence[_File], card: str) -> None:
     with folders.written(folder.expanduser(), "adapter") as temporary:
-        folders.write_tensors(temporary / weights, tensors)
-        folders.write_json(temporary / ADAPTER_CONFIG, config)
+        for file in files:
+            folders.write_tensors(temporary / file.weights_name, file.tensors)
+            folders.write_json(temporary / file.config_name, file.config)
         (temporary / CARD).write_text(card, encoding="utf-8")
 
 
@@ -159,7 +173,9 @@ def load_adapter(folder: str | pathlib.Path, model: Any, params: Params) -> tupl
         raise UserError(f"{folder} has no {ADAPTER_CONFIG}: it is no adapter of PEFT or AdapterHub.")
     config = read_json(folder / ADAPTER_CONFIG)
     if adapterhub.is_adapterhub(config):
-        return adapterhub.read(folder, config, model, params)
+        params, method = adapterhub.read(folder, config, model, params)
+        head = adapterhub_head.read(folder, model, params)
+        return (params, method) if head is None else (head[0], method + head[1])
     adapter_keys.check(config, adapter_keys.PEFT, str(folder / ADAPTER_CONFIG))
     kinds = {found.PEFT_TYPE: found for found in FORMATS}
     kind = config.get("peft_type")

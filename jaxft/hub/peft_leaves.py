@@ -54,8 +54,8 @@ def tensors(places: Iterable[Place]) -> Mapping[str, Callable[[], np.ndarray]]:
     return {place.name: place.tensor for place in places}
 
 
-def check(folder: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], have: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises `UserError` unless what a folder's weights `have` is exactly what `shapes` say."""
+def check(path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], have: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises `UserError` unless what a file's weights `have` is exactly what `shapes` say."""
     problems = []
     if missing := sorted(set(shapes) - set(have)):
         problems.append(f"it lacks {listed(missing)}")
@@ -64,7 +64,7 @@ def check(folder: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], have: Map
     if wrong := [f"{name} {have[name]} for {shape}" for name, shape in shapes.items() if have.get(name, shape) != shape]:
         problems.append(f"shapes are those of another base model, or of another size: {listed(wrong)}")
     if problems:
-        raise UserError(f"{folder / WEIGHTS} doesn't fit: {'; '.join(problems)}.")
+        raise UserError(f"{path} doesn't fit: {'; '.join(problems)}.")
 
 
 def held(
@@ -108,7 +108,7 @@ def _check_base(path: pathlib.Path, name: str, entry: Entry) -> None:
 def read(folder: pathlib.Path, params: Params, places: Iterable[Place], have: Mapping[str, tuple[int, ...]]) -> Params:
     """Returns `params` with the leaves of `places` from a folder's weights; `have` is what the weights hold, and has to be just that."""
     places = list(places)
-    check(folder, {place.name: place.shape for place in places}, have)
+    check(folder / WEIGHTS, {place.name: place.shape for place in places}, have)
     filled: dict[tuple[str, ...], Any] = {}
     with safetensors.safe_open(folder / WEIGHTS, framework="numpy") as file:
         for place in places:

@@ -93,5 +93,5 @@ def read(
     wanted = slots(tensors_of(model, params), saved, prefix)
     stored = header(folder / WEIGHTS, (*FLOATS, "I32"))  # beside the indices of a SHiRA
     found = {slot.key: stored[slot.key] for slot in wanted if slot.key in stored}
-    peft_leaves.check(folder, {slot.key: slot.shape for slot in wanted}, found)
+    peft_leaves.check(folder / WEIGHTS, {slot.key: slot.shape for slot in wanted}, found)
     return peft_tensors.fill(folder / WEIGHTS, params, wanted), method + whole

@@ -63,7 +63,7 @@ def check(path: pathlib.Path, slots: Sequence[Slot], kernels: Sequence[Entry], s
 
     peft writes the base's own weight of a targeted head or embedding beside the adapter: it must be this model's.
     """
-    peft_leaves.check(path.parent, {slot.key: slot.shape for slot in slots}, peft_leaves.held(path.parent, kernels, saved))
+    peft_leaves.check(path, {slot.key: slot.shape for slot in slots}, peft_leaves.held(path.parent, kernels, saved))
 
 
 def fill(path: pathlib.Path, params: Params, slots: Sequence[Slot]) -> Params:

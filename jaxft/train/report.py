@@ -116,12 +116,12 @@ def adapter_command(folder: pathlib.Path, model: ModelConfig, format: str, train
         base = f'"{found.folder}", gguf_file="{found.gguf.name}"' if found.gguf else f'"{found.folder}"'
     if format == "adapterhub":
         return (
-            f"The adapter is in {folder}. With adapters, for Llama and Mistral:\n\n"
+            f"The adapter is in {folder}. With adapters:\n\n"
             "    import adapters\n"
-            "    from transformers import AutoModelForCausalLM\n\n"
-            f"    base = AutoModelForCausalLM.from_pretrained({base})\n"
+            f"    from transformers import {auto_class(trained.task)}\n\n"
+            f"    base = {auto_class(trained.task)}.from_pretrained({base}{_head_options(trained)})\n"
             "    adapters.init(base)\n"
-            f'    base.load_adapter("{folder}", with_head=False, set_active=True, use_safetensors=True)\n'
+            f'    base.load_adapter("{folder}", with_head={bool(trained.head)}, set_active=True, use_safetensors=True)\n'
         )
     auto, options = auto_class(trained.task), _head_options(trained)
     names, written, note = auto, "", ""

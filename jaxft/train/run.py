@@ -200,8 +200,9 @@ def own_exports(setup: Setup, state: State) -> list[tuple[str, str, Method]]:
     if not isinstance(method, Compose):
         format = form(method) or "hf"
         return [(format, format, method)]
-    if setup.model.head and adapter_format(method) == "peft" and has_form(setup.model, params, method):  # one adapter, and the task's head
-        return [("peft", "peft", method)]
+    whole = adapter_format(method)
+    if setup.model.head and whole is not None and has_form(setup.model, params, method):  # one adapter, and the task's head
+        return [(whole, whole, method)]
     if can_merge(method, setup.model, params):
         return [("hf", "hf", method)]
     exports = []

@@ -21,7 +21,7 @@ from jaxft.data.sources import Rows, load_splits
 from jaxft.data.tokenize import COLUMNS, describe
 from jaxft.errors import UserError, unknown
 from jaxft.hub.load import OriginalKernels, compute_type, describe_pretrained, load_pretrained
-from jaxft.hub.peft import adapter_format
+from jaxft.hub.peft import adapter_format, has_form
 from jaxft.hub.tokenizer import load_tokenizer
 from jaxft.inspect.look import look_quickly
 from jaxft.methods.base import Compose, Material, Method
@@ -350,7 +350,8 @@ def check_method(method: Method, model: Any, shapes: Any, seed: int, kernels: Or
     params = jax.tree.unflatten(jax.tree.structure(params), [shape_of[array] for array in arrays])
     trainable_leaves(params, method.mask(params))
     parts = method.methods if isinstance(method, Compose) else (method,)
-    if None in map(adapter_format, parts) and not can_merge(method, model, params):
+    with_its_head = bool(model.head) and adapter_format(method) is not None and has_form(model, params, method)  # in one folder
+    if not with_its_head and None in map(adapter_format, parts) and not can_merge(method, model, params):
         raise UserError(
             f"What {method.title} trains could be written nowhere: it can't be merged, and not all of it has an adapter's form. "
             "Leave a part of it out."

@@ -40,6 +40,7 @@ OWN = {
     "electra": {"intermediate_size": 24, "embedding_size": 16},
     "gpt2": {"n_inner": 24},
 }
+LABELS = ("no", "maybe", "yes")
 ENCODERS = tuple(family for family in OWN if family != "gpt2")
 CASES = {  # family, preset, what differs from it
     "bert_double_seq_bn": ("bert", "double_seq_bn", {"reduction_factor": 4}),
@@ -47,6 +48,8 @@ CASES = {  # family, preset, what differs from it
     "roberta_par_bn": ("roberta", "par_bn", {"reduction_factor": 4, "scaling": "learned"}),
     "distilbert_seq_bn": ("distilbert", "seq_bn", {"reduction_factor": 2}),
     "electra_double_seq_bn": ("electra", "double_seq_bn", {"reduction_factor": 4, "original_ln_before": True}),
+    "bert_classes": ("bert sequence_classification", "seq_bn", {"reduction_factor": 4}),
+    "roberta_classes": ("roberta sequence_classification", "double_seq_bn", {"reduction_factor": 4}),
     "gpt2_double_seq_bn": ("gpt2", "double_seq_bn", {"reduction_factor": 4}),
     "double_seq_bn": ("llama", "double_seq_bn", {"reduction_factor": 4}),
     "seq_bn": ("mistral", "seq_bn", {"reduction_factor": 3, "leave_out": [1], "non_linearity": "gelu", "dropout": 0.1}),
@@ -80,9 +83,13 @@ def base_model(family):
     import torch
     import transformers
 
+    family, _, task = family.partition(" ")
     others = {name: value for name, value in SHAPE.items() if name not in ("num_key_value_heads", "intermediate_size")}
     fields = {"llama": SHAPE, "mistral": SHAPE | {"sliding_window": 5}}.get(family, others | OWN.get(family, {}))
     made = transformers.AutoModelForMaskedLM if family in ENCODERS else transformers.AutoModelForCausalLM
+    if task:
+        made = transformers.AutoModelForSequenceClassification
+        fields |= {"id2label": dict(enumerate(LABELS)), "label2id": {label: number for number, label in enumerate(LABELS)}}
     model = made.from_config(transformers.AutoConfig.for_model(family, **fields))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -113,16 +120,17 @@ def _make(case):
             parameter.copy_(torch.tensor(weight(name, parameter.shape)))
     model.eval()
     folder = HERE / case
-    model.save_adapter(str(folder), NAME, with_head=False, use_safetensors=True)
+    model.save_adapter(str(folder), NAME, with_head=" " in family, use_safetensors=True)
     found = {"logits": _logits(model)}
     ids = torch.tensor(IDS)
-    model(ids, labels=ids).loss.backward()
+    labels = ids[:, 0] % len(LABELS) if " " in family else ids
+    model(ids, labels=labels).loss.backward()
     found |= {f"gradient.{name}": leaf.grad.numpy().copy() for name, leaf in leaves.items()}
     optimizer = torch.optim.AdamW(leaves.values(), lr=RATE, weight_decay=DECAY)
     losses = []
     for _ in range(STEPS):
         optimizer.zero_grad()
-        loss = model(ids, labels=ids).loss
+        loss = model(ids, labels=labels).loss
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
@@ -134,14 +142,19 @@ def _read(case, folder, output):
     import adapters
 
     model = base_model(CASES[case][0])
+    with_head = " " in CASES[case][0]
     adapters.init(model)
+    if with_head:
+        for leaf in (model.classifier, getattr(model.base_model, "pooler", None) or model.classifier):
+            for parameter in leaf.parameters():
+                parameter.data.zero_()
     info = {}
-    name = model.load_adapter(folder, with_head=False, set_active=True, loading_info=info, use_safetensors=True)
+    name = model.load_adapter(folder, with_head=with_head, set_active=True, loading_info=info, use_safetensors=True)
     if info.get("missing_keys") or info.get("unexpected_keys"):
         sys.exit(json.dumps(info))
     model.eval()
     np.save(output, _logits(model))
-    model.save_adapter(f"{output}.dir", name, with_head=False, use_safetensors=True)
+    model.save_adapter(f"{output}.dir", name, with_head=with_head, use_safetensors=True)
 
 
 if __name__ == "__main__":

@@ -19,19 +19,21 @@ import safetensors.numpy
 import torch
 from conftest import TOLERANCE
 from lenient_optax import lenient
-from make_adapterhub import CASES, DECAY, ENCODERS, HERE, IDS, NAME, RATE, base_model
+from make_adapterhub import CASES, DECAY, ENCODERS, HERE, IDS, LABELS, NAME, RATE, base_model
 from tiny_models import largest_difference, load, make_pair, moved, same_bits
 
 import jaxft
 from jaxft.errors import UserError
-from jaxft.methods import Bottleneck, LoRA
+from jaxft.methods import Bottleneck, LoRA, Partial
+from jaxft.methods.base import Compose
 
 PYTHON = os.environ.get("JAXFT_ADAPTERS_PYTHON")
 
 
 @functools.cache
 def base(family):
-    return load(base_model(family), "masked_lm" if family in ENCODERS else "causal_lm")
+    kind, _, task = family.partition(" ")
+    return load(base_model(family), task or ("masked_lm" if kind in ENCODERS else "causal_lm"))
 
 
 def adapted(case):
@@ -48,10 +50,14 @@ def answers(case):
 def program(case):
     """Returns the logits, the loss and its gradients, of the trainable leaves."""
     model, params, method = adapted(case)
+    method = alone(method)
     frozen = jaxft.partition(params, method.mask(params))[1]
 
     def loss(trainable):
         logits = model.apply({"params": jaxft.combine(trainable, frozen)}, IDS).logits
+        if model.task == "sequence_classification":
+            picked = jax.nn.log_softmax(logits)[np.arange(len(IDS)), IDS[:, 0] % len(LABELS)]
+            return -np.float32(1.0) * picked.mean(), logits
         first = 0 if CASES[case][0] in ENCODERS else 1  # of the targets
         scored = jax.nn.log_softmax(logits[:, : IDS.shape[1] - first])
         return -np.float32(1.0) * jax.numpy.take_along_axis(scored, IDS[:, first:, None], axis=-1).mean(), logits
@@ -59,9 +65,15 @@ def program(case):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
+def alone(method):
+    """Returns the bottleneck adapter of a method, without the head."""
+    return method.methods[0] if isinstance(method, Compose) else method
+
+
 def named(case, trainable, folder):
     """Returns the trainable leaves by their names in AdapterHub's file."""
     model, params, method = adapted(case)
+    method = alone(method)
     jaxft.save_adapter(folder, model, jaxft.combine(trainable, jaxft.partition(params, method.mask(params))[1]), method, name=NAME)
     return safetensors.numpy.load_file(folder / "adapter.safetensors")
 
@@ -69,7 +81,7 @@ def named(case, trainable, folder):
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_gradients_are_those_of_the_library(case, tmp_path):
     _, params, method = adapted(case)
-    trainable = jaxft.partition(params, method.mask(params))[0]
+    trainable = jaxft.partition(params, alone(method).mask(params))[0]
     (_, logits), gradients = program(case)(trainable)
     assert largest_difference(logits, answers(case)["logits"]) <= TOLERANCE
     found = named(case, gradients, tmp_path / "gradients")
@@ -112,6 +124,8 @@ def test_written_again_it_holds_the_same_bytes_and_settings(case, tmp_path):
 
 OURS = {
     "double_seq_bn": ("double_seq_bn", Bottleneck(size=5, activation="gelu_new", leave_out=(0,), dropout=0.25)),
+    "bert_classes": ("bert_classes", Bottleneck.seq_bn(reduction=4.0) + Partial(targets=("pooler", "classifier"))),
+    "roberta_classes": ("roberta_classes", Bottleneck(reduction=4.0) + Partial(targets=("classifier",))),
     "bert": ("bert_seq_bn", Bottleneck.seq_bn(reduction=4.0, scaling=2.5)),
     "distilbert": ("distilbert_seq_bn", Bottleneck(size=5, dropout=0.25)),
     "roberta": ("roberta_par_bn", Bottleneck.par_bn(trained_scale="channel", scaling=1.0)),
@@ -196,3 +210,56 @@ def test_another_methods_parameters_are_refused(tmp_path):
     for other in (Bottleneck(size=3), Bottleneck(leave_out=(1,)), Bottleneck(activation="relu"), Bottleneck(scaling=2.0)):
         with pytest.raises(UserError, match="Pass the method"):
             jaxft.save_adapter(tmp_path / "a", model, tuned, other)
+
+
+def heads_of(folder):
+    return safetensors.numpy.load_file(folder / "model_head.safetensors")
+
+
+@pytest.mark.parametrize("case", ["bert_classes", "roberta_classes"])
+def test_a_head_comes_with_its_adapter_and_is_written_as_the_library_does(case, tmp_path):
+    model, params, method = adapted(case)
+    assert method.methods[1] == Partial(targets=("classifier",))
+    jaxft.save_adapter(tmp_path / "again", model, params, method, name=NAME)
+    assert {key: value.tobytes() for key, value in heads_of(HERE / case).items()} == {
+        key: value.tobytes() for key, value in heads_of(tmp_path / "again").items()
+    }
+    first, again = (json.loads((place / "head_config.json").read_text()) for place in (HERE / case, tmp_path / "again"))
+    assert first == again
+    loaded, same = jaxft.load_adapter(tmp_path / "again", model, base(CASES[case][0])[1])
+    assert same == method
+    assert same_bits(loaded, params)
+
+
+def test_a_pooler_is_written_with_the_head(tmp_path):
+    model, params = base("bert sequence_classification")
+    method = Bottleneck.seq_bn(reduction=4.0) + Partial(targets=("pooler", "classifier"))
+    tuned = moved(method, model, params)
+    jaxft.save_adapter(tmp_path / "a", model, tuned, method)
+    assert "bert.pooler.dense.weight" in heads_of(tmp_path / "a")
+    loaded, same = jaxft.load_adapter(tmp_path / "a", model, params)
+    assert same == method
+    assert same_bits(loaded, tuned)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label2id": {"no": 0, "yes": 1, "maybe": 2}}, "has the labels no, yes, maybe; this model's are no, maybe, yes"),
+        ({"model_class": "BertForTokenClassification"}, "is of a BertForTokenClassification, this model is a BertForSequenceCl"),
+        ({"config": {"head_type": "classification"}}, "is a head of AdapterHub's own kind"),
+    ],
+)
+def test_a_head_of_another_kind_is_refused(changes, message, tmp_path):
+    shutil.copytree(HERE / "bert_classes", tmp_path / "copy")
+    path = tmp_path / "copy" / "head_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=message):
+        jaxft.load_adapter(tmp_path / "copy", *base("bert sequence_classification"))
+
+
+def test_what_is_no_head_cannot_be_written_beside_an_adapter(tmp_path):
+    model, params = base("bert sequence_classification")
+    method = Bottleneck.seq_bn() + Partial(targets=("classifier", "embed_norm"))
+    with pytest.raises(UserError, match="embed_norm/bias trains whole, and AdapterHub's files hold a task's head alone"):
+        jaxft.save_adapter(tmp_path / "a", model, moved(method, model, params), method)
