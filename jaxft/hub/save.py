@@ -20,7 +20,7 @@ from jaxft.hub.checkpoint import CONFIG, GENERATION_CONFIG, INDEX, QUANTIZATION
 from jaxft.hub.names import WEIGHT, Entry, layer_of, tensors_of
 from jaxft.methods.kernels import is_kernel
 from jaxft.models import segments
-from jaxft.models.heads import CAUSAL_LM, SUFFIXES, is_language_model
+from jaxft.models.heads import CAUSAL_LM, SEQUENCE_CLASSIFICATION, SUFFIXES, is_causal, is_language_model
 from jaxft.models.node import is_node, is_quantized
 from jaxft.models.registry import family_of
 
@@ -90,7 +90,8 @@ def save_pretrained(
     with folders.written(pathlib.Path(folder).expanduser(), "model") as temporary:
         _write_weights(temporary, tensors, max_shard_size)
         widest = max((np.dtype(entry.leaf.value.dtype) for entry in found), key=lambda dtype: dtype.itemsize)
-        _write_config(temporary, model.config, widest, quantization)
+        padding = tokenizer.pad_token_id if tokenizer is not None and is_causal(model) else None
+        _write_config(temporary, model.config, widest, quantization, padding)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         (temporary / CARD).write_text(card or _CARD.format(auto=auto_class(model.config.task)), encoding="utf-8")
@@ -152,8 +153,11 @@ def _part(parts: Callable[[int], dict[str, np.ndarray]], number: int, name: str)
     return lambda: parts(number)[name]
 
 
-def _write_config(temporary: pathlib.Path, config: Any, dtype: np.dtype, quantization: dict[str, Any]) -> None:
+def _write_config(temporary: pathlib.Path, config: Any, dtype: np.dtype, quantization: dict[str, Any], padding: int | None) -> None:
+    """Writes config.json; `padding` is the token by which transformers finds the last one of a text to classify."""
     hf = json.loads(config.hf)
+    if config.task == SEQUENCE_CLASSIFICATION and hf.get("pad_token_id") is None:
+        hf["pad_token_id"] = padding
     generation = hf.pop("generation_config", None)
     if generation is None:
         generation = {name: hf[name] for name in _GENERATION_KEYS if hf.get(name) is not None} | {"_from_model_config": True}

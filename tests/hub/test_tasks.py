@@ -115,11 +115,16 @@ def test_the_name_of_an_unlabelled_model_of_one_number_survives(theirs, tmp_path
     assert (config.num_labels, config.problem_type) == (1, "regression")
 
 
-def test_pipelines_name_the_classes(theirs, tmp_path):
-    _, folder = theirs("bert", CLASSES)
+@pytest.fixture
+def tokenizer(tmp_path):
+    """A tokenizer of the tiny models' vocabulary."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(tiny_models.VOCABULARY - 5))]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
-    tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"))
+    return transformers.BertTokenizer(str(tmp_path / "vocab.txt"))
+
+
+def test_pipelines_name_the_classes(theirs, tokenizer, tmp_path):
+    _, folder = theirs("bert", CLASSES)
     model, params = jaxft.load_pretrained(folder, task=CLASSES, labels=("bad", "good"), seed=4)
     jaxft.save_pretrained(tmp_path / "ours", model, params, tokenizer)
     found = transformers.pipeline("text-classification", str(tmp_path / "ours"), top_k=None)(["w7 w11 w3"])[0]
@@ -128,6 +133,19 @@ def test_pipelines_name_the_classes(theirs, tmp_path):
     scores = {row["label"]: row["score"] for row in found}
     assert sorted(scores) == ["bad", "good"]
     np.testing.assert_allclose([scores["bad"], scores["good"]], expected, rtol=1e-5)
+
+
+def test_a_causal_model_without_a_padding_token_gets_the_tokenizers_for_batches(theirs, tokenizer, tmp_path):
+    _, folder = theirs("qwen2", CLASSES)
+    configure(folder, pad_token_id=None)
+    model, params = jaxft.load_pretrained(folder, task=CLASSES)
+    jaxft.save_pretrained(tmp_path / "ours", model, params, tokenizer)
+    texts = ["w7 w11 w3", "w5", "w9 w9"]
+    found = transformers.pipeline("text-classification", str(tmp_path / "ours"), tokenizer=tokenizer, top_k=None)(texts, batch_size=3)
+    batch = tokenizer(texts, padding=True, return_tensors="np")
+    logits = model.apply({"params": params}, batch["input_ids"].astype(np.int32), attention_mask=batch["attention_mask"]).logits
+    scores = [[next(row["score"] for row in rows if row["label"] == label) for label in LABELS] for rows in found]
+    np.testing.assert_allclose(scores, jax.nn.softmax(logits), rtol=1e-4)
 
 
 def test_a_head_of_the_bare_models_files_is_drawn_from_the_seed_and_the_rest_is_theirs(bare):
