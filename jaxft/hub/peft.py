@@ -73,7 +73,7 @@ def format_of(method: Method) -> Format | None:
 
 
 def has_form(model: nn.Module, params: Params, method: Method) -> bool:
-    """Returns whether PEFT's files, or AdapterHub's, can hold the method as it is in `params`, by shapes alone."""
+    """Returns whether PEFT's files, or AdapterHub's, can hold the method as it is in `params`."""
     own, whole = peft_saved.split(method)
     if isinstance(own, adapterhub.METHOD):
         return whole is None or adapterhub_head.fits(model, params, whole)

@@ -350,8 +350,8 @@ def check_method(method: Method, model: Any, shapes: Any, seed: int, kernels: Or
     params = jax.tree.unflatten(jax.tree.structure(params), [shape_of[array] for array in arrays])
     trainable_leaves(params, method.mask(params))
     parts = method.methods if isinstance(method, Compose) else (method,)
-    with_its_head = bool(model.head) and adapter_format(method) is not None and has_form(model, params, method)  # in one folder
-    if not with_its_head and None in map(adapter_format, parts) and not can_merge(method, model, params):
+    nowhere = None in map(adapter_format, parts) and not can_merge(method, model, params)
+    if nowhere and not (model.head and adapter_format(method) and has_form(model, params, method)):  # an adapter and the task's head
         raise UserError(
             f"What {method.title} trains could be written nowhere: it can't be merged, and not all of it has an adapter's form. "
             "Leave a part of it out."

@@ -7,14 +7,14 @@ import pytest
 from method_checks import base
 
 from jaxft.errors import UserError
-from jaxft.methods import IA3, AdaLoRA, BitFit, LoRA, Partial, Prefix, Prompt, SparseMask, VeRA
+from jaxft.methods import IA3, AdaLoRA, BitFit, Bottleneck, LoRA, Partial, Prefix, Prompt, SparseMask, VeRA
 from jaxft.train.setup import check_method, virtual_tokens
 
 LOOK = [SparseMask(rank=1, choice=choice, targets=("q_proj",)) for choice in ("random", "magnitude", "gradient", "fisher")]
 
 
-def check(method):
-    model, params = base("qwen2")
+def check(method, name="qwen2"):
+    model, params = base(name)
     return virtual_tokens(check_method(method, model, jax.eval_shape(lambda: params), seed=0))
 
 
@@ -29,6 +29,16 @@ def test_virtual_tokens_are_counted_beside_what_looks_at_weights(method):
 def test_what_could_be_written_nowhere_is_refused_beside_what_looks_at_weights(method):
     with pytest.raises(UserError, match="could be written nowhere"):
         check(method + BitFit() + Prompt(virtual_tokens=4))
+
+
+HEAD = Partial(targets=("pooler", "classifier"))
+
+
+@pytest.mark.parametrize("method", [Bottleneck(), Prefix(virtual_tokens=4)], ids=lambda method: method.title)
+def test_what_cannot_be_merged_is_written_with_the_tasks_head_and_with_nothing_else(method):
+    check(method + HEAD, "bert sequence_classification")
+    with pytest.raises(UserError, match="could be written nowhere"):
+        check(method + HEAD + BitFit(targets=("embed_norm",)), "bert sequence_classification")
 
 
 @pytest.mark.parametrize("choice", ["gradient", "fisher"])
