@@ -29,7 +29,7 @@ ADAMW = OptimizerConfig(schedule="constant", warmup=0, learning_rate=1e-3)
 # SGD's update is linear in the gradient: what differs by rounding stays different by rounding
 SGD = OptimizerConfig(name="sgd", learning_rate=0.02, schedule="constant", warmup=0, clip_norm=0)
 
-
+# what is dropped hangs on how a batch is cut
 NO_DROPOUT = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "embd_pdrop", "resid_pdrop", "attn_pdrop"), 0.0)
 
 

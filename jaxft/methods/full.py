@@ -15,7 +15,7 @@ from jaxft.methods.rates import scaled
 from jaxft.models import segments
 
 _LAYER = re.compile(rf"{segments.LAYERS}/(\d+)/")
-_BEFORE = "embed"  # how names begin of what comes before the layers
+_BEFORE = "embed"  # what the names of what comes before the layers hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Full(Method):
         def factor(name: str) -> float:
             if match := _LAYER.match(name):
                 return self.layer_decay ** (depth - 1 - int(match[1]))
-            return self.layer_decay**depth if name.startswith(_BEFORE) else 1.0
+            return self.layer_decay**depth if _BEFORE in name.partition("/")[0] else 1.0
 
         own, others = partition(updates, of_base(updates))
         return combine(scaled(own, factor), others)

@@ -14,6 +14,8 @@ from jaxft.methods.partition import check_patterns, first_match
 from jaxft.models.node import Around, Kernel, dense, dot, linear, node
 from jaxft.models.segments import Leaf
 
+ANY = ".*"  # a pattern that matches every name
+
 
 @dataclasses.dataclass(frozen=True)
 class Scaled(Around):
@@ -71,32 +73,42 @@ def _times(x: jax.Array, scale: jax.Array) -> jax.Array:
 class IA3(Method):
     """Trains a vector for each target, which scales the layer's output, or its input where `feedforward` matches too.
 
-    Vectors start at one, so the model starts as the base. Weight decay leaves them alone.
+    Vectors start at one, so the model starts as the base. Weight decay leaves them alone. Without targets they are the paper's: what a
+    model's family names keys, values and the feed-forward layers' output.
 
     >>> IA3(targets=("k_proj", "v_proj", "down_proj"), feedforward=("down_proj",)).feedforward
     ('down_proj',)
     """
 
-    targets: tuple[str, ...] = ("k_proj", "v_proj", "down_proj")  # patterns of kernels
-    feedforward: tuple[str, ...] = ("down_proj",)  # patterns of targets whose input is scaled in the output's stead
+    targets: tuple[str, ...] = ()  # patterns of kernels; empty: the model's keys, values and feed-forward outputs
+    feedforward: tuple[str, ...] = ()  # patterns of targets whose input is scaled in the output's stead; as targets where both are empty
 
     def init(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
         """Returns `params` with a vector beside each target's kernel; raises `UserError` where a pattern matches nothing."""
-        chosen = chosen_kernels(params, self.targets)
-        check_patterns(self.feedforward, chosen, "method.feedforward")
-        return wrap(params, self._kind, self._around)
+        method = self._for(model)
+        chosen = chosen_kernels(params, method.targets)
+        check_patterns(method.feedforward, chosen, "method.feedforward")
+        return wrap(params, method._kind, method._around)
 
     def mask(self, params: Params) -> Any:
         """Returns True at the targets' vectors."""
-        return mask_of_nodes(params, Scaled, ("scale",), self.targets)
+        return mask_of_nodes(params, Scaled, ("scale",), self.targets or (ANY,))
 
     def merge(self, model: nn.Module, params: Params) -> Params:
         """Returns plain kernels and biases, each times its vector in float32, cast once to the base's type."""
         return fold(params, Scaled, self.is_target)
 
     def is_target(self, name: str) -> bool:
-        """Returns whether the kernel of this name gets a vector."""
-        return first_match(self.targets, name) is not None
+        """Returns whether the kernel of this name gets a vector; without targets, any that `init` gave one is its own."""
+        return first_match(self.targets or (ANY,), name) is not None
+
+    def _for(self, model: Any) -> "IA3":
+        """The method with the targets that it has in a model."""
+        if self.targets:
+            return self
+        roles = model.config.roles
+        targets = tuple(dict.fromkeys((roles.keys, roles.values, roles.mlp_output)))
+        return IA3(targets, self.feedforward or (roles.mlp_output,))
 
     def _kind(self, name: str) -> str | None:
         """Which side of a kernel is scaled, None where it is no target."""

@@ -17,6 +17,7 @@ from jaxft.models.segments import Leaf
 
 KERNEL, BIAS = "kernel", "bias"  # what the families call a linear layer's parameters
 EMBEDDING = "embedding"  # and a table's
+WORDS = "embed/embedding"  # the table of words, which a tied output head is too
 
 
 def is_kernel(leaf: Leaf) -> bool:

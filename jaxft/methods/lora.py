@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxft.errors import UserError, unknown
 from jaxft.methods import dora, lora_start
 from jaxft.methods.base import Material, Method
-from jaxft.methods.kernels import EMBEDDING, KERNEL, check_ranks, fold, key_of
+from jaxft.methods.kernels import EMBEDDING, KERNEL, WORDS, check_ranks, fold, key_of
 from jaxft.methods.partition import (
     cast,
     check_layers,
@@ -243,7 +243,7 @@ class LoRA(Method):
         layer without a bias.
         """
         for leaf in segments.leaves(params, is_leaf=is_node):
-            if isinstance(leaf.value, LoRAKernel) and leaf.path[-1] == EMBEDDING and model.config.tie_word_embeddings:
+            if isinstance(leaf.value, LoRAKernel) and leaf.title == WORDS and model.config.tie_word_embeddings:
                 raise UserError(
                     f"A LoRA on {leaf.title} can't be merged: this model's output head is the same table, and it has no LoRA. "
                     "Save the adapter alone: jaxft.save_adapter(folder, model, params, method)."
@@ -320,9 +320,8 @@ class LoRA(Method):
         for name in chosen:
             if first_match(self.modules_to_save, name) is not None:
                 raise UserError(f"{name} is in method.targets and in method.modules_to_save: it gets a LoRA, or trains whole.")
-        tables = [name for name in names if name.endswith(f"/{EMBEDDING}") and self.trains_whole(name)]
-        if tables and model.config.tie_word_embeddings:
-            raise UserError(f"method.modules_to_save: {tables[0]} is the output head too in this model, which PEFT can't train as one.")
+        if model.config.tie_word_embeddings and self.trains_whole(WORDS):
+            raise UserError(f"method.modules_to_save: {WORDS} is the output head too in this model, which PEFT can't train as one.")
         check_not_quantized(params, self.trains_whole)
         if any(name.endswith(f"/{EMBEDDING}") for name in chosen):
             if lora_start.decomposes(self.start):

@@ -47,6 +47,7 @@ class EncoderConfig:
     """The shape of an encoder, under the names of BERT's config.json."""
 
     learned_positions: ClassVar[bool] = True  # a text can't be longer than max_position_embeddings
+    roles: ClassVar[layers.Roles] = layers.Roles(keys="attention/key", values="attention/value", mlp_output="layers/[0-9]+/output")
 
     architecture: str
     family: str  # transformers' model_type

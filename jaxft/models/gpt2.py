@@ -79,6 +79,7 @@ class GPT2Config:
     """The shape of a GPT-2."""
 
     learned_positions: ClassVar[bool] = True  # a text can't be longer than max_position_embeddings
+    roles: ClassVar[layers.Roles] = layers.Roles(keys="c_attn", values="c_attn", mlp_output="mlp/c_proj")
 
     architecture: str = "GPT2LMHeadModel"
     task: str = heads.CAUSAL_LM  # what the head is for

@@ -36,6 +36,15 @@ REMAT: dict[str, Any] = {  # what the backward pass keeps of a layer
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Roles:
+    """What a family calls the kernels that methods choose by their part in a layer, patterns; one kernel may have several parts."""
+
+    keys: str
+    values: str
+    mlp_output: str
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:

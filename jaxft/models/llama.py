@@ -81,6 +81,7 @@ class LlamaConfig:
     """The shape of a Llama-family model, under the names of config.json."""
 
     learned_positions: ClassVar[bool] = False  # rotary angles go on beyond max_position_embeddings
+    roles: ClassVar[layers.Roles] = layers.Roles(keys="k_proj", values="v_proj", mlp_output="down_proj")
 
     architecture: str = "LlamaForCausalLM"
     task: str = heads.CAUSAL_LM  # what the head is for

@@ -106,7 +106,7 @@ def test_on_bfloat16_a_scale_near_one_is_not_rounded_to_it():
     ("settings", "message"),
     [
         ({"targets": ("k_prj",)}, "method.targets: the pattern 'k_prj' matches nothing. Did you mean 'k_proj'"),
-        ({"targets": ("k_proj",)}, "method.feedforward: the pattern 'down_proj' matches nothing"),
+        ({"targets": ("k_proj",), "feedforward": ("down_proj",)}, "method.feedforward: the pattern 'down_proj' matches nothing"),
         ({"targets": ("norm",), "feedforward": ()}, "matches nothing"),
     ],
 )
