@@ -19,7 +19,13 @@ from jaxft.errors import UserError
 MARKER = "jaxft.json"  # says that a folder is ours, and so may be replaced
 _FORMAT = 1
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FULL_WORDS = ("os error 28", "os error 122", "os error 27", "No space left", "File too large")  # the same, from safetensors
+_FULL_WORDS = (
+    "os error 28",
+    "os error 122",
+    "os error 27",
+    "no space left",
+    "file too large",
+)  # of safetensors, tensorstore
 
 
 def check_replaceable(folder: pathlib.Path) -> None:
@@ -109,8 +115,14 @@ def _umask() -> int:
     return current
 
 
+def is_full(error: Exception) -> bool:
+    """Returns whether an error is that a disk is full, or a quota is."""
+    text = str(error).lower()
+    return getattr(error, "errno", None) in _FULL or any(words in text for words in _FULL_WORDS)
+
+
 def _unwritten(folder: pathlib.Path, error: Exception) -> UserError:
-    if getattr(error, "errno", None) in _FULL or any(words in str(error) for words in _FULL_WORDS):
+    if is_full(error):
         return UserError(
             f"{folder} couldn't be written: the disk is full, or a quota is. Make room and export again; nothing was left there."
         )

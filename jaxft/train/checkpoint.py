@@ -1,9 +1,9 @@
 """Checkpoints by orbax: trainable leaves, optimizer, step, configuration, and the identity of the frozen base."""
 
 import dataclasses
-import errno
 import hashlib
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +13,9 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jaxft.errors import UserError
+from jaxft.hub.folder import is_full
 from jaxft.models import segments
+from jaxft.train.background import silence
 from jaxft.train.state import State
 
 # Fields that may change between a run and its continuation: they don't change what the run computes.
@@ -66,6 +68,9 @@ class _KeepBest(preservation_policy.PreservationPolicy):
         return [found.step == self.step for found in checkpoints]
 
 
+_UNFINISHED = "*.orbax-checkpoint-tmp"  # folders of checkpoints that aren't whole
+
+
 def newest_step(folder: pathlib.Path) -> int | None:
     """Returns the step of the newest checkpoint in a run's `checkpoints/` folder, without opening it; None where there is none."""
     steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
@@ -76,6 +81,7 @@ class Checkpoints:
     """The `checkpoints/` folder of a run: the newest `keep`, and the best one by the validation metric."""
 
     def __init__(self, folder: pathlib.Path, keep: int = 2):
+        silence()
         self.folder = folder.absolute()
         self._best = _KeepBest()
         policy = preservation_policy
@@ -138,14 +144,18 @@ class Checkpoints:
         self._manager.close()
 
     def _explained(self, error: Exception) -> Exception:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
-        if not full:
+        if not is_full(error):
             return error
-        steps = list(self._manager.all_steps(read=True))
+        for path in self.folder.glob(_UNFINISHED):
+            shutil.rmtree(path, ignore_errors=True)
+        self._manager.reload()
+        newest = self.latest()
         left = (
-            f"The checkpoint of step {max(steps)} is whole; the same command goes on from there." if steps else "No checkpoint was written."
+            "No checkpoint was written."
+            if newest is None
+            else f"The checkpoint of step {newest} is whole; the same command goes on from there."
         )
-        return UserError(f"The disk of {self.folder} is full. {left} Free some space, or take another --workdir.")
+        return UserError(f"The disk of {self.folder} is full, or a quota is. {left} Free some space, or take another --workdir.")
 
 
 def _float32_like(leaf: jax.Array) -> jax.ShapeDtypeStruct:

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from jaxft.errors import UserError
+from jaxft.train.board import Board
 
 METRICS = "metrics.jsonl"
 _SHARES = ("accuracy", "exact_match", "precision", "recall")  # metrics that are shares begin so
@@ -26,7 +26,7 @@ class Logs:
         with self._explained():
             self._keep(start)
             self._file = self._path.open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+            self._board = Board(workdir / "tensorboard", start + 1)
         self._bar = tqdm(total=steps, initial=start, unit="step", desc="Training", dynamic_ncols=True, smoothing=0.1)
 
     def _keep(self, start: int) -> None:
@@ -41,8 +41,7 @@ class Logs:
         with self._explained():
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            self._board.write(step, values)
 
     def advance(self, loss: float, tokens_per_second: float) -> None:
         """Moves the bar one step on."""

@@ -2,10 +2,13 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from full_disk import full_above
 
+from jaxft.errors import UserError
 from jaxft.train.checkpoint import Checkpoints, Progress, newest_step
 from jaxft.train.state import new_state
 
@@ -39,4 +42,42 @@ def test_a_run_that_measures_nothing_keeps_the_newest(tmp_path):
 
 
 def test_no_folder_has_no_newest_step(tmp_path):
+    assert newest_step(tmp_path / "checkpoints") is None
+
+
+def grown(step, size):
+    """A state of as many numbers as it is said."""
+    state = new_state({"layers": None, **{f"kernel_{number}": jnp.full(size, step, jnp.float32) for number in range(8)}}, optax.sgd(0.1))
+    noise = jax.tree.map(lambda leaf: leaf + jax.random.normal(jax.random.key(step), leaf.shape), state.trainable)  # it can't be compressed
+    return dataclasses.replace(state, step=jnp.int32(step), trainable=noise)
+
+
+def save(checkpoints, state):
+    """Saves, and waits for the threads of orbax that write."""
+    checkpoints.save(state, PROGRESS)
+    checkpoints.wait()
+
+
+def test_a_full_disk_gives_one_message_and_leaves_the_whole_checkpoint(tmp_path, capfd):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    first = grown(1, 100)
+    save(checkpoints, first)
+    with full_above(100_000), pytest.raises(UserError, match="is full, or a quota is. The checkpoint of step 1 is whole; the same command"):
+        save(checkpoints, grown(2, 100_000))
+    checkpoints.close()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    again = Checkpoints(tmp_path / "checkpoints")
+    assert again.latest() == newest_step(tmp_path / "checkpoints") == 1
+    restored = again.restore(1, first, jax.tree.map(lambda leaf: leaf.sharding, first))
+    again.save(grown(2, 100_000), PROGRESS)
+    again.close()
+    assert jax.tree.all(jax.tree.map(lambda one, other: (one == other).all(), restored, first))
+    assert newest_step(tmp_path / "checkpoints") == 2
+    assert capfd.readouterr().err == ""
+
+
+def test_a_disk_that_is_full_from_the_start_is_told(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    with full_above(0), pytest.raises(UserError, match="No checkpoint was written"):
+        save(checkpoints, grown(1, 100))
     assert newest_step(tmp_path / "checkpoints") is None
