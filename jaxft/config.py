@@ -60,7 +60,9 @@ class TrainConfig:
     best_metric: str = "loss"  # the validation metric that names the best checkpoint
     best_mode: str = "min"  # min or max
     patience: int = 0  # evaluations without improvement before stopping early; 0: never
-    remat: str = "none"  # what the backward pass computes again: none, dots (all but products), full
+    remat: str = (
+        "none"  # what the backward pass computes again: none, dots (all but products), offload (as dots, products in host memory), full
+    )
     r_drop: float = 0.0  # passes a batch twice, with different dropout: weight of their divergence (Liang et al. 2021, arXiv:2106.14448)
     neftune_alpha: float = 0.0  # noise on embeddings (Jain et al. 2023, arXiv:2310.05914)
     data_parallel: int = -1  # devices along the mesh's axes; -1: what the others leave
@@ -84,6 +86,7 @@ class OptimizerConfig:
     b2: float = 0.999  # second-moment decay
     eps: float = 1e-8  # added to the root of the second moment
     moments: str = "float32"  # what adamw and lion keep between steps: float32, or int8 in blocks of 256, a quarter of the memory
+    offload: bool = False  # hold the optimizer's state in the host's memory; a device has it while it updates
 
 
 @dataclasses.dataclass(frozen=True)

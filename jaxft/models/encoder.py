@@ -196,7 +196,7 @@ class Encoder(nn.Module):
     Attributes:
       config: its shape.
       dtype: the compute type.
-      remat: what the backward pass computes again: none, dots, full.
+      remat: what the backward pass computes again: none, dots, offload, full.
     """
 
     config: EncoderConfig

@@ -228,7 +228,7 @@ class GPT2(nn.Module):
     Attributes:
       config: its shape.
       dtype: the compute type.
-      remat: what the backward pass computes again: none, dots, full.
+      remat: what the backward pass computes again: none, dots, offload, full.
     """
 
     config: GPT2Config

@@ -29,9 +29,13 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "tanh": jnp.tanh,
 }
 
+HOST_MEMORY = "pinned_host"  # what jax calls the host's memory that devices read and write
 REMAT: dict[str, Any] = {  # what the backward pass keeps of a layer
     "none": None,
     "dots": jax.checkpoint_policies.save_only_these_names(KEPT),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[KEPT], offload_src="device", offload_dst=HOST_MEMORY
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -255,7 +255,7 @@ class Llama(nn.Module):
     Attributes:
       config: its shape.
       dtype: the compute type.
-      remat: what the backward pass computes again: none, dots, full.
+      remat: what the backward pass computes again: none, dots, offload, full.
     """
 
     config: LlamaConfig

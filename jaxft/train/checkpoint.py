@@ -19,7 +19,16 @@ from jaxft.train.background import silence
 from jaxft.train.state import State
 
 # Fields that may change between a run and its continuation: they don't change what the run computes.
-FREE = ("eval.", "train.log_every", "train.checkpoint_every", "train.keep", "data.cache", "data.test", "train.patience")
+FREE = (
+    "eval.",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "data.cache",
+    "data.test",
+    "train.patience",
+    "optimizer.offload",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,10 +25,24 @@ from jaxft.train.step import make_step
 
 
 def jitted_step(experiment: Experiment, model: nn.Module, optimizer: optax.GradientTransformation, sharding: State) -> Any:
-    """Returns the run's `make_step`, not compiled yet; the state that it takes is given up for the one that it returns."""
+    """Returns the run's `make_step`, not compiled yet; the state that it takes is given up for the one that it returns.
+
+    What lies in the host's memory by `sharding` is on the devices during the step.
+    """
     train = experiment.train
     function = make_step(model, experiment.task, optimizer, train.seed, train.neftune_alpha, train.r_drop, experiment.method.penalty)
+    if experiment.optimizer.offload:
+        function = _with_fetched(function, placement.in_device_memory(sharding.optimizer))
     return jax.jit(function, donate_argnums=0, out_shardings=(sharding, None))
+
+
+def _with_fetched(step: Any, places: Any) -> Any:
+    """The step, of a state whose optimizer's part is first brought to `places`."""
+
+    def fetching(state: State, frozen: Any, batch: Any) -> Any:
+        return step(dataclasses.replace(state, optimizer=jax.device_put(state.optimizer, places)), frozen, batch)
+
+    return fetching
 
 
 class StopRequest:

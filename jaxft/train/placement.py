@@ -13,6 +13,7 @@ from jaxft.config import TrainConfig
 from jaxft.errors import UserError
 from jaxft.methods.partition import first_match
 from jaxft.models import segments
+from jaxft.models.layers import HOST_MEMORY
 from jaxft.models.node import Shared, is_node, is_shared, is_site
 from jaxft.train.moments import is_8bit
 from jaxft.train.state import State
@@ -88,8 +89,11 @@ def _divides(mesh: Mesh, axis: Any, size: int) -> bool:
     return axis is not None and size % mesh.shape[axis] == 0
 
 
-def state_shardings(state: State, trainable: Any, mesh: Mesh, optimizer: optax.GradientTransformation) -> Any:
-    """Returns the state's shardings: moments lie where their parameters do, everything else is on every device."""
+def state_shardings(state: State, trainable: Any, mesh: Mesh, optimizer: optax.GradientTransformation, offload: bool = False) -> Any:
+    """Returns the state's shardings: moments lie where their parameters do, everything else is on every device.
+
+    With `offload` the optimizer's arrays lie in the memory of each device's host.
+    """
     everywhere: Any = NamedSharding(mesh, P())
 
     def beside(moment: Any, parameter: NamedSharding) -> Any:
@@ -99,7 +103,26 @@ def state_shardings(state: State, trainable: Any, mesh: Mesh, optimizer: optax.G
         optimizer, beside, state.optimizer, trainable, transform_non_params=lambda _: everywhere, is_leaf=is_8bit
     )
     moments = jax.tree.map(lambda sharding, leaf: sharding if len(sharding.spec) <= leaf.ndim else everywhere, moments, state.optimizer)
+    if offload:
+        moments = jax.tree.map(lambda place, leaf: place.with_memory_kind(HOST_MEMORY) if leaf.ndim else place, moments, state.optimizer)
     return State(everywhere, trainable, moments)
+
+
+def in_device_memory(places: Any) -> Any:
+    """Returns the same shardings in the devices' own memory."""
+    return jax.tree.map(lambda place: place.with_memory_kind(None), places)
+
+
+def is_in_host_memory(leaf: Any) -> bool:
+    """Returns whether an array, or what stands for one, lies in the host's memory."""
+    return leaf.sharding.memory_kind == HOST_MEMORY
+
+
+def check_host_memory(field: str) -> None:
+    """Raises `UserError` where devices can't use the host's memory, which `field` asks for."""
+    device = jax.local_devices()[0]
+    if HOST_MEMORY not in {memory.kind for memory in device.addressable_memories()}:
+        raise UserError(f"{field}: {device.device_kind} ({device.platform}) can't hold arrays in its host's memory. Leave it out.")
 
 
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, spec: P) -> dict[str, jax.Array]:

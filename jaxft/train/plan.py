@@ -25,6 +25,7 @@ class Plan:
     trainable_parameters: int
     total_parameters: int
     memory: dict[str, int]  # by part
+    host: dict[str, int]  # the same, of what lies in the host's memory for each device
     operations: int  # floating-point operations of the products of one step, on all devices together
     tokens: int  # in a step, without padding
     steps: int
@@ -49,6 +50,8 @@ def plan(experiment: Experiment) -> Plan:
     parts = [(part, gibibytes(count)) for part, count in found.memory.items()]
     devices = f" on each of {run.mesh.size} devices" if run.mesh.size > 1 else ""
     console.table(f"Memory of a step{devices}", ("part", "GiB"), [*parts, ("in all", gibibytes(found.memory_bytes))])
+    for part, count in found.host.items():
+        console.say(f"The host's memory holds {gibibytes(count)} GiB of {part}{' for each device' if run.mesh.size > 1 else ''}.\n")
     console.say(
         f"The products of a step take {found.operations / 1e9:,.1f} GFLOP, {found.operations / found.tokens / 1e9:,.3f} for each of its "
         f"{found.tokens:,} tokens; the run has {data.steps:,} steps.\n"
@@ -70,7 +73,7 @@ def _of_step(run: Described, data: TrainingData, mask: Any) -> Plan:
     places = placement.shardings(run.shapes, table, run.mesh)
     trainable, frozen = partition(_placed(run.shapes, places), mask)
     state = jax.eval_shape(lambda trainable: new_state(trainable, optimizer), trainable)
-    sharding = placement.state_shardings(state, partition(places, mask)[0], run.mesh, optimizer)
+    sharding = placement.state_shardings(state, partition(places, mask)[0], run.mesh, optimizer, run.experiment.optimizer.offload)
     state = _placed(state, sharding)
     batch = {
         name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=jax.NamedSharding(run.mesh, placement.BATCH))
@@ -78,16 +81,19 @@ def _of_step(run: Described, data: TrainingData, mask: Any) -> Plan:
     }
     traced = jitted_step(run.experiment, run.model, optimizer, sharding).trace(state, frozen, batch)
     used = traced.lower().compile().memory_analysis()
-    kept = _kept_for_backward(run, state, frozen, batch) // (run.mesh.shape["data"] * run.mesh.shape["fsdp"])
+    rows = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    kept, offloaded = (count // rows for count in _kept_for_backward(run, state, frozen, batch))
+    on_host, on_device = partition(state.optimizer, jax.tree.map(placement.is_in_host_memory, state.optimizer))
     memory = {
         "frozen weights": _bytes(frozen),
         "trainable weights": _bytes(state.trainable),
-        "optimizer": _bytes(state.optimizer),
+        "optimizer": _bytes(on_device),
         "batch": _bytes(batch),
         "activations": min(kept, used.temp_size_in_bytes),
         "workspace": max(used.temp_size_in_bytes - kept, 0) + used.output_size_in_bytes - used.alias_size_in_bytes,
     }
-    return Plan(size(trainable), size(run.shapes), memory, operations(traced.jaxpr.jaxpr), data.batches.real_tokens(0), data.steps)
+    host = {name: count for name, count in {"optimizer": _bytes(on_host), "activations": offloaded}.items() if count}
+    return Plan(size(trainable), size(run.shapes), memory, host, operations(traced.jaxpr.jaxpr), data.batches.real_tokens(0), data.steps)
 
 
 def _placed(shapes: Any, places: Any) -> Any:
@@ -105,8 +111,8 @@ def _bytes(shapes: Any) -> int:
     return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * np.dtype(leaf.dtype).itemsize for leaf in distinct(shapes))
 
 
-def _kept_for_backward(run: Described, state: State, frozen: Any, batch: Any) -> int:
-    """Bytes of what the forward pass of one micro-batch keeps for the backward pass, on all devices together; weights aren't counted."""
+def _kept_for_backward(run: Described, state: State, frozen: Any, batch: Any) -> tuple[int, int]:
+    """Bytes of what the forward pass of one micro-batch keeps for the backward pass, on all devices and their hosts; without weights."""
 
     def loss(trainable: Any, frozen: Any, micro: Any) -> Any:
         return run.experiment.task.sums(run.model, combine(trainable, frozen), micro, {}).loss
@@ -118,7 +124,10 @@ def _kept_for_backward(run: Described, state: State, frozen: Any, batch: Any) ->
     program = jax.make_jaxpr(backward)(state.trainable, frozen, micro).jaxpr
     given = set(map(id, program.invars))
     kept = {id(value): value.aval for value in program.outvars if id(value) not in given}
-    return sum(int(np.prod(aval.shape)) * np.dtype(aval.dtype).itemsize for aval in kept.values())
+    counts = {jax.memory.Space.Device: 0, jax.memory.Space.Host: 0}
+    for aval in kept.values():
+        counts[aval.memory_space] += int(np.prod(aval.shape)) * np.dtype(aval.dtype).itemsize
+    return counts[jax.memory.Space.Device], counts[jax.memory.Space.Host]
 
 
 def operations(program: Any) -> int:

@@ -80,6 +80,9 @@ def check(experiment: Experiment) -> Mesh:
     quantization(experiment.model)
     if train.remat not in REMAT:
         raise unknown("remat policy", train.remat, REMAT)
+    for field, offloads in (("train.remat=offload", train.remat == "offload"), ("optimizer.offload", experiment.optimizer.offload)):
+        if offloads:
+            placement.check_host_memory(field)
     if train.best_mode not in ("min", "max"):
         raise unknown("train.best_mode", train.best_mode, ("min", "max"))
     if evaluation.split not in ("validation", "test", "train"):
@@ -217,7 +220,7 @@ def set_up(experiment: Experiment) -> TrainingSetup:
     optimizer = make_optimizer(run, data.steps)
     trainable, frozen, places = _placed(run, params, mask)
     state = new_state(trainable, optimizer)
-    sharding = placement.state_shardings(state, places, run.mesh, optimizer)
+    sharding = placement.state_shardings(state, places, run.mesh, optimizer, experiment.optimizer.offload)
     state = jax.device_put(state, sharding)
     training = data.examples["train"]
     return TrainingSetup(
