@@ -60,9 +60,7 @@ class TrainConfig:
     best_metric: str = "loss"  # the validation metric that names the best checkpoint
     best_mode: str = "min"  # min or max
     patience: int = 0  # evaluations without improvement before stopping early; 0: never
-    remat: str = (
-        "none"  # what the backward pass computes again: none, dots (all but products), offload (as dots, products in host memory), full
-    )
+    remat: str = "none"  # what the backward pass computes again: none, dots (all but products; offload keeps them on the host), full
     r_drop: float = 0.0  # passes a batch twice, with different dropout: weight of their divergence (Liang et al. 2021, arXiv:2106.14448)
     neftune_alpha: float = 0.0  # noise on embeddings (Jain et al. 2023, arXiv:2310.05914)
     data_parallel: int = -1  # devices along the mesh's axes; -1: what the others leave
