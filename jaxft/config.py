@@ -37,6 +37,8 @@ class DataConfig:
     text: str = "{text}"  # format of the text that is classified, from the columns
     text_pair: str = ""  # format of a second text, as "{question}"; empty: the column text_pair, where there is one
     label: str = "label"  # the column of labels
+    tokens: str = "tokens"  # the column of a text's words, a list
+    tags: str = "tags"  # the column of their tags, a list: names, or numbers of classes
     loss: str = "auto"  # scored tokens: assistant (every assistant turn), completion (the last turn), all; auto: by the row's format
     max_length: int = 512  # tokens a row
     packing: bool = True  # several examples a row; attention never crosses them

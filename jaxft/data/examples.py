@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -90,15 +91,41 @@ class Labelled(Examples):
         """What the model is given beside each token."""
         return self.beside
 
-    def first(self, count: int) -> "Labelled":
+    def first(self, count: int) -> Self:
         """Returns the examples of the first `count` rows, or all where there are fewer."""
         n = int(np.searchsorted(self.row_numbers, count))
         end, last = self.offsets[n], self.labelled.offsets[n]
         slots = Slots(
             self.labelled.offsets[: n + 1], self.labelled.reads[:last], self.labelled.targets[:last], self.labelled.weights[:last]
         )
-        beside = {name: values[:end] for name, values in self.beside.items()}
-        return Labelled(self.tokens[:end], self.offsets[: n + 1], self.cut[:n], slots, self.row_numbers[:n], beside)
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens[:end],
+            offsets=self.offsets[: n + 1],
+            cut=self.cut[:n],
+            labelled=slots,
+            row_numbers=self.row_numbers[:n],
+            beside={name: values[:end] for name, values in self.beside.items()},
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Words(Labelled):
+    """Examples whose slots are words, each at its first token. A long row is several examples, its words in order over them."""
+
+    words: tuple[str, ...] = ()  # one a slot
+
+    def first(self, count: int) -> Self:
+        """Returns the examples of the first `count` rows, or all where there are fewer."""
+        found = super().first(count)
+        return dataclasses.replace(found, words=self.words[: len(found.slots.reads)])
+
+    @property
+    def texts(self) -> list[slice]:
+        """Where each row's words are."""
+        begins = np.flatnonzero(np.diff(self.row_numbers, prepend=-1))
+        starts = self.labelled.offsets[[*begins, len(self)]]
+        return [slice(int(start), int(stop)) for start, stop in itertools.pairwise(starts)]
 
 
 @dataclasses.dataclass(frozen=True)

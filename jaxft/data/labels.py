@@ -1,7 +1,7 @@
 """The label column of a classification data set: what kind of labels it has, their names, and each row's as numbers."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,9 +53,7 @@ class LabelColumn:
         self._check_filled()
         if self.is_named:
             return self.feature_names
-        found = {part for value in self.values for part in (value if isinstance(value, (list, tuple)) else (value,))}
-        numbers = all(isinstance(value, int) for value in found)
-        return tuple(map(str, sorted(found) if numbers else sorted(map(str, found))))
+        return distinct({part for value in self.values for part in (value if isinstance(value, (list, tuple)) else (value,))})
 
     def classes(self, names: Sequence[str], named: bool) -> np.ndarray:
         """Returns the class of each row, (n,) int32.
@@ -92,17 +90,7 @@ class LabelColumn:
         return found
 
     def _class(self, value: Any, i: int, names: Sequence[str], named: bool) -> int:
-        if named and isinstance(value, int) and not isinstance(value, bool):
-            if 0 <= value < len(names):
-                return value
-            raise UserError(f"{self._place(i)}: label {value} is none of the {len(names)} classes, 0 to {len(names) - 1}.")
-        if value is None or (text := str(value)) not in names:
-            shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-            raise UserError(
-                f"{self._place(i)}: label '{value}' is none of the model's.{nearest(str(value), list(names))} They are: {shown}. Correct "
-                "the row, or name all labels in config.task.labels."
-            )
-        return names.index(text)
+        return class_of(value, names, named, f"{self._place(i)}: label")
 
     def _check_filled(self) -> None:
         for i, value in enumerate(self.values):
@@ -111,6 +99,33 @@ class LabelColumn:
 
     def _place(self, i: int) -> str:
         return self.rows.place(i)
+
+
+def distinct(values: Collection[Any]) -> tuple[str, ...]:
+    """Returns the names of distinct labels, sorted: numbers by their size, all else as text."""
+    return tuple(map(str, sorted(values) if all(isinstance(value, int) for value in values) else sorted(map(str, values))))
+
+
+def class_of(value: Any, names: Sequence[str], named: bool, what: str) -> int:
+    """Returns the class of a label: its place in `names`.
+
+    Args:
+      value: as the row has it.
+      names: of the classes, in their order.
+      named: whether a whole number is the place of a class in `names`, not a name of its own.
+      what: the label's place and what it is called, as "train.jsonl, line 3: label", for messages.
+    """
+    if named and isinstance(value, int) and not isinstance(value, bool):
+        if 0 <= value < len(names):
+            return value
+        raise UserError(f"{what} {value} is none of the {len(names)} classes, 0 to {len(names) - 1}.")
+    if value is None or (text := str(value)) not in names:
+        shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+        raise UserError(
+            f"{what} '{value}' is none of the model's.{nearest(str(value), list(names))} They are: {shown}. Correct the row, or name all "
+            "labels in config.task.labels."
+        )
+    return names.index(text)
 
 
 def label_column(rows: Rows, column: str) -> LabelColumn:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from jaxft.config import DataConfig
+from jaxft.data.drug_tags import tagged
 from jaxft.data.rows import Rows
 from jaxft.errors import UserError, given_path, nearest, unknown
 
@@ -331,6 +332,14 @@ def _load_drug_reviews(split: str) -> Rows:
     return _from_records([_clean_review(record) for record in records], name, "row", range(1, len(records) + 1))
 
 
+def _load_drug_tags(split: str) -> Rows:
+    """Returns the words of the same reviews and their tags in IOB2, DRUG and CONDITION: see `jaxft.data.drug_tags`."""
+    reviews = _load_drug_reviews(split)
+    name = f"bundled:drug-tags:{split}"
+    records = [tagged(row["text"], row["drug"], "" if row["condition"] == _NO_CONDITION else row["condition"]) for row in reviews.dataset]
+    return _from_records(records, name, reviews.unit, reviews.numbers)
+
+
 def _clean_review(record: dict[str, str]) -> dict[str, str]:
     condition = _clean(record["condition"])
     if not condition or condition.endswith("users found this comment helpful."):
@@ -343,4 +352,4 @@ def _clean(text: str) -> str:
     return " ".join(html.unescape(text).replace("\u200b", " ").split())
 
 
-_BUNDLED_SETS: dict[str, Callable[[str], Rows]] = {"drug-reviews": _load_drug_reviews}
+_BUNDLED_SETS: dict[str, Callable[[str], Rows]] = {"drug-reviews": _load_drug_reviews, "drug-tags": _load_drug_tags}

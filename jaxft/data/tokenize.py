@@ -78,7 +78,7 @@ COLUMNS = ("set", "rows", "tokens", "min", "median", "mean", "95%", "max", "scor
 
 
 def describe(examples: Examples, name: str) -> tuple[str, ...]:
-    """Returns the length statistics of one set, a cell for each of `COLUMNS`, for `jaxft.console.table`.
+    """Returns the length statistics of one set's examples, a cell for each of `COLUMNS`, for `jaxft.console.table`.
 
     Args:
         examples: the set, tokenized.
@@ -87,7 +87,7 @@ def describe(examples: Examples, name: str) -> tuple[str, ...]:
     lengths, rows_cut = examples.lengths, int((examples.cut > 0).sum())
     numbers = (lengths.min(), np.median(lengths), lengths.mean(), np.percentile(lengths, 95), lengths.max())
     cut = f"{rows_cut:,} rows, {examples.cut.sum():,} tokens" if rows_cut else "0"
-    cells = (f"{number:,.0f}" for number in (len(examples), lengths.sum(), *numbers))
+    cells = (f"{number:,.0f}" for number in (len(np.unique(examples.rows)), lengths.sum(), *numbers))
     return (name, *cells, f"{len(examples.slots.reads) / len(examples.tokens):.1%}", cut)
 
 

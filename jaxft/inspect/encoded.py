@@ -9,9 +9,10 @@ import numpy as np
 from jaxft.config import DataConfig
 from jaxft.data.template import ChatTemplate, Span, chat_template
 from jaxft.data.tokenize import CHUNK, scored_tokens, turn_tokens, unscored
+from jaxft.data.words import pieces_of
 from jaxft.errors import UserError
 from jaxft.inspect.findings import Case, Finding, counted, finding, raw_spot, spot
-from jaxft.inspect.texts import CONVERSATION, Refused, Texts
+from jaxft.inspect.texts import CONVERSATION, TAGGING, Refused, Texts
 
 _EMPTY = "is empty."  # how the reasons of empty rows end
 
@@ -23,7 +24,7 @@ class Encoded:
     tokens: tuple[np.ndarray, ...]  # each (length,) int32; empty where the template refuses the row
     scored: tuple[np.ndarray, ...]  # each (length,) bool
     refused: tuple[Refused, ...]  # what training would refuse of them
-    max_length: int
+    max_length: int  # tokens of a row that are read; where long rows are read in windows, all of the longest
 
     @property
     def whole_lengths(self) -> np.ndarray:
@@ -55,6 +56,8 @@ def encode(texts: Texts, tokenizer: Any, config: DataConfig) -> Encoded:
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{type(tokenizer).__name__} is no fast tokenizer. Save it with its tokenizer.json (`tokenizers` library).")
+    if texts.kind == TAGGING:
+        return _tagging(texts, tokenizer, config)
     if texts.kind != CONVERSATION:
         tokens = [np.asarray(one, np.int32) for one in tokenizer(list(texts.texts))["input_ids"]]
         return Encoded(tuple(tokens), tuple(np.zeros(len(one), bool) for one in tokens), (), config.max_length)
@@ -70,6 +73,13 @@ def encode(texts: Texts, tokenizer: Any, config: DataConfig) -> Encoded:
     if not any(map(len, tokens)):
         raise UserError(f"{texts.place(0)}: {refused[0].reason}")
     return Encoded(tuple(tokens), tuple(scored), tuple(refused), config.max_length)
+
+
+def _tagging(texts: Texts, tokenizer: Any, config: DataConfig) -> Encoded:
+    """The words as the task reads them, each scored at its first sub-word."""
+    found = pieces_of(texts.words, tokenizer, [texts.place(i) for i in range(len(texts))])
+    scored = tuple(np.isin(np.arange(len(one.tokens)), one.begins) for one in found)
+    return Encoded(tuple(one.tokens for one in found), scored, (), max(config.max_length, *(len(one.tokens) for one in found)))
 
 
 def _chunk(texts: Texts, numbers: Sequence[int], tokenizer: Any, template: ChatTemplate | None) -> list[tuple[np.ndarray, list[Span], str]]:

@@ -75,7 +75,7 @@ def look_quickly(rows: Mapping[str, Rows], examples: Mapping[str, Examples], exp
     texts = equal_texts(sets)
     found = [
         *refused_rows(sets),
-        *cut_rows(sets, [examples[name].cut[chosen[name]] for name in rows], data.max_length),
+        *cut_rows(sets, [_cut(examples[name], len(rows[name]))[chosen[name]] for name in rows], data.max_length),
         *copies(sets, texts, _MOST_TEXTS_QUICK, seed),
         *label_findings(sets),
         *debris(sets),
@@ -88,6 +88,11 @@ def look_quickly(rows: Mapping[str, Rows], examples: Mapping[str, Examples], exp
     notes += ["--mode=inspect shows them, and what to do about each."] if found else []
     if notes:
         console.say(f"{' '.join(notes)}\n")
+
+
+def _cut(examples: Examples, rows: int) -> np.ndarray:
+    """Tokens cut of each row, which may be several examples."""
+    return np.bincount(examples.rows, examples.cut, rows).astype(np.int64)
 
 
 def _drawn(count: int, seed: int) -> np.ndarray:

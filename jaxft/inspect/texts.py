@@ -11,6 +11,7 @@ from jaxft.config import DataConfig
 from jaxft.data.conversations import Conversation, conversation
 from jaxft.data.labels import label_column
 from jaxft.data.sources import Rows
+from jaxft.data.tags import feature_names, tagged_row
 from jaxft.data.texts import pair_of, text_of
 from jaxft.errors import UserError
 from jaxft.models.heads import CAUSAL_LM, QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
@@ -59,6 +60,7 @@ class Texts:
     blank: tuple[Refused, ...]  # readable, but with an empty value in a column that is used
     refused: tuple[Refused, ...]
     conversations: tuple[Conversation, ...] = ()  # of CONVERSATION, the readable rows'
+    words: tuple[tuple[str, ...], ...] = ()  # of TAGGING, the readable rows'
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -76,6 +78,7 @@ class _Read:
     answer: str
     labels: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     conversation: Conversation | None = None
+    words: tuple[str, ...] = ()
 
 
 def kind_of(task: str) -> str:
@@ -120,6 +123,7 @@ def read_set(name: str, rows: Rows, config: DataConfig, kind: str = CONVERSATION
         tuple(blank),
         tuple(refused),
         tuple(one.conversation for _, one in found if one.conversation),
+        tuple(one.words for _, one in found if one.words),
     )
 
 
@@ -136,8 +140,8 @@ def _reader(rows: Rows, config: DataConfig, kind: str) -> tuple[Callable[[Mappin
         classes = label_column(rows, config.label).feature_names
         return lambda row, place: _classification(row, config, classes, place), []
     if kind == TAGGING:
-        names = _class_names(rows, "tags")
-        return lambda row, place: _tagging(row, names, place), []
+        names = feature_names(rows, config)
+        return lambda row, place: _tagging(row, config, names, place), []
     if kind == ANSWERS:
         return _answers, []
     fields = _columns(config.completion)
@@ -175,13 +179,10 @@ def _classification(row: Mapping[str, Any], config: DataConfig, names: Sequence[
     return _Read(f"{text}\n{pair}" if pair else text, ", ".join(given), {config.label: given})
 
 
-def _tagging(row: Mapping[str, Any], names: Sequence[str], place: str) -> _Read:
-    tokens, tags = row["tokens"] or [], [_named(tag, names) for tag in row["tags"] or []]
-    if not any(str(token).strip() for token in tokens):
-        raise UserError(f"{place}: 'tokens' is empty.")
-    if len(tokens) != len(tags):
-        raise UserError(f"{place}: {len(tokens)} tokens, but {len(tags)} tags.")
-    return _Read(" ".join(tokens), " ".join(tags), {"tags": tags})
+def _tagging(row: Mapping[str, Any], config: DataConfig, names: Sequence[str], place: str) -> _Read:
+    found = tagged_row(row, config, place)
+    tags = [_named(tag, names) for tag in found.tags]
+    return _Read(" ".join(found.words), " ".join(tags), {config.tags: tags}, words=tuple(found.words))
 
 
 def _answers(row: Mapping[str, Any], place: str) -> _Read:
@@ -199,13 +200,6 @@ def _text(row: Mapping[str, Any], column: str, place: str) -> str:
     if not row[column].strip():
         raise UserError(f"{place}: '{column}' is empty.")
     return row[column]
-
-
-def _class_names(rows: Rows, column: str) -> Sequence[str]:
-    """The names of a hub data set's classes, which its rows hold the numbers of."""
-    feature = rows.dataset.features[column]
-    feature = getattr(feature, "feature", feature)
-    return getattr(feature, "names", None) or ()
 
 
 def _named(value: Any, names: Sequence[str]) -> str:

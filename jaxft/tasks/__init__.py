@@ -2,5 +2,6 @@
 
 from jaxft.tasks.sequence_classification import SequenceClassification
 from jaxft.tasks.sft import SFT
+from jaxft.tasks.token_classification import TokenClassification
 
-__all__ = ["SFT", "SequenceClassification"]
+__all__ = ["SFT", "SequenceClassification", "TokenClassification"]

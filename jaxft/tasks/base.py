@@ -19,7 +19,7 @@ from jaxft.tasks.head import Sums, gather, head_sums
 Batch = Mapping[str, jax.Array]
 Of = tuple[Rows, Examples]  # a set, as rows and as examples
 _OF_THE_HEAD = ("scored", "targets", "weights")
-_FIELDS_OF_TASKS = {"system", "prompt", "completion", "template", "loss", "text", "text_pair", "label"}
+_FIELDS_OF_TASKS = {"system", "prompt", "completion", "template", "loss", "text", "text_pair", "label", "tokens", "tags"}
 _ARGUMENTS = {"tokens": "input_ids"}
 
 
@@ -30,6 +30,19 @@ class Table:
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+
+def by_class(title: str, heads: tuple[str, str], names: Sequence[str], columns: Sequence[Sequence[float]]) -> Table:
+    """Returns the table of precision, recall, F1 and number of each class.
+
+    Args:
+      title: of the table.
+      heads: what a class and what its number is of, as ("label", "rows").
+      names: of the classes.
+      columns: precision, recall, F1 and number, (classes,) each.
+    """
+    rows = ((name, *(f"{value:.1%}" for value in values[:3]), f"{values[3]:,}") for name, *values in zip(names, *columns, strict=True))
+    return Table(title, (heads[0], "precision", "recall", "F1", heads[1]), tuple(rows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +119,10 @@ class Task(abc.ABC):
           targets: (slots,) int32, or (slots, outputs) float32.
           weights: (slots,) float32, 0 for fill.
         """
+
+    def fit_tokenizer(self, tokenizer: Any) -> Any:
+        """Returns the tokenizer as this task reads with it, and as it is written beside the model; it may be changed in place."""
+        return tokenizer
 
     def hidden(self, model: nn.Module, params: Any, batch: Batch, rngs: Mapping[str, jax.Array], **options: Any) -> jax.Array:
         """Returns what the head reads in the batch's slots, (batch * slots, features)."""

@@ -16,7 +16,7 @@ from sklearn.pipeline import make_pipeline
 from threadpoolctl import threadpool_limits
 
 from jaxft.models.heads import MULTI_LABEL, REGRESSION, SINGLE_LABEL
-from jaxft.tasks.base import Report, Table
+from jaxft.tasks.base import Report, by_class
 
 _MOST_TEXTS = 20_000  # that the linear baseline reads
 _MOST = 30  # labels whose numbers can still be read
@@ -73,8 +73,7 @@ def class_report(true: np.ndarray, outputs: np.ndarray, names: Sequence[str], pr
     """Returns precision, recall and F1 of each label, and of single labels the confusion matrix; arguments as of `figures`."""
     made, every = _predicted(outputs, problem), np.arange(len(names))
     columns = sk.precision_recall_fscore_support(true, made, labels=every, zero_division=0)
-    rows = tuple((name, *(f"{value:.1%}" for value in values[:3]), f"{values[3]:,}") for name, *values in zip(names, *columns, strict=True))
-    tables = (Table("By label", ("label", "precision", "recall", "F1", "rows"), rows),)
+    tables = (by_class("By label", ("label", "rows"), names, columns),)
     if problem == MULTI_LABEL:
         return Report(tables)
     return Report(tables, {"confusion.png": confusion_picture(sk.confusion_matrix(true, made, labels=every), names)})

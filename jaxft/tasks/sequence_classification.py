@@ -18,6 +18,7 @@ from jaxft.data.texts import columns_of, pairs_of, texts_of
 from jaxft.errors import UserError, unknown
 from jaxft.models.heads import FIRST, MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
 from jaxft.tasks.base import Batch, Of, Report, Task
+from jaxft.tasks.class_weights import check_named, check_weights, log_shares, weighted
 from jaxft.tasks.head import Sums, cross_entropy
 from jaxft.tasks.sft import check_label_smoothing
 
@@ -48,10 +49,7 @@ class SequenceClassification(Task):
         check_label_smoothing(self.label_smoothing)
         if self.problem_type not in (AUTO, *PROBLEM_TYPES):
             raise unknown("task.problem_type", self.problem_type, (AUTO, *PROBLEM_TYPES))
-        if self.balanced and self.class_weights:
-            raise UserError("task.balanced sets the weights of the labels, and so does task.class_weights. Give one of them.")
-        if wrong := [f"{name}:{weight}" for name, weight in self.class_weights if weight <= 0]:
-            raise UserError(f"task.class_weights are above 0, not {wrong[0]}.")
+        check_weights(self.class_weights, self.balanced)
         if (self.balanced or self.class_weights) and self.problem_type in (MULTI_LABEL, REGRESSION):
             raise self._single_only(self.problem_type)
 
@@ -72,9 +70,7 @@ class SequenceClassification(Task):
         labels = self.labels or column.names()
         if len(labels) < 2:
             raise UserError(f"{rows.name}: column '{data.label}' has one label only, '{labels[0]}': there is nothing to tell apart.")
-        for name, _ in self.class_weights:
-            if name not in labels:
-                raise unknown("label in task.class_weights", name, labels)
+        check_named(self.class_weights, labels)
         return {"labels": labels, "problem_type": problem}
 
     @staticmethod
@@ -101,17 +97,8 @@ class SequenceClassification(Task):
 
     def for_training(self, model: nn.Module, examples: Examples) -> Examples:
         """Returns the examples with the weights of their labels."""
-        if not (self.balanced or self.class_weights):
-            return examples
         assert isinstance(examples, Labelled)
-        classes, names = examples.slots.targets, model.config.labels
-        if self.balanced:
-            counts = np.bincount(classes, minlength=len(names))
-            by_class = len(classes) / (len(names) * np.maximum(counts, 1))
-        else:
-            by_class = np.asarray([dict(self.class_weights).get(name, 1.0) for name in names])
-        slots = dataclasses.replace(examples.slots, weights=by_class[classes].astype(np.float32))
-        return dataclasses.replace(examples, labelled=slots)
+        return weighted(examples, model.config.labels, self.class_weights, self.balanced)
 
     def classes(self, model: nn.Module, examples: Examples) -> np.ndarray | None:
         """Returns the class of each example, (n,) int, where each has one."""
@@ -171,9 +158,7 @@ class SequenceClassification(Task):
         """Returns the metrics of always giving the shares of the classes in training, or the mean of the numbers."""
         targets, true, problem = training.slots.targets, examples.slots.targets, model.config.problem_type
         if problem == SINGLE_LABEL:
-            count = len(model.config.labels)
-            shares = (np.bincount(targets, minlength=count) + 1) / (len(targets) + count)  # a class that training lacks isn't impossible
-            constant = np.log(shares)
+            constant = log_shares(targets, len(model.config.labels))
         else:
             mean = targets.mean(axis=0)
             odds = np.clip(mean, 1 / (len(targets) + 2), 1 - 1 / (len(targets) + 2))

@@ -169,7 +169,8 @@ def inspect(experiment: Experiment, workdir: pathlib.Path) -> Look:
     _check_folder(workdir)
     if not experiment.model.source:
         raise UserError("There is no model, whose tokenizer is needed: set config.model.source to a hub id, a folder, or bundled:NAME.")
-    found = look(experiment, load_tokenizer(experiment.model.source, experiment.model.revision))
+    tokenizer = experiment.task.fit_tokenizer(load_tokenizer(experiment.model.source, experiment.model.revision))
+    found = look(experiment, tokenizer)
     report.say(found)
     try:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -191,7 +191,7 @@ def _described(experiment: Experiment, mesh: Mesh, options: dict[str, Any]) -> D
     if train.best_metric not in task.metrics(model):
         raise unknown("train.best_metric", train.best_metric, task.metrics(model))
     kernels = OriginalKernels(config.source, config.revision, task.model_task, seed=train.seed, **options)
-    tokenizer = load_tokenizer(config.source, config.revision)
+    tokenizer = task.fit_tokenizer(load_tokenizer(config.source, config.revision))
     method, shapes = fit_method(experiment.method.tokenized(tokenizer), model, shapes, train.seed, kernels)
     experiment = dataclasses.replace(experiment, method=with_head(experiment.method, model, shapes))
     model = model.clone(remat=train.remat)

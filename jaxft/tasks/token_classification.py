@@ -1,0 +1,201 @@
+"""One answer for each word of a text: a tag, which with others marks entities, or stands for itself as a part of speech."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from jaxft.config import DataConfig
+from jaxft.data.encode import Encoded, joined
+from jaxft.data.examples import Examples, Slots, Words
+from jaxft.data.labels import class_of
+from jaxft.data.rows import Rows
+from jaxft.data.tags import (
+    AUTO,
+    PLAIN,
+    SCHEMES,
+    Tagged,
+    check_scheme,
+    entities_of,
+    feature_names,
+    mended,
+    scheme_of,
+    tag_names,
+    tagged_rows,
+)
+from jaxft.data.words import fit_to_words, pieces_of, windows_of
+from jaxft.errors import UserError, unknown
+from jaxft.models.heads import FIRST
+from jaxft.tasks.base import Batch, Report, Task
+from jaxft.tasks.class_weights import check_named, check_weights, log_shares, weighted
+from jaxft.tasks.head import Sums, cross_entropy
+from jaxft.tasks.sft import check_label_smoothing
+
+_SHOWN = 12  # plain tags of a text
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenClassification(Task):
+    """Cross-entropy of each word's tag, read at its first sub-word.
+
+    Rows have a list of words and a list of their tags: `config.data.tokens`, `tags`. A text that is longer than `config.data.max_length` is
+    read in windows that overlap; every word is scored once, where it has most context.
+
+    >>> TokenClassification(stride=32).stride
+    32
+    """
+
+    labels: tuple[str, ...] = ()  # names of the tags by their number; empty: those of the training rows
+    scheme: str = AUTO  # how tags mark entities: IOB2, IOBES, BILOU; plain: not at all; auto: by their names
+    mend_tags: bool = False  # tags that don't follow the scheme, as I-X after O, are read as the entities they mark; else they are refused
+    stride: int = 64  # sub-words that neighbouring windows of a long text share, at least
+    class_weights: tuple[tuple[str, float], ...] = ()  # what words of a tag count in the training loss; 1 where it isn't named
+    balanced: bool = False  # all tags count alike in the training loss: their weights are the inverse of their frequency
+    label_smoothing: float = 0.0  # share of each target spread over the tags
+
+    model_task: ClassVar[str] = "token_classification"
+    data_fields: ClassVar[tuple[str, ...]] = ("tokens", "tags")
+
+    def __post_init__(self) -> None:
+        check_label_smoothing(self.label_smoothing)
+        check_weights(self.class_weights, self.balanced)
+        if self.scheme not in SCHEMES:
+            raise unknown("task.scheme", self.scheme, SCHEMES)
+        if self.stride < 0:
+            raise UserError(f"task.stride is a number of sub-words, 0 or more, not {self.stride}.")
+
+    # ------------------------------------------------------------ rows
+
+    def fit_tokenizer(self, tokenizer: Any) -> Any:
+        """Returns the tokenizer for single words."""
+        return fit_to_words(tokenizer)
+
+    def model_options(self, rows: Rows, data: DataConfig) -> dict[str, Any]:
+        """Returns the names of the tags, for `load_pretrained`."""
+        found = tagged_rows(rows, data)
+        given = self.labels or feature_names(rows, data)
+        labels = given or tag_names(found)
+        scheme = scheme_of(labels, self.scheme)
+        if self.mend_tags and scheme == PLAIN:
+            raise UserError(f"task.mend_tags is for tags that mark entities; those of {rows.name} are plain. Leave it out.")
+        if self.mend_tags and not given:
+            labels = tag_names([Tagged(row.words, mended(list(map(str, row.tags)), scheme)) for row in found])
+        if len(labels) < 2:
+            raise UserError(f"{rows.name}: column '{data.tags}' has one tag only, '{labels[0]}': there is nothing to tell apart.")
+        check_named(self.class_weights, labels)
+        return {"labels": labels}
+
+    def examples(self, rows: Rows, tokenizer: Any, data: DataConfig, model: nn.Module) -> Words:
+        """Returns a set's rows as tokens, long ones in windows, a slot for each word: its first sub-word."""
+        found, places = tagged_rows(rows, data), [rows.place(i) for i in range(len(rows))]
+        classes = self._classes(found, bool(self.labels or feature_names(rows, data)), model, places)
+        encoded: list[Encoded] = []
+        numbers, counts, reads = [], [0], []
+        for i, pieces in enumerate(pieces_of([row.words for row in found], tokenizer, places)):
+            for window in windows_of(pieces, data.max_length, self.stride):
+                encoded.append(Encoded(window.tokens, window.token_types, 0))
+                numbers.append(i)
+                counts.append(len(window.reads))
+                reads.append(window.reads)
+        tokens, offsets, cut, beside = joined(encoded, takes_types=model.pooling == FIRST)
+        weights = np.ones(len(classes), np.float32)
+        slots = Slots(np.cumsum(counts, dtype=np.int64), np.concatenate(reads).astype(np.int32), classes, weights)
+        return Words(tokens, offsets, cut, slots, np.asarray(numbers), beside, tuple(word for row in found for word in row.words))
+
+    def _classes(self, found: Sequence[Tagged], named: bool, model: Any, places: Sequence[str]) -> np.ndarray:
+        names = model.config.labels
+        scheme = scheme_of(names, self.scheme)
+        classes: list[int] = []
+        for row, place in zip(found, places, strict=True):
+            tags = row.tags
+            if self.mend_tags:
+                tags = mended([names[class_of(tag, names, True, place)] if named else str(tag) for tag in tags], scheme)
+            own = [class_of(tag, names, named, f"{place}: tag {number}") for number, tag in enumerate(tags, start=1)]
+            if scheme != PLAIN:
+                check_scheme([names[one] for one in own], scheme, place)
+            classes += own
+        return np.asarray(classes, np.int32)
+
+    def for_training(self, model: nn.Module, examples: Examples) -> Examples:
+        """Returns the examples with the weights of their tags."""
+        assert isinstance(examples, Words)
+        return weighted(examples, model.config.labels, self.class_weights, self.balanced)
+
+    # ------------------------------------------------------------ loss
+
+    def loss(self, model: nn.Module, logits: jax.Array, targets: jax.Array, weights: jax.Array) -> Sums:
+        """Returns the sums over words."""
+        return cross_entropy(logits, targets, weights, self.label_smoothing, 0.0)
+
+    # ------------------------------------------------------------ figures
+
+    def measure(self, model: nn.Module, params: Any, batch: Batch) -> tuple[Sums, Any]:
+        """Returns the sums over a batch and the likeliest tags, (batch, slots) int32."""
+        logits = self.logits(model, params, batch)
+        sums = self.loss(model, logits, batch["targets"].reshape(-1), batch["weights"].reshape(-1))
+        return sums, jnp.argmax(logits, axis=-1).astype(jnp.int32).reshape(batch["scored"].shape)
+
+    def metrics(self, model: nn.Module) -> tuple[str, ...]:
+        """Returns the names of what is measured on validation."""
+        return ("loss", "accuracy", "macro_f1") if self._scheme(model) == PLAIN else ("loss", "precision", "recall", "f1", "accuracy")
+
+    def _scheme(self, model: Any) -> str:
+        return scheme_of(model.config.labels, self.scheme)
+
+    def scores(self, model: nn.Module, examples: Examples, sums: Sums, outputs: np.ndarray | None) -> dict[str, float]:
+        """Returns the mean loss and the share of words with the right tag; and of whole entities by seqeval precision, recall and F1, or of
+        plain tags by scikit-learn the macro F1.
+        """
+        assert outputs is not None
+        return {"loss": float(sums.nll / sums.weight)} | self._figures(model, examples, outputs)
+
+    def _figures(self, model: Any, examples: Examples, outputs: np.ndarray) -> dict[str, float]:
+        from jaxft.tasks.tag_figures import entity_figures, plain_figures  # scikit-learn: seconds that a mistyped flag needn't wait for
+
+        if self._scheme(model) == PLAIN:
+            return plain_figures(examples.slots.targets, outputs)
+        true, made = (self._texts(model, examples, classes) for classes in (examples.slots.targets, outputs))
+        return entity_figures(true, made, self._scheme(model))
+
+    def _texts(self, model: Any, examples: Examples, classes: np.ndarray) -> list[list[str]]:
+        """The tags of each row."""
+        assert isinstance(examples, Words)
+        names = model.config.labels
+        return [[names[one] for one in classes[part]] for part in examples.texts]
+
+    def majority(self, model: nn.Module, training: Examples, examples: Examples) -> dict[str, float]:
+        """Returns the metrics of giving every word the tag that most words have, with the shares of the tags in training."""
+        constant = log_shares(training.slots.targets, len(model.config.labels))
+        true = examples.slots.targets
+        outputs = np.full(true.shape, constant.argmax(), np.int32)
+        return {"loss": float(-constant[true].mean())} | self._figures(model, examples, outputs)
+
+    def report(self, model: nn.Module, examples: Examples, outputs: np.ndarray | None) -> Report:
+        """Returns precision, recall and F1 of each type of entity, or of each plain tag."""
+        assert outputs is not None
+        from jaxft.tasks.tag_figures import entity_report, plain_report  # as above
+
+        if self._scheme(model) == PLAIN:
+            return plain_report(examples.slots.targets, outputs, model.config.labels)
+        true, made = (self._texts(model, examples, classes) for classes in (examples.slots.targets, outputs))
+        return entity_report(true, made, self._scheme(model))
+
+    def shown(self, model: nn.Module, examples: Examples, outputs: np.ndarray | None, numbers: Sequence[int]) -> list[tuple[str, str]]:
+        """Returns the true and the predicted entities of some examples, or the first tags of the plain."""
+        assert isinstance(examples, Words)
+        assert outputs is not None
+        parts = [examples.slots.part(i) for i in numbers]
+        both = (examples.slots.targets, outputs)
+        return [tuple(self._shown(model, examples.words[part], classes[part]) for classes in both) for part in parts]  # type: ignore[misc]
+
+    def _shown(self, model: Any, words: Sequence[str], classes: np.ndarray) -> str:
+        tags, scheme = [model.config.labels[one] for one in classes], self._scheme(model)
+        if scheme == PLAIN:
+            first = " ".join(f"{word}/{tag}" for word, tag in zip(words[:_SHOWN], tags, strict=False))
+            return f"{first} ..." if len(words) > _SHOWN else first
+        found = [f"{kind} {' '.join(words[first : last + 1])}".strip() for kind, first, last in entities_of(tags, scheme)]
+        return "; ".join(found) or "none"
