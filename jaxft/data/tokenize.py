@@ -87,8 +87,9 @@ def describe(examples: Examples, name: str) -> tuple[str, ...]:
     lengths, rows_cut = examples.lengths, int((examples.cut > 0).sum())
     numbers = (lengths.min(), np.median(lengths), lengths.mean(), np.percentile(lengths, 95), lengths.max())
     cut = f"{rows_cut:,} rows, {examples.cut.sum():,} tokens" if rows_cut else "0"
-    cells = (f"{number:,.0f}" for number in (len(np.unique(examples.rows)), lengths.sum(), *numbers))
-    return (name, *cells, f"{len(examples.slots.reads) / len(examples.tokens):.1%}", cut)
+    count, cells = len(np.unique(examples.rows)), (f"{number:,.0f}" for number in (lengths.sum(), *numbers))
+    rows = f"{count:,}" if count == len(examples) else f"{count:,} in {len(examples):,} windows"
+    return (name, rows, *cells, f"{len(examples.slots.reads) / len(examples.tokens):.1%}", cut)
 
 
 # ---------------------------------------------------------------- tokens and masks

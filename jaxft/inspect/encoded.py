@@ -7,13 +7,16 @@ from typing import Any
 import numpy as np
 
 from jaxft.config import DataConfig
+from jaxft.data.questions import Question
 from jaxft.data.template import ChatTemplate, Span, chat_template
 from jaxft.data.tokenize import CHUNK, scored_tokens, turn_tokens, unscored
+from jaxft.data.windows import windows
 from jaxft.data.words import pieces_of
 from jaxft.errors import UserError
 from jaxft.inspect.findings import Case, Finding, counted, finding, raw_spot, spot
-from jaxft.inspect.texts import CONVERSATION, TAGGING, Refused, Texts
+from jaxft.inspect.texts import ANSWERS, CONVERSATION, TAGGING, Refused, Texts
 
+_SPECIAL = 64  # tokens: more than any tokenizer adds to a pair of texts
 _EMPTY = "is empty."  # how the reasons of empty rows end
 
 
@@ -24,7 +27,8 @@ class Encoded:
     tokens: tuple[np.ndarray, ...]  # each (length,) int32; empty where the template refuses the row
     scored: tuple[np.ndarray, ...]  # each (length,) bool
     refused: tuple[Refused, ...]  # what training would refuse of them
-    max_length: int  # tokens of a row that are read; where long rows are read in windows, all of the longest
+    max_length: int
+    in_windows: bool = False  # rows longer than `max_length` are read in several windows, so that nothing is cut
 
     @property
     def whole_lengths(self) -> np.ndarray:
@@ -34,13 +38,18 @@ class Encoded:
     @property
     def cut(self) -> np.ndarray:
         """(rows,) int64: tokens of each row beyond `max_length`."""
-        return np.maximum(self.whole_lengths - self.max_length, 0)
+        return self.whole_lengths - self.lengths
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(rows,) int64: tokens of each row, once rows are cut."""
+        return self.whole_lengths if self.in_windows else np.minimum(self.whole_lengths, self.max_length)
 
     @property
     def scored_share(self) -> float:
         """The share of the tokens that is scored, once rows are cut."""
-        scored = sum(int(one[: self.max_length].sum()) for one in self.scored)
-        return scored / max(int(np.minimum(self.whole_lengths, self.max_length).sum()), 1)
+        scored = sum(int(one[:length].sum()) for one, length in zip(self.scored, self.lengths, strict=True))
+        return scored / max(int(self.lengths.sum()), 1)
 
 
 def encode(texts: Texts, tokenizer: Any, config: DataConfig) -> Encoded:
@@ -58,6 +67,8 @@ def encode(texts: Texts, tokenizer: Any, config: DataConfig) -> Encoded:
         raise UserError(f"{type(tokenizer).__name__} is no fast tokenizer. Save it with its tokenizer.json (`tokenizers` library).")
     if texts.kind == TAGGING:
         return _tagging(texts, tokenizer, config)
+    if texts.kind == ANSWERS:
+        return _questions(texts.questions, tokenizer, config.max_length)
     if texts.kind != CONVERSATION:
         tokens = [np.asarray(one, np.int32) for one in tokenizer(list(texts.texts))["input_ids"]]
         return Encoded(tuple(tokens), tuple(np.zeros(len(one), bool) for one in tokens), (), config.max_length)
@@ -79,7 +90,22 @@ def _tagging(texts: Texts, tokenizer: Any, config: DataConfig) -> Encoded:
     """The words as the task reads them, each scored at its first sub-word."""
     found = pieces_of(texts.words, tokenizer, [texts.place(i) for i in range(len(texts))])
     scored = tuple(np.isin(np.arange(len(one.tokens)), one.begins) for one in found)
-    return Encoded(tuple(one.tokens for one in found), scored, (), max(config.max_length, *(len(one.tokens) for one in found)))
+    return Encoded(tuple(one.tokens for one in found), scored, (), config.max_length, in_windows=True)
+
+
+def _questions(questions: Sequence[Question], tokenizer: Any, max_length: int) -> Encoded:
+    """Each question with all of its context, the tokens of its answer scored; the first token where it has none."""
+    if not questions:
+        return Encoded((), (), (), max_length, in_windows=True)
+    longest = max(len(text.encode()) for one in questions for text in (one.question, one.context))  # no text has more tokens than bytes
+    whole = windows(questions, tokenizer, 2 * longest + _SPECIAL, 0, longest, takes_types=False)
+    scored = []
+    for i in range(len(whole)):
+        part, mask = whole.slots.part(i), np.zeros(int(whole.lengths[i]), bool)
+        reads, (first, last) = whole.slots.reads[part], whole.slots.targets[part].argmax(axis=0)
+        mask[reads[first] : reads[last] + 1] = True
+        scored.append(mask)
+    return Encoded(tuple(whole.tokens_of(i) for i in range(len(whole))), tuple(scored), (), max_length, in_windows=True)
 
 
 def _chunk(texts: Texts, numbers: Sequence[int], tokenizer: Any, template: ChatTemplate | None) -> list[tuple[np.ndarray, list[Span], str]]:

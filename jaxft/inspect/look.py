@@ -90,9 +90,9 @@ def look_quickly(rows: Mapping[str, Rows], examples: Mapping[str, Examples], exp
         console.say(f"{' '.join(notes)}\n")
 
 
-def _cut(examples: Examples, rows: int) -> np.ndarray:
-    """Tokens cut of each row, which may be several examples."""
-    return np.bincount(examples.rows, examples.cut, rows).astype(np.int64)
+def _cut(examples: Examples, count: int) -> np.ndarray:
+    """The tokens cut of each of the set's rows, which may be several examples."""
+    return np.bincount(examples.rows, examples.cut, count).astype(np.int64)
 
 
 def _drawn(count: int, seed: int) -> np.ndarray:
@@ -122,7 +122,7 @@ def label_counts(sets: Sequence[Texts]) -> dict[str, dict[str, dict[str, int]]]:
 
 def length_statistics(encoded: Encoded) -> dict[str, float]:
     """Returns the lengths of a set in tokens, as trained: cut to `max_length`."""
-    lengths = np.minimum(encoded.whole_lengths, encoded.max_length)
+    lengths = encoded.lengths
     return {
         "tokens": int(lengths.sum()),
         "min": int(lengths.min()),

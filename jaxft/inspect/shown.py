@@ -50,8 +50,8 @@ def three_rows(texts: Texts, encoded: Encoded, tokenizer: Any) -> list[Shown]:
 
 
 def _shown(texts: Texts, encoded: Encoded, i: int, which: str, tokenizer: Any) -> Shown:
-    tokens, scored = encoded.tokens[i], encoded.scored[i]
-    states = [CUT if at >= encoded.max_length else SCORED if scored[at] else GIVEN for at in range(len(tokens))]
+    tokens, scored, length = encoded.tokens[i], encoded.scored[i], encoded.lengths[i]
+    states = [CUT if at >= length else SCORED if scored[at] else GIVEN for at in range(len(tokens))]
     which = f"{which}, {len(tokens):,} tokens, {sum(state == SCORED for state in states):,} scored"
     return Shown(texts.place(i), which, tuple(pieces(tokens.tolist(), states, tokenizer)), "" if scored.any() else texts.answers[i])
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxft.config import DataConfig
 from jaxft.data.conversations import Conversation, conversation
 from jaxft.data.labels import label_column
+from jaxft.data.questions import Question, question_of
 from jaxft.data.sources import Rows
 from jaxft.data.tags import feature_names, tagged_row
 from jaxft.data.texts import pair_of, text_of
@@ -61,6 +62,7 @@ class Texts:
     refused: tuple[Refused, ...]
     conversations: tuple[Conversation, ...] = ()  # of CONVERSATION, the readable rows'
     words: tuple[tuple[str, ...], ...] = ()  # of TAGGING, the readable rows'
+    questions: tuple[Question, ...] = ()  # of ANSWERS, the readable rows'
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -79,6 +81,7 @@ class _Read:
     labels: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     conversation: Conversation | None = None
     words: tuple[str, ...] = ()
+    question: Question | None = None
 
 
 def kind_of(task: str) -> str:
@@ -124,6 +127,7 @@ def read_set(name: str, rows: Rows, config: DataConfig, kind: str = CONVERSATION
         tuple(refused),
         tuple(one.conversation for _, one in found if one.conversation),
         tuple(one.words for _, one in found if one.words),
+        tuple(one.question for _, one in found if one.question),
     )
 
 
@@ -186,20 +190,8 @@ def _tagging(row: Mapping[str, Any], config: DataConfig, names: Sequence[str], p
 
 
 def _answers(row: Mapping[str, Any], place: str) -> _Read:
-    text = f"{_text(row, 'question', place)}\n{_text(row, 'context', place)}"
-    answers = row["answers"] or {"text": [], "answer_start": []}
-    for answer, start in zip(answers["text"], answers["answer_start"], strict=True):
-        if row["context"][start : start + len(answer)] != answer:
-            raise UserError(f"{place}: the answer '{answer[:60]}' isn't what stands at answer_start, {start}, in its context.")
-    return _Read(text, answers["text"][0] if answers["text"] else _NO_ANSWER)
-
-
-def _text(row: Mapping[str, Any], column: str, place: str) -> str:
-    if not isinstance(row[column], str):
-        raise UserError(f"{place}: '{column}' must be text, not {row[column]!r}.")
-    if not row[column].strip():
-        raise UserError(f"{place}: '{column}' is empty.")
-    return row[column]
+    found = question_of(row, place)
+    return _Read(f"{found.question}\n{found.context}", found.answers[0].text if found.answers else _NO_ANSWER, question=found)
 
 
 def _named(value: Any, names: Sequence[str]) -> str:

@@ -66,10 +66,8 @@ class Task(abc.ABC):
         default = DataConfig()
         for name in sorted(_FIELDS_OF_TASKS - set(self.data_fields)):
             if getattr(data, name) != getattr(default, name):
-                raise UserError(
-                    f"config.data.{name} has no effect with the task {type(self).__name__}, which reads "
-                    f"{', '.join(f'config.data.{field}' for field in self.data_fields)}. Leave it out."
-                )
+                reads = ", ".join(f"config.data.{field}" for field in self.data_fields) or "columns of fixed names"
+                raise UserError(f"config.data.{name} has no effect with the task {type(self).__name__}, which reads {reads}. Leave it out.")
 
     def model_options(self, rows: Rows, data: DataConfig) -> dict[str, Any]:
         """Returns what `load_pretrained` has to know of the training rows: labels, problem_type.
@@ -124,6 +122,12 @@ class Task(abc.ABC):
         """Returns the tokenizer as this task reads with it, and as it is written beside the model; it may be changed in place."""
         return tokenizer
 
+    def outputs(self, model: nn.Module, logits: jax.Array, batch: Batch) -> jax.Array:
+        """Returns what `loss` and `divergence` are given of the head's outputs in the batch's slots: for a task whose slots are compared
+        with each other (and whose `chunk` is 0) another form of them.
+        """
+        return logits
+
     def hidden(self, model: nn.Module, params: Any, batch: Batch, rngs: Mapping[str, jax.Array], **options: Any) -> jax.Array:
         """Returns what the head reads in the batch's slots, (batch * slots, features)."""
         given: dict[str, Any] = {_ARGUMENTS.get(name, name): value for name, value in batch.items() if name not in _OF_THE_HEAD}
@@ -158,6 +162,7 @@ class Task(abc.ABC):
         hidden = [self.hidden(model, params, batch, own, **options) for own in passes]
 
         def loss(logits: Sequence[jax.Array], targets: jax.Array, weights: jax.Array) -> Sums:
+            logits = [self.outputs(model, one, batch) for one in logits]
             found = [self.loss(model, one, targets, weights) for one in logits]
             if not r_drop:
                 return found[0]

@@ -4,6 +4,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxft import console
 from jaxft.config import Experiment, ModelConfig
 from jaxft.data.examples import Examples, NextTokens
@@ -32,7 +34,16 @@ _MODELS = {  # of a summary's eval
     "linear": "TF-IDF + logistic regression",
     "after": "tuned model",
 }
-_TITLES = {"macro_f1": "macro F1", "micro_f1": "micro F1", "mcc": "MCC", "f1": "F1", "exact_match": "exact match"}
+_TITLES = {
+    "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
+    "mcc": "MCC",
+    "f1": "F1",
+    "exact_match": "exact match",
+    "exact_match_answered": "of answered",
+    "answered_f1": "F1 of answered",
+    "exact_match_unanswerable": "of unanswerable",
+}
 
 
 def comparison(summary: Mapping[str, Any], fields: Sequence[str]) -> tuple[list[str], list[list[str]]]:
@@ -44,7 +55,7 @@ def comparison(summary: Mapping[str, Any], fields: Sequence[str]) -> tuple[list[
     """
     found = summary["eval"]
     metrics = {f"exact_match_{name}": name for name in fields} if len(fields) > 1 else {}
-    if "exact_match" in found["after"]:
+    if "exact_match" in found["after"] and "f1" not in found["after"]:  # of generated answers
         metrics |= {"exact_match": "all" if metrics else "exact match", "loss": "loss"}
     else:
         metrics = {name: _TITLES.get(name, name) for name in found["after"]}
@@ -75,7 +86,7 @@ def print_answers(examples: Examples, found: Evaluation, setup: Setup) -> None:
         pairs = [(examples.answer(i), answer) for i, answer in enumerate(found.answers[:_SHOWN])]
         texts = [examples.prompt(i) for i in range(len(pairs))]
     else:
-        numbers = range(min(_SHOWN, len(examples)))
+        numbers = np.unique(examples.rows, return_index=True)[1][:_SHOWN].tolist()  # of rows in several windows the first
         pairs = task.shown(model, examples, found.outputs, numbers)
         texts = [examples.tokens_of(i) for i in numbers]
     for tokens, (true, made) in zip(texts, pairs, strict=False):
