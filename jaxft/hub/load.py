@@ -46,6 +46,7 @@ def load_pretrained(
     labels: Sequence[str] = (),
     problem_type: str = "",
     seed: int = 0,
+    new_head: bool = False,
 ) -> tuple[nn.Module, Params]:
     """Returns a pre-trained model and its parameters, plain nested dicts with all layers stacked in one segment.
 
@@ -53,7 +54,7 @@ def load_pretrained(
     A quantized kernel is quantized as soon as it is read, one layer's at a time, from `dtype`, as transformers does with bitsandbytes.
 
     The files may be of the bare model, of the task's own class, or of another task's: what they lack of the task's head, or have for
-    other labels, is drawn anew. The head of a language model never is.
+    other labels, is drawn anew. The head of a language model isn't, but for that of masked_lm where `new_head` asks for it.
 
     Args:
       source: hub id, local folder, `.gguf` file, or `bundled:NAME`. A folder of bitsandbytes' 4-bit weights is taken as it is.
@@ -68,6 +69,8 @@ def load_pretrained(
         files' head in the files' order: `model.config.labels` says what counts.
       problem_type: of sequence classification: single_label_classification, multi_label_classification, regression; empty is the files'.
       seed: of what is drawn anew.
+      new_head: for masked_lm: where the files have no head, its transform is drawn (the product with the embedding, where the family ties
+        the two, is the files' own). It knows no word before it is trained; `model.head` says that it is to be.
 
     Raises:
       UserError: nothing there, no access, files that are broken, pickled, of an architecture jaxft hasn't, or that lack tensors, have some
@@ -78,7 +81,7 @@ def load_pretrained(
     >>> params["layers"]["0-29"]["attention"]["q_proj"]["kernel"].shape
     (30, 576, 576)
     """
-    wanted = _checked(task, labels, problem_type, seed, dtype, quantization)
+    wanted = _checked(task, labels, problem_type, seed, new_head, dtype, quantization)
     opened = _open(source, dtype, revision, wanted)
     formats = _formats(opened.shapes, quantization, quantized, opened.formats, opened.name)
     return opened.model, fill(opened, placing, formats)
@@ -94,13 +97,15 @@ def describe_pretrained(
     labels: Sequence[str] = (),
     problem_type: str = "",
     seed: int = 0,
+    new_head: bool = False,
 ) -> tuple[nn.Module, Params]:
     """Returns a pre-trained model and the shapes of its parameters, from its configuration alone: nothing else is downloaded or read.
 
     Arguments and errors are those of `load_pretrained`. What the files of a quantized model don't say in their configuration, the size of
     its blocks, is taken for that of `quantization`, or bitsandbytes' default.
     """
-    return _describe(source, _checked(task, labels, problem_type, seed, dtype, quantization), dtype, revision, quantization, quantized)
+    wanted = _checked(task, labels, problem_type, seed, new_head, dtype, quantization)
+    return _describe(source, wanted, dtype, revision, quantization, quantized)
 
 
 def _describe(
@@ -131,10 +136,11 @@ class OriginalKernels:
         labels: Sequence[str] = (),
         problem_type: str = "",
         seed: int = 0,
+        new_head: bool = False,
     ) -> None:
         """Reads nothing yet; arguments are those of `load_pretrained`."""
         self._source, self._revision = source, revision
-        self._task = Task(task, tuple(labels), problem_type, seed)
+        self._task = Task(task, tuple(labels), problem_type, seed, new_head)
 
     def __call__(self, name: str) -> np.ndarray:
         """Returns the kernel of a name, (in, out), in the files' type; raises `UserError` for a model that is quantized in its files."""
@@ -163,11 +169,11 @@ class OriginalKernels:
         return opened, {entry.path: entry for entry in opened.entries(opened.shapes)}
 
 
-def _checked(task: str, labels: Sequence[str], problem_type: str, seed: int, dtype: Any, quantization: Any) -> Task:
+def _checked(task: str, labels: Sequence[str], problem_type: str, seed: int, new_head: bool, dtype: Any, quantization: Any) -> Task:
     compute_type(dtype)
     if not isinstance(quantization, Format | None):
         raise UserError(f'quantization is a jaxft.Format or None, not {quantization!r}: jaxft.Format("nf4") is QLoRA\'s.')
-    return Task(task, tuple(labels), problem_type, seed)
+    return Task(task, tuple(labels), problem_type, seed, new_head)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,8 +237,12 @@ def _model(config: Mapping[str, Any], name: str, dtype: Any, task: Task) -> tupl
     plain = {key: value for key, value in config.items() if key != QUANTIZATION}  # how it was stored is no part of the model
     aimed = aim(task, plain, architecture_of(config, name), name)
     family = family_of(aimed.config["architectures"][0])
-    model = family.model(family.config.from_hf(aimed.config), dtype=compute_type(dtype))
-    check_language_head(model, tensors_of(model, _shapes(model)), aimed.held, name)
+    shape = family.config.from_hf(aimed.config)
+    if aimed.new_head:
+        shape = dataclasses.replace(shape, new_head=True)
+    model = family.model(shape, dtype=compute_type(dtype))
+    if not aimed.new_head:
+        check_language_head(model, tensors_of(model, _shapes(model)), aimed.held, name)
     return model, aimed
 
 

@@ -27,6 +27,7 @@ class Task:
     labels: tuple[str, ...] = ()  # names by class id; empty: those of the files
     problem_type: str = ""  # of sequence classification; empty: that of the files
     seed: int = 0  # of what is drawn anew
+    new_head: bool = False  # whether the head of masked_lm may be drawn
 
     def __post_init__(self) -> None:
         if self.name not in heads.TASKS:
@@ -37,6 +38,8 @@ class Task:
             raise UserError(f"labels names '{twice[0]}' twice. Each class has a name of its own.")
         if self.problem_type and self.name != heads.SEQUENCE_CLASSIFICATION:
             raise UserError(f"problem_type is for {heads.SEQUENCE_CLASSIFICATION}; {self.name} has none. Leave it out.")
+        if self.new_head and self.name != heads.MASKED_LM:
+            raise UserError(f"new_head is for {heads.MASKED_LM}; what {self.name} lacks of its head is drawn, or the files must have it.")
         if self.problem_type and self.problem_type not in heads.PROBLEM_TYPES:
             raise unknown("problem_type", self.problem_type, heads.PROBLEM_TYPES)
 
@@ -48,6 +51,7 @@ class Aim:
     config: Mapping[str, Any]  # config.json as the model with the task's head has it
     held: str  # the architecture that the files have
     kept: bool  # whether the files' own head is the one that is wanted
+    new_head: bool = False  # whether a language model's head is drawn, which the files haven't
 
 
 def aim(task: Task, config: Mapping[str, Any], held: str, name: str) -> Aim:
@@ -66,7 +70,7 @@ def aim(task: Task, config: Mapping[str, Any], held: str, name: str) -> Aim:
     if task.name not in tasks_of(kind.model_type):
         raise UserError(
             f"'{name}' is a {held}, and {kind.model_type} models have no head for {task.name}. Choose one of their tasks "
-            f"(task=, config.model.task): {', '.join(tasks_of(kind.model_type))}."
+            f"(config.task, or task= of load_pretrained): {', '.join(tasks_of(kind.model_type))}."
         )
     architecture, same = architecture_for(kind.model_type, task.name), kind.task == task.name
     if task.name not in heads.CLASSIFYING:
@@ -74,7 +78,7 @@ def aim(task: Task, config: Mapping[str, Any], held: str, name: str) -> Aim:
             return Aim({**config, "architectures": [architecture]}, held, True)
         count = heads.outputs_of(heads.QUESTION_ANSWERING, ())
         plain = {**config, "architectures": [architecture], "problem_type": None, **_label_fields(_default_labels(count))}
-        return Aim(plain, held, same and len(config.get("id2label") or {}) == count)
+        return Aim(plain, held, same and len(config.get("id2label") or {}) == count, task.new_head and not same)
     own = heads.labels_of(config, task.name) if same else ()
     labels, kept = _labels(task, own, name, held)
     problem = task.problem_type or (config.get("problem_type") if same else None)
@@ -106,11 +110,12 @@ def check_language_head(model: Any, found: Collection[Entry], held: str, name: s
     of_head = [entry for entry in found if entry.path.startswith("lm_head/")]
     if not heads.is_language_model(model) or described(held).task == model.task or not of_head:
         return
+    remedy = " Or take new_head=True (config.task.new_head), and train it." if model.task == heads.MASKED_LM else ""
     has = described(held).task or "no head"
     raise UserError(
         f"'{name}' is a {held}: its files have {has}, and none for {model.task}, which isn't drawn anew since it would know no word. "
         f"Load a checkpoint of {model.config.architecture}, or another task: "
-        f"{', '.join(task for task in tasks_of(described(held).model_type) if task != model.task)}."
+        f"{', '.join(task for task in tasks_of(described(held).model_type) if task != model.task)}.{remedy}"
     )
 
 
@@ -149,7 +154,7 @@ def second_names(model: Any) -> dict[str, str]:
 
 
 def drawn_anew(model: Any, found: Sequence[Entry], aimed: Aim, shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
-    """Returns what of a task's head is drawn, by our names, float32 in our layout: kernels normal, biases 0, as transformers does.
+    """Returns what of a task's head is drawn, by our names, float32 in our layout: kernels normal, biases 0, norms 1, as transformers does.
 
     That is what the files lack or have for another number of labels, and the last layer where their labels aren't the same.
 
@@ -169,5 +174,5 @@ def drawn_anew(model: Any, found: Sequence[Entry], aimed: Aim, shapes: Mapping[s
 
 def _draw(entry: Entry, size: float, seed: int) -> np.ndarray:
     if not entry.path.endswith(f"/{KERNEL}"):
-        return np.zeros(entry.leaf.shape, np.float32)
+        return np.full(entry.leaf.shape, entry.path.endswith("/scale"), np.float32)
     return np.asarray(size * jax.random.normal(key_of(jax.random.key(seed), entry.path), entry.leaf.shape))

@@ -15,11 +15,13 @@ from jaxft.data.sources import Rows
 from jaxft.data.tags import feature_names, tagged_row
 from jaxft.data.texts import pair_of, text_of
 from jaxft.errors import UserError
-from jaxft.models.heads import CAUSAL_LM, QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
+from jaxft.models.heads import CAUSAL_LM, MASKED_LM, QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 
 CONVERSATION, CLASSIFICATION, TAGGING, ANSWERS = "conversation", "classification", "tagging", "question answering"
+TEXT = "text"
 _KINDS = {
     CAUSAL_LM: CONVERSATION,
+    MASKED_LM: TEXT,
     SEQUENCE_CLASSIFICATION: CLASSIFICATION,
     TOKEN_CLASSIFICATION: TAGGING,
     QUESTION_ANSWERING: ANSWERS,
@@ -52,7 +54,7 @@ class Texts:
     """One set: its readable rows, and those that training would refuse."""
 
     name: str  # "train"
-    kind: str  # CONVERSATION, CLASSIFICATION, TAGGING or ANSWERS
+    kind: str  # CONVERSATION, TEXT, CLASSIFICATION, TAGGING or ANSWERS
     rows: Rows
     numbers: tuple[int, ...]  # of the readable rows, in `rows`
     texts: tuple[str, ...]  # what the model is given
@@ -96,7 +98,7 @@ def read_set(name: str, rows: Rows, config: DataConfig, kind: str = CONVERSATION
         name: the set's name, as "train".
         rows: its rows.
         config: how rows become conversations; of other kinds nothing is read of it.
-        kind: CONVERSATION, CLASSIFICATION, TAGGING or ANSWERS.
+        kind: CONVERSATION, TEXT, CLASSIFICATION, TAGGING or ANSWERS.
 
     Raises:
         UserError: every row is refused: what is wrong is the configuration, or the columns.
@@ -140,6 +142,8 @@ def read_sets(rows: Mapping[str, Rows], config: DataConfig, kind: str = CONVERSA
 
 def _reader(rows: Rows, config: DataConfig, kind: str) -> tuple[Callable[[Mapping[str, Any], str], _Read], list[str]]:
     """Returns what reads one row, and the columns that are used and could be blank in a row that training takes."""
+    if kind == TEXT:
+        return lambda row, place: _Read(_given(row, config, place), ""), []
     if kind == CLASSIFICATION:
         classes = label_column(rows, config.label).feature_names
         return lambda row, place: _classification(row, config, classes, place), []
@@ -173,14 +177,19 @@ def _conversation(row: Mapping[str, Any], config: DataConfig, fields: Sequence[s
 
 
 def _classification(row: Mapping[str, Any], config: DataConfig, names: Sequence[str], place: str) -> _Read:
-    text = text_of(row, config, place)
-    if not text.strip():
-        raise UserError(f"{place}: the text is empty.")
+    text = _given(row, config, place)
     pair, label = pair_of(row, config, place), row[config.label]
     given = [_named(one, names) for one in (label if isinstance(label, list) else [label])]
     if any(one is None or not str(one).strip() for one in (label if isinstance(label, list) else [label])):
         raise UserError(f"{place}: '{config.label}' is empty.")
     return _Read(f"{text}\n{pair}" if pair else text, ", ".join(given), {config.label: given})
+
+
+def _given(row: Mapping[str, Any], config: DataConfig, place: str) -> str:
+    text = text_of(row, config, place)
+    if not text.strip():
+        raise UserError(f"{place}: the text is empty.")
+    return text
 
 
 def _tagging(row: Mapping[str, Any], config: DataConfig, names: Sequence[str], place: str) -> _Read:

@@ -75,6 +75,7 @@ class EncoderConfig:
     lm_act: str = "gelu"
     labels: tuple[str, ...] = ()  # names by class id
     problem_type: str = ""
+    new_head: bool = False  # the head of masked_lm was drawn, and is the task's own to train
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -244,6 +245,8 @@ class Encoder(nn.Module):
         """Patterns of the task's own parameters, which train with any method."""
         if self.task == heads.SEQUENCE_CLASSIFICATION:
             return _HEADS[self.config.pooling_head]
+        if self.config.new_head:
+            return ("lm_head",)
         return {heads.TOKEN_CLASSIFICATION: ("classifier",), heads.QUESTION_ANSWERING: ("qa_outputs",)}.get(self.task, ())
 
     @property

@@ -69,6 +69,10 @@ class Task(abc.ABC):
                 reads = ", ".join(f"config.data.{field}" for field in self.data_fields) or "columns of fixed names"
                 raise UserError(f"config.data.{name} has no effect with the task {type(self).__name__}, which reads {reads}. Leave it out.")
 
+    def tokenized(self, tokenizer: Any) -> "Task":
+        """Returns the task with what it needs of the tokenizer; raises `UserError` where that hasn't it."""
+        return self
+
     def model_options(self, rows: Rows, data: DataConfig) -> dict[str, Any]:
         """Returns what `load_pretrained` has to know of the training rows: labels, problem_type.
 
@@ -152,7 +156,7 @@ class Task(abc.ABC):
           params: its parameters.
           batch: tokens, segment_ids, positions, and what else `features` takes of each token, (batch, length) int32; scored (batch, slots)
             int32, where the head reads; targets (batch, slots) int32 or (batch, slots, outputs) float32; weights (batch, slots) float32.
-          rngs: keys of `dropout` and `noise`, where they are on.
+          rngs: keys of `dropout` and `noise`, where they are on, and in training of `mask`: of what a task hides.
           r_drop: where above 0, the batch is passed twice, with different dropout; the loss is the mean of both, plus half of this times
             their divergence (Liang et al. 2021, arXiv:2106.14448; half of the paper's sum).
           **options: of `model.features`.

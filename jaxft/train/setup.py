@@ -192,6 +192,7 @@ def _described(experiment: Experiment, mesh: Mesh, options: dict[str, Any]) -> D
         raise unknown("train.best_metric", train.best_metric, task.metrics(model))
     kernels = OriginalKernels(config.source, config.revision, task.model_task, seed=train.seed, **options)
     tokenizer = task.fit_tokenizer(load_tokenizer(config.source, config.revision))
+    experiment = dataclasses.replace(experiment, task=task.tokenized(tokenizer))
     method, shapes = fit_method(experiment.method.tokenized(tokenizer), model, shapes, train.seed, kernels)
     experiment = dataclasses.replace(experiment, method=with_head(experiment.method, model, shapes))
     model = model.clone(remat=train.remat)

@@ -34,7 +34,7 @@ def make_step(
     """
 
     def gradient(trainable: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[Any, Sums]:
-        rngs = {"dropout": jax.random.fold_in(key, 0)}
+        rngs = {"dropout": jax.random.fold_in(key, 0), "mask": jax.random.fold_in(key, 2)}
         options: dict[str, float] = {}
         if neftune_alpha:
             rngs["noise"] = jax.random.fold_in(key, 1)
