@@ -13,7 +13,7 @@ from jaxft.config import DataConfig
 from jaxft.data.examples import Examples, Labelled, Slots
 from jaxft.data.masking import WORDS, Policy, Replacement, hidden_groups, hidden_slots, replaced
 from jaxft.data.pieces import pieces
-from jaxft.data.sources import Rows
+from jaxft.data.rows import Rows
 from jaxft.data.texts import texts_of
 from jaxft.errors import UserError
 from jaxft.tasks.base import Batch, Task

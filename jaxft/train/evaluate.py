@@ -14,7 +14,7 @@ from jaxft.errors import UserError
 from jaxft.generation import Sampling, generate
 from jaxft.methods.partition import partition
 from jaxft.models.heads import LAST
-from jaxft.tasks.answers import AnswerFormat, exact_match, majority_match
+from jaxft.tasks.answers import AnswerFormat, exact_match, majority_match, overlap
 from jaxft.train import placement
 from jaxft.train.setup import Setup, end_tokens, pad_token
 from jaxft.train.state import State
@@ -83,7 +83,7 @@ class Evaluator:
         assert isinstance(examples, NextTokens)
         answers = self.answers(state, examples, title)
         true = [examples.answer(i) for i in range(len(examples))]
-        return Evaluation(measured.metrics | exact_match(answers, true, self.answer_format), answers)
+        return Evaluation(measured.metrics | exact_match(answers, true, self.answer_format) | overlap(answers, true), answers)
 
     @property
     def generates(self) -> bool:

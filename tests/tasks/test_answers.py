@@ -1,12 +1,14 @@
-"""Exact match of generated answers, whole and by field."""
+"""Exact match of generated answers, whole and by field; words and phrases in common, by the libraries that define them."""
 
 import string
 
 import pytest
-from hypothesis import given
+import sacrebleu
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
 
-from jaxft.tasks.answers import AnswerFormat, exact_match, majority, majority_match
+from jaxft.tasks.answers import AnswerFormat, exact_match, majority, majority_match, overlap
 
 REVIEW = AnswerFormat("Condition: {condition}. Experience: {experience}")
 TRUE = ["Condition: Acne. Experience: positive", "Condition: Back pain. Experience: negative", "Condition: Acne. Experience: negative"]
@@ -77,3 +79,37 @@ def test_the_majority_answers_each_field_on_its_own():
 def test_the_majority_of_whole_answers_where_there_are_no_fields():
     assert majority(["a", "b ", "b"], AnswerFormat("")) == ["b"]
     assert majority_match(["a", "b ", "b"], ["b", "b", "a", "c"], AnswerFormat("")) == {"exact_match": 0.5}
+
+
+class Words:
+    """SQuAD's words, for rouge-score: its score of single words is then SQuAD's F1."""
+
+    def tokenize(self, text):
+        kept = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+        return [word for word in kept.split() if word not in ("a", "an", "the")]
+
+
+ANSWERS = st.lists(st.sampled_from(["The", "a", "cat", "Cat", "sat,", "on", "mat.", "42", "it's"]), min_size=1, max_size=9).map(" ".join)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(ANSWERS, ANSWERS), min_size=1, max_size=5))
+def test_overlap_is_that_of_the_libraries(pairs):
+    made, true = map(list, zip(*pairs, strict=True))
+    found = overlap(made, true)
+    longest, words = RougeScorer(["rougeL"]), RougeScorer(["rouge1"], tokenizer=Words())
+    scores = [words.score(other, one)["rouge1"].fmeasure for one, other in pairs]
+    scores = [score if Words().tokenize(one) or Words().tokenize(other) else 1.0 for score, (one, other) in zip(scores, pairs, strict=True)]
+    assert found["token_f1"] == pytest.approx(sum(scores) / len(pairs))
+    assert found["rouge_l"] == pytest.approx(sum(longest.score(other, one)["rougeL"].fmeasure for one, other in pairs) / len(pairs))
+    if any(len(text.split()) >= 4 for text in made):
+        assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(made, [true]).score / 100)
+
+
+@pytest.mark.parametrize("texts", [["positive"], ["Acne.", "Back pain"], ["one two three four five"]])
+def test_answers_that_are_the_true_ones_have_all_in_common(texts):
+    assert overlap(texts, texts) == pytest.approx({"token_f1": 1.0, "rouge_l": 1.0, "bleu": 1.0})
+
+
+def test_answers_without_words_are_right_or_wrong_as_a_whole():
+    assert overlap(["", "a"], ["the", "cat"])["token_f1"] == 0.5

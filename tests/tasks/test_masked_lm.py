@@ -16,7 +16,7 @@ import jaxft
 from jaxft.config import DataConfig, Experiment, ModelConfig
 from jaxft.data.batches import evaluation_batches
 from jaxft.data.examples import Labelled, Slots
-from jaxft.data.sources import Rows
+from jaxft.data.rows import Rows
 from jaxft.errors import UserError
 from jaxft.hub.tokenizer import load_tokenizer
 from jaxft.methods.head import with_head
