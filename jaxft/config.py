@@ -19,6 +19,9 @@ class ModelConfig:
     double_quantization: bool = True  # with quantization: the blocks' scales in 8 bits too
     block_size: int = 64  # with quantization: weights that share a scale, a power of two from 32 to 4096
     quantized: tuple[str, ...] = ("layers",)  # patterns of the kernels that are quantized; layers: all but the output head
+    hidden_dropout: float = -1.0  # rate on embeddings and on what each sub-layer adds, in training; -1: that of the model's config.json
+    attention_dropout: float = -1.0  # the same, on attention's weights
+    classifier_dropout: float = -1.0  # the same, before the head of a classification
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,3 +79,8 @@ class DistilBertConfig(EncoderConfig):
             classifier_dropout=hf[rate] if rate else 0.0,
             tie_word_embeddings=encoder.is_tied(hf, architecture.task),
         )
+
+    @property
+    def dropouts(self) -> dict[str, tuple[str, ...]]:
+        """The fields that have the rate of each kind of dropout: there is none behind attention."""
+        return super().dropouts | {"hidden_dropout": ("hidden_dropout",)}

@@ -84,6 +84,12 @@ class EncoderConfig:
             )
 
     @property
+    def dropouts(self) -> dict[str, tuple[str, ...]]:
+        """The fields that have the rate of each kind of dropout."""
+        found = {"hidden_dropout": ("hidden_dropout", "attention_output_dropout"), "attention_dropout": ("attention_dropout",)}
+        return found if self.task == heads.MASKED_LM else found | {"classifier_dropout": ("classifier_dropout",)}
+
+    @property
     def num_key_value_heads(self) -> int:
         """As many as there are heads."""
         return self.num_attention_heads
@@ -101,7 +107,7 @@ def common_fields(hf: Mapping[str, Any], classes: Mapping[str, Architecture]) ->
         raise UserError(f"This {hf['architectures'][0]} is a decoder (is_decoder in config.json); jaxft has its family as encoders only.")
     if (kind := hf.get("position_embedding_type") or "absolute") != "absolute":
         raise UserError(f"config.json has position_embedding_type '{kind}'; jaxft's encoders have absolute positions.")
-    dropout = hf["hidden_dropout_prob"]
+    hidden = hf["hidden_dropout_prob"]
     own = hf.get("classifier_dropout")
     return heads.common_fields(hf, architecture) | {
         "family": architecture.model_type,
@@ -116,10 +122,10 @@ def common_fields(hf: Mapping[str, Any], classes: Mapping[str, Architecture]) ->
         "layer_norm_eps": hf["layer_norm_eps"],
         "initializer_range": hf["initializer_range"],
         "type_vocab_size": hf["type_vocab_size"],
-        "hidden_dropout": dropout,
+        "hidden_dropout": hidden,
         "attention_dropout": hf["attention_probs_dropout_prob"],
-        "attention_output_dropout": dropout,
-        "classifier_dropout": (dropout if own is None else own) if architecture.task in heads.CLASSIFYING else 0.0,
+        "attention_output_dropout": hidden,
+        "classifier_dropout": (hidden if own is None else own) if architecture.task in heads.CLASSIFYING else 0.0,
         "tie_word_embeddings": is_tied(hf, architecture.task),
     }
 

@@ -137,6 +137,12 @@ class GPT2Config:
         )
 
     @property
+    def dropouts(self) -> dict[str, tuple[str, ...]]:
+        """The fields that have the rate of each kind of dropout."""
+        found = {"hidden_dropout": ("hidden_dropout", "embedding_dropout"), "attention_dropout": ("attention_dropout",)}
+        return found | ({"classifier_dropout": ("classifier_dropout",)} if self.task == heads.TOKEN_CLASSIFICATION else {})
+
+    @property
     def family(self) -> str:
         """transformers' model_type."""
         return ARCHITECTURES[self.architecture].model_type

@@ -105,7 +105,6 @@ class LlamaConfig:
     initializer_range: float = 0.02
     attention_dropout: float = 0.0
     classifier_dropout: float = 0.0  # before the head of token classification
-    hidden_dropout: float = 0.0  # there is none in the layers
     labels: tuple[str, ...] = ()  # names by class id
     problem_type: str = ""
     score_bias: bool = False  # of the head of token classification
@@ -143,6 +142,12 @@ class LlamaConfig:
             classifier_dropout=heads.tagger_dropout(hf) if tags else 0.0,
             score_bias=bool(hf.get("token_classification_bias", True)) if tags else False,
         )
+
+    @property
+    def dropouts(self) -> dict[str, tuple[str, ...]]:
+        """The fields that have the rate of each kind of dropout."""
+        kinds = ("attention_dropout", "classifier_dropout") if self.task == heads.TOKEN_CLASSIFICATION else ("attention_dropout",)
+        return {kind: (kind,) for kind in kinds}
 
     @property
     def family(self) -> str:

@@ -28,6 +28,7 @@ from jaxft.methods.base import Compose, Material, Method
 from jaxft.methods.head import with_head
 from jaxft.methods.kernels import is_kernel
 from jaxft.methods.partition import combine, listing, partition, size, trainable_leaves
+from jaxft.models import dropout
 from jaxft.models.heads import LAST
 from jaxft.models.layers import REMAT
 from jaxft.models.node import dense, is_node, virtual_tokens
@@ -78,6 +79,7 @@ def check(experiment: Experiment) -> Mesh:
     optimizers.check(experiment.optimizer)
     compute_type(experiment.model.dtype)
     quantization(experiment.model)
+    dropout.check(dropout_rates(experiment.model))
     if train.remat not in REMAT:
         raise unknown("remat policy", train.remat, REMAT)
     for field, offloads in (("train.remat=offload", train.remat == "offload"), ("optimizer.offload", experiment.optimizer.offload)):
@@ -188,6 +190,7 @@ def _check_given(experiment: Experiment) -> Mesh:
 def _described(experiment: Experiment, mesh: Mesh, options: dict[str, Any]) -> Described:
     config, task, train = experiment.model, experiment.task, experiment.train
     model, shapes = describe_pretrained(**from_source(config, task, options, train.seed))
+    model = dropout.with_dropout(model, dropout_rates(config))
     if train.best_metric not in task.metrics(model):
         raise unknown("train.best_metric", train.best_metric, task.metrics(model))
     kernels = OriginalKernels(config.source, config.revision, task.model_task, seed=train.seed, **options)
@@ -317,6 +320,11 @@ def quantization(config: ModelConfig) -> Format | None:
                 raise UserError(f"model.{field} has no effect without model.quantization: set that, or leave this out.")
         return None
     return Format(config.quantization, config.block_size, config.double_quantization)
+
+
+def dropout_rates(config: ModelConfig) -> dict[str, float]:
+    """Returns the rate that is asked of each kind of dropout."""
+    return {kind: getattr(config, kind) for kind in dropout.KINDS}
 
 
 def fit_method(method: Method, model: Any, shapes: Any, seed: int, kernels: OriginalKernels | None = None) -> tuple[Method, Any]:
