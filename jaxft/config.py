@@ -68,6 +68,9 @@ class TrainConfig:
     remat: str = "none"  # what the backward pass computes again: none, dots (all but products; offload keeps them on the host), full
     r_drop: float = 0.0  # passes a batch twice, with different dropout: weight of their divergence (Liang et al. 2021, arXiv:2106.14448)
     neftune_alpha: float = 0.0  # noise on embeddings (Jain et al. 2023, arXiv:2310.05914)
+    average: str = "none"  # of the trainable weights over steps, measured and exported in their place: none, ema (exponential), swa (mean)
+    ema_decay: float = 0.999  # ema: what of the average stays at a step; less in the first steps
+    swa_start: float = 0.5  # swa: share of the steps after which the mean begins (Izmailov et al. 2018, arXiv:1803.05407)
     data_parallel: int = -1  # devices along the mesh's axes; -1: what the others leave
     fsdp_parallel: int = 1  # devices that share the weights, each a part
     tensor_parallel: int = 1  # devices that share each product

@@ -138,10 +138,11 @@ class Checkpoints:
         found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_named(abstract))))["state"]
         return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in _named(like)])
 
-    def restore_trained(self, step: int, trainable: Any) -> State:
-        """Returns the trained leaves of a step, of the shapes and places of `trainable`, in a state without an optimizer's."""
+    def restore_trained(self, step: int, trainable: Any, averaged: bool = False) -> State:
+        """Returns a step's weights, of the shapes and places of `trainable`, in a state without anything else: the average where it has."""
         step_like: Any = jax.ShapeDtypeStruct((), jnp.int32)
-        like = State(step_like, jax.tree.map(_float32_like, trainable), None)
+        weights = jax.tree.map(_float32_like, trainable)
+        like = State(step_like, None, None, weights) if averaged else State(step_like, weights, None)
         named = _named(like)
         args = ocp.args.PyTreeRestore(named, ocp.checkpoint_utils.construct_restore_args(named), partial_restore=True)
         found = self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]

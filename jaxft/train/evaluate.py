@@ -47,7 +47,7 @@ class Evaluator:
 
     def measure(self, state: State, examples: Examples) -> Evaluation:
         """Returns the task's metrics."""
-        return self._measured(state.trainable, self._setup.frozen, examples)
+        return self._measured(state.weights, self._setup.frozen, examples)
 
     def measure_params(self, params: Any, examples: Examples) -> Evaluation:
         """Returns what `measure` does, of parameters in another form than the run's."""

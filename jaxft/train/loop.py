@@ -15,6 +15,7 @@ from flax import linen as nn
 from jaxft.config import Experiment
 from jaxft.errors import UserError
 from jaxft.train import placement
+from jaxft.train.average import make_average
 from jaxft.train.checkpoint import Checkpoints, Progress
 from jaxft.train.evaluate import Evaluator
 from jaxft.train.logs import Logs, figure
@@ -24,13 +25,14 @@ from jaxft.train.state import State
 from jaxft.train.step import make_step
 
 
-def jitted_step(experiment: Experiment, model: nn.Module, optimizer: optax.GradientTransformation, sharding: State) -> Any:
-    """Returns the run's `make_step`, not compiled yet; the state that it takes is given up for the one that it returns.
+def jitted_step(experiment: Experiment, model: nn.Module, optimizer: optax.GradientTransformation, sharding: State, steps: int) -> Any:
+    """Returns the `make_step` of a run of so many steps, not compiled yet; the state that it takes is given up for the one it returns.
 
     What lies in the host's memory by `sharding` is on the devices during the step.
     """
-    train = experiment.train
-    function = make_step(model, experiment.task, optimizer, train.seed, train.neftune_alpha, train.r_drop, experiment.method.penalty)
+    train, penalty = experiment.train, experiment.method.penalty
+    average = make_average(train, steps)
+    function = make_step(model, experiment.task, optimizer, train.seed, train.neftune_alpha, train.r_drop, penalty, average)
     if experiment.optimizer.offload:
         function = _with_fetched(function, placement.in_device_memory(sharding.optimizer))
     return jax.jit(function, donate_argnums=0, out_shardings=(sharding, None))
@@ -138,7 +140,7 @@ class Loop:
     def _compile(self, state: State) -> Any:
         """The step's one program: compiled ahead, so that it can't be compiled again."""
         setup = self._setup
-        jitted = jitted_step(setup.experiment, setup.model, setup.optimizer, setup.state_sharding)
+        jitted = jitted_step(setup.experiment, setup.model, setup.optimizer, setup.state_sharding, setup.steps)
         return jitted.lower(state, setup.frozen, self._batch(0)).compile()
 
     def _take(self, index: int) -> dict[str, jax.Array]:

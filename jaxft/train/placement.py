@@ -90,7 +90,7 @@ def _divides(mesh: Mesh, axis: Any, size: int) -> bool:
 
 
 def state_shardings(state: State, trainable: Any, mesh: Mesh, optimizer: optax.GradientTransformation, offload: bool = False) -> Any:
-    """Returns the state's shardings: moments lie where their parameters do, everything else is on every device.
+    """Returns the state's shardings: moments and average lie where their parameters do, everything else is on every device.
 
     With `offload` the optimizer's arrays lie in the memory of each device's host.
     """
@@ -105,7 +105,7 @@ def state_shardings(state: State, trainable: Any, mesh: Mesh, optimizer: optax.G
     moments = jax.tree.map(lambda sharding, leaf: sharding if len(sharding.spec) <= leaf.ndim else everywhere, moments, state.optimizer)
     if offload:
         moments = jax.tree.map(lambda place, leaf: place.with_memory_kind(HOST_MEMORY) if leaf.ndim else place, moments, state.optimizer)
-    return State(everywhere, trainable, moments)
+    return State(everywhere, trainable, moments, None if state.average is None else trainable)
 
 
 def in_device_memory(places: Any) -> Any:

@@ -14,7 +14,7 @@ from jaxft.methods.partition import combine, distinct, partition, size
 from jaxft.models.registry import family_of
 from jaxft.train import placement
 from jaxft.train.loop import jitted_step
-from jaxft.train.setup import Described, TrainingData, describe_run, load_training_data, make_optimizer, print_trainable
+from jaxft.train.setup import Described, TrainingData, describe_run, is_averaged, load_training_data, make_optimizer, print_trainable
 from jaxft.train.state import State, new_state
 
 
@@ -72,14 +72,14 @@ def _of_step(run: Described, data: TrainingData, mask: Any) -> Plan:
     optimizer, table = make_optimizer(run, data.steps), family_of(run.model.config.architecture).module.PLACEMENT
     places = placement.shardings(run.shapes, table, run.mesh)
     trainable, frozen = partition(_placed(run.shapes, places), mask)
-    state = jax.eval_shape(lambda trainable: new_state(trainable, optimizer), trainable)
+    state = jax.eval_shape(lambda trainable: new_state(trainable, optimizer, is_averaged(run.experiment)), trainable)
     sharding = placement.state_shardings(state, partition(places, mask)[0], run.mesh, optimizer, run.experiment.optimizer.offload)
     state = _placed(state, sharding)
     batch = {
         name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=jax.NamedSharding(run.mesh, placement.BATCH))
         for name, value in data.batches.batch(0).items()
     }
-    traced = jitted_step(run.experiment, run.model, optimizer, sharding).trace(state, frozen, batch)
+    traced = jitted_step(run.experiment, run.model, optimizer, sharding, data.steps).trace(state, frozen, batch)
     used = traced.lower().compile().memory_analysis()
     rows = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
     kept, offloaded = (count // rows for count in _kept_for_backward(run, state, frozen, batch))
@@ -87,6 +87,7 @@ def _of_step(run: Described, data: TrainingData, mask: Any) -> Plan:
     memory = {
         "frozen weights": _bytes(frozen),
         "trainable weights": _bytes(state.trainable),
+        **({} if state.average is None else {"average of the weights": _bytes(state.average)}),
         "optimizer": _bytes(on_device),
         "batch": _bytes(batch),
         "activations": min(kept, used.temp_size_in_bytes),

@@ -35,7 +35,7 @@ from jaxft.train.evaluate import Evaluation, Evaluator, make_sampling
 from jaxft.train.logs import peak_memory_bytes
 from jaxft.train.loop import Loop, Outcome
 from jaxft.train.report import adapter_command, card, model_command, print_answers, print_comparison, print_report
-from jaxft.train.setup import Setup, TrainingSetup, can_merge, on_host, set_up, set_up_trained
+from jaxft.train.setup import Setup, TrainingSetup, can_merge, is_averaged, on_host, set_up, set_up_trained
 from jaxft.train.state import State
 
 WHOLE = (HF, BITSANDBYTES)  # formats of a merged model
@@ -234,7 +234,7 @@ def _check_workdir(workdir: pathlib.Path, resolved: Mapping[str, Any]) -> None:
     if (workdir / CONFIG).is_file():
         saved = _saved_config(workdir)
         if newest_step(workdir / "checkpoints") is not None:  # else nothing was trained with it yet
-            check_same(saved, resolved, workdir)
+            check_same(overrides.to_dict(overrides.from_dict(saved)), resolved, workdir)  # with the defaults of fields that came since
 
 
 def _check_folder(workdir: pathlib.Path) -> None:
@@ -333,7 +333,7 @@ def _load_best(experiment: Experiment, workdir: pathlib.Path, measured: bool = F
     progress = checkpoints.progress(newest)
     setup, trainable = set_up_trained(experiment, progress, measured)
     _check_base(progress, fingerprint(setup.frozen), setup)
-    state = checkpoints.restore_trained(_best(checkpoints, progress), trainable)
+    state = checkpoints.restore_trained(_best(checkpoints, progress), trainable, is_averaged(experiment))
     checkpoints.close()
     return setup, state
 

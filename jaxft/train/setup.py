@@ -36,6 +36,7 @@ from jaxft.models.registry import family_of
 from jaxft.models.segments import Leaf, map_leaves
 from jaxft.quant.blockwise import Format
 from jaxft.tasks.base import Task
+from jaxft.train import average as averages
 from jaxft.train import optimizer as optimizers
 from jaxft.train import placement
 from jaxft.train.checkpoint import Progress
@@ -58,8 +59,8 @@ class Setup:
     frozen: Any
 
     def params(self, state: State) -> Any:
-        """Returns the whole model."""
-        return combine(state.trainable, self.frozen)
+        """Returns the whole model, as it is measured and exported."""
+        return combine(state.weights, self.frozen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +78,7 @@ def check(experiment: Experiment) -> Mesh:
     """Raises `UserError` for values that make no sense, before anything is loaded; returns the mesh."""
     train, evaluation = experiment.train, experiment.eval
     optimizers.check(experiment.optimizer)
+    averages.check(train)
     compute_type(experiment.model.dtype)
     quantization(experiment.model)
     dropout.check(dropout_rates(experiment.model))
@@ -223,7 +225,7 @@ def set_up(experiment: Experiment) -> TrainingSetup:
     print_trainable(params, mask)
     optimizer = make_optimizer(run, data.steps)
     trainable, frozen, places = _placed(run, params, mask)
-    state = new_state(trainable, optimizer)
+    state = new_state(trainable, optimizer, is_averaged(run.experiment))
     sharding = placement.state_shardings(state, places, run.mesh, optimizer, experiment.optimizer.offload)
     state = jax.device_put(state, sharding)
     training = data.examples["train"]
@@ -281,6 +283,11 @@ def _placed(run: Described, params: Any, mask: Any) -> tuple[Any, Any, Any]:
     places = placement.shardings(params, family_of(run.model.config.architecture).module.PLACEMENT, run.mesh)
     trainable, frozen = partition(placement.place(params, places), mask)
     return trainable, frozen, partition(places, mask)[0]
+
+
+def is_averaged(experiment: Experiment) -> bool:
+    """Returns whether a run keeps an average of its weights."""
+    return experiment.train.average != averages.NONE
 
 
 def make_optimizer(run: Described, steps: int) -> optax.GradientTransformation:

@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from jaxft.methods.partition import combine
 from jaxft.tasks.head import Sums
+from jaxft.train.average import Average
 from jaxft.train.state import State, key_for
 
 Batch = Mapping[str, jax.Array]
@@ -24,12 +25,13 @@ def make_step(
     neftune_alpha: float = 0.0,
     r_drop: float = 0.0,
     penalty: Callable[[Any], jax.Array] | None = None,
+    average: Average | None = None,
 ) -> Callable[[State, Any, Batch], tuple[State, Metrics]]:
     """Returns step(state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
 
     A batch's leaves have leading axes (accumulation, batch). The loss is the sum over every scored token of the step divided by their
     weight, so how a step is cut into micro-batches, rows and devices changes nothing but rounding; `penalty`, a function of the whole
-    parameters, is added to that mean once. Where the loss, the gradient or the
+    parameters, is added to that mean once. `average` follows the weights where the state has one. Where the loss, the gradient or the
     update isn't finite, the state comes back as it was, and metrics["finite"] is False.
     """
 
@@ -72,7 +74,8 @@ def make_step(
         norm = optax.tree.norm(gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
         finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
-        new = State(state.step + 1, optax.apply_updates(state.trainable, updates), optimizer_state)
+        trainable, done = optax.apply_updates(state.trainable, updates), state.step + 1
+        new = State(done, trainable, optimizer_state, None if average is None else average(state.average, trainable, done))
         new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
         metrics = {"loss": sums.loss / weight, "nll": sums.nll / weight}
         if sums.correct is not None:
