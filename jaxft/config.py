@@ -67,6 +67,7 @@ class TrainConfig:
     patience: int = 0  # evaluations without improvement before stopping early; 0: never
     remat: str = "none"  # what the backward pass computes again: none, dots (all but products; offload keeps them on the host), full
     r_drop: float = 0.0  # passes a batch twice, with different dropout: weight of their divergence (Liang et al. 2021, arXiv:2106.14448)
+    mixout: float = 0.0  # share of the trainable weights that a step takes as before training (Lee et al. 2020, arXiv:1909.11299)
     neftune_alpha: float = 0.0  # noise on embeddings (Jain et al. 2023, arXiv:2310.05914)
     average: str = "none"  # of the trainable weights over steps, measured and exported in their place: none, ema (exponential), swa (mean)
     ema_decay: float = 0.999  # ema: what of the average stays at a step; less in the first steps

@@ -32,7 +32,7 @@ def jitted_step(experiment: Experiment, model: nn.Module, optimizer: optax.Gradi
     """
     train, penalty = experiment.train, experiment.method.penalty
     average = make_average(train, steps)
-    function = make_step(model, experiment.task, optimizer, train.seed, train.neftune_alpha, train.r_drop, penalty, average)
+    function = make_step(model, experiment.task, optimizer, train.seed, train.neftune_alpha, train.r_drop, penalty, average, train.mixout)
     if experiment.optimizer.offload:
         function = _with_fetched(function, placement.in_device_memory(sharding.optimizer))
     return jax.jit(function, donate_argnums=0, out_shardings=(sharding, None))
@@ -124,7 +124,7 @@ class Loop:
     def _advance(self, step: Any, state: State, progress: Progress, index: int, timed: bool, logs: Logs) -> tuple[State, Progress, bool]:
         """One step, what is written of it, and the evaluation where it is time: whether it was."""
         began = time.perf_counter()
-        state, on_device = step(state, self._setup.frozen, self._take(index))
+        state, on_device = step(state, self._setup.frozen, self._take(index), self._setup.start)
         if index + 1 < self._setup.steps:
             self._prepared = {index + 1: self._batch(index + 1)}  # while the devices work
         metrics = {name: float(value) for name, value in jax.device_get(on_device).items()}
@@ -141,7 +141,7 @@ class Loop:
         """The step's one program: compiled ahead, so that it can't be compiled again."""
         setup = self._setup
         jitted = jitted_step(setup.experiment, setup.model, setup.optimizer, setup.state_sharding, setup.steps)
-        return jitted.lower(state, setup.frozen, self._batch(0)).compile()
+        return jitted.lower(state, setup.frozen, self._batch(0), setup.start).compile()
 
     def _take(self, index: int) -> dict[str, jax.Array]:
         """The step's batch: prepared while the one before ran, or made now."""

@@ -1,8 +1,7 @@
 """The plan of a run: what trains, and the memory and work of one step, from shapes alone: no weight is read or allocated."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from jaxft.methods.partition import combine, distinct, partition, size
 from jaxft.models.registry import family_of
 from jaxft.train import placement
 from jaxft.train.loop import jitted_step
+from jaxft.train.programs import operations
 from jaxft.train.setup import Described, TrainingData, describe_run, is_averaged, load_training_data, make_optimizer, print_trainable
 from jaxft.train.state import State, new_state
 
@@ -75,11 +75,12 @@ def _of_step(run: Described, data: TrainingData, mask: Any) -> Plan:
     state = jax.eval_shape(lambda trainable: new_state(trainable, optimizer, is_averaged(run.experiment)), trainable)
     sharding = placement.state_shardings(state, partition(places, mask)[0], run.mesh, optimizer, run.experiment.optimizer.offload)
     state = _placed(state, sharding)
+    start = state.trainable if run.experiment.train.mixout else None
     batch = {
         name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=jax.NamedSharding(run.mesh, placement.BATCH))
         for name, value in data.batches.batch(0).items()
     }
-    traced = jitted_step(run.experiment, run.model, optimizer, sharding, data.steps).trace(state, frozen, batch)
+    traced = jitted_step(run.experiment, run.model, optimizer, sharding, data.steps).trace(state, frozen, batch, start)
     used = traced.lower().compile().memory_analysis()
     rows = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
     kept, offloaded = (count // rows for count in _kept_for_backward(run, state, frozen, batch))
@@ -88,6 +89,7 @@ def _of_step(run: Described, data: TrainingData, mask: Any) -> Plan:
         "frozen weights": _bytes(frozen),
         "trainable weights": _bytes(state.trainable),
         **({} if state.average is None else {"average of the weights": _bytes(state.average)}),
+        **({} if start is None else {"weights before training": _bytes(start)}),
         "optimizer": _bytes(on_device),
         "batch": _bytes(batch),
         "activations": min(kept, used.temp_size_in_bytes),
@@ -129,38 +131,3 @@ def _kept_for_backward(run: Described, state: State, frozen: Any, batch: Any) ->
     for aval in kept.values():
         counts[aval.memory_space] += int(np.prod(aval.shape)) * np.dtype(aval.dtype).itemsize
     return counts[jax.memory.Space.Device], counts[jax.memory.Space.Host]
-
-
-def operations(program: Any) -> int:
-    """Returns the floating-point operations of a program's matrix products: two for each multiplication and addition.
-
-    Loops count as often as they run, where that is known (scans); of branches, the longest counts. Elementwise work isn't counted.
-
-    Args:
-      program: a jaxpr.
-
-    >>> a, b = jax.numpy.ones((3, 4)), jax.numpy.ones((4, 5))
-    >>> operations(jax.make_jaxpr(lambda a, b: jax.lax.scan(lambda c, _: (c, a @ b), 0, length=7))(a, b).jaxpr)
-    840
-    """
-    total = 0
-    for equation in program.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
-            continue
-        inside = [operations(getattr(part, "jaxpr", part)) for part in _programs(equation.params)]
-        if equation.primitive.name == "cond":
-            total += max(inside)
-        else:
-            total += equation.params.get("length", 1) * sum(inside) if equation.primitive.name == "scan" else sum(inside)
-    return total
-
-
-def _programs(parameters: dict[str, Any]) -> Iterator[Any]:
-    """The programs among an equation's parameters."""
-    for value in parameters.values():
-        for part in value if isinstance(value, (tuple, list)) else (value,):
-            if hasattr(getattr(part, "jaxpr", part), "eqns"):
-                yield part

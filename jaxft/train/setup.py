@@ -36,10 +36,12 @@ from jaxft.models.registry import family_of
 from jaxft.models.segments import Leaf, map_leaves
 from jaxft.quant.blockwise import Format
 from jaxft.tasks.base import Task
+from jaxft.tasks.head import Sums
 from jaxft.train import average as averages
 from jaxft.train import optimizer as optimizers
 from jaxft.train import placement
 from jaxft.train.checkpoint import Progress
+from jaxft.train.programs import draws
 from jaxft.train.scores import gradient_scores
 from jaxft.train.state import State, key_for, new_state
 
@@ -72,6 +74,7 @@ class TrainingSetup(Setup):
     optimizer: optax.GradientTransformation
     state: State  # before the first step
     state_sharding: State
+    start: Any  # with mixout, the trainable leaves before the first step; else None
 
 
 def check(experiment: Experiment) -> Mesh:
@@ -98,7 +101,12 @@ def check(experiment: Experiment) -> Mesh:
         if value < 1:
             raise UserError(f"{name} is 1 or more, not {value}.")
     natural: dict[str, float] = {"train.steps": train.steps, "train.eval_every": train.eval_every, "train.patience": train.patience}
-    natural |= {"eval.limit": evaluation.limit, "train.neftune_alpha": train.neftune_alpha, "train.seed": train.seed}
+    natural |= {
+        "eval.limit": evaluation.limit,
+        "train.neftune_alpha": train.neftune_alpha,
+        "train.seed": train.seed,
+        "train.r_drop": train.r_drop,
+    }
     for name, number in natural.items():
         if number < 0:
             raise UserError(f"{name} is 0 or more, not {number}.")
@@ -106,6 +114,8 @@ def check(experiment: Experiment) -> Mesh:
         raise UserError(f"train.epochs is more than 0 where train.steps is 0, not {train.epochs}.")
     if not 0 < evaluation.top_p <= 1:
         raise UserError(f"eval.top_p is a share above 0 and up to 1, not {evaluation.top_p}.")
+    if not 0 <= train.mixout < 1:
+        raise UserError(f"train.mixout is a share from 0 up to, not including, 1, not {train.mixout}.")
     for name, number in {"eval.top_k": evaluation.top_k, "eval.temperature": evaluation.temperature}.items():
         if number < 0:
             raise UserError(f"{name} is 0 or more, not {number}.")
@@ -213,7 +223,25 @@ def load_training_data(run: Described, rows: dict[str, Rows]) -> TrainingData:
     training = experiment.task.for_training(run.model, examples["train"])
     batches = Batches(training, experiment.data, train.batch_size, train.accumulation, train.seed, share_prefix, pad_token_id=pad)
     steps = train.steps or max(round(train.epochs * batches.steps_per_epoch), 1)
+    check_r_drop(experiment, run.model, run.shapes, batches)
     return TrainingData(rows, examples, batches, steps)
+
+
+def check_r_drop(experiment: Experiment, model: nn.Module, shapes: Any, batches: Batches) -> None:
+    """Raises `UserError` where R-Drop would compare two equal passes: where neither the model nor the method drops, nor noise is added."""
+    if not experiment.train.r_drop or experiment.train.neftune_alpha:
+        return
+    batch = {name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for name, array in batches.batch(0).items()}
+
+    def loss(params: Any, batch: Any, key: jax.Array) -> jax.Array:
+        sums: Sums = experiment.task.sums(model, params, batch, {"dropout": key})
+        return sums.loss
+
+    if not draws(jax.make_jaxpr(loss)(shapes, batch, jax.random.key(0)).jaxpr):
+        raise UserError(
+            "train.r_drop compares two passes with different dropout, and nothing drops here: both would be equal. Set "
+            f"{', '.join(f'config.model.{kind}' for kind in model.config.dropouts)}, or a method's dropout, or leave train.r_drop out."
+        )
 
 
 def set_up(experiment: Experiment) -> TrainingSetup:
@@ -244,6 +272,7 @@ def set_up(experiment: Experiment) -> TrainingSetup:
         optimizer=optimizer,
         state=state,
         state_sharding=sharding,
+        start=jax.tree.map(jnp.copy, state.trainable) if run.experiment.train.mixout else None,  # the first step gives the state's own up
     )
 
 

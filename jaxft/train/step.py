@@ -11,6 +11,7 @@ from flax import linen as nn
 from jaxft.methods.partition import combine
 from jaxft.tasks.head import Sums
 from jaxft.train.average import Average
+from jaxft.train.mixout import mixed
 from jaxft.train.state import State, key_for
 
 Batch = Mapping[str, jax.Array]
@@ -26,16 +27,18 @@ def make_step(
     r_drop: float = 0.0,
     penalty: Callable[[Any], jax.Array] | None = None,
     average: Average | None = None,
-) -> Callable[[State, Any, Batch], tuple[State, Metrics]]:
-    """Returns step(state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
+    mixout: float = 0.0,
+) -> Callable[..., tuple[State, Metrics]]:
+    """Returns step(state, frozen, batch, start=None) -> (state, metrics), to be jitted with the state donated.
 
     A batch's leaves have leading axes (accumulation, batch). The loss is the sum over every scored token of the step divided by their
     weight, so how a step is cut into micro-batches, rows and devices changes nothing but rounding; `penalty`, a function of the whole
-    parameters, is added to that mean once. `average` follows the weights where the state has one. Where the loss, the gradient or the
+    parameters, is added to that mean once. `average` follows the weights where the state has one. With
+    `mixout`, `start` is the trainable leaves before the first step. Where the loss, the gradient or the
     update isn't finite, the state comes back as it was, and metrics["finite"] is False.
     """
 
-    def gradient(trainable: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[Any, Sums]:
+    def gradient(trainable: Any, frozen: Any, batch: Batch, key: jax.Array, start: Any) -> tuple[Any, Sums]:
         rngs = {"dropout": jax.random.fold_in(key, 0), "mask": jax.random.fold_in(key, 2)}
         options: dict[str, float] = {}
         if neftune_alpha:
@@ -45,26 +48,28 @@ def make_step(
             options["r_drop"] = r_drop
 
         def loss(trainable: Any) -> tuple[jax.Array, Sums]:
-            sums = task.sums(model, combine(trainable, frozen), batch, rngs, **options)
+            used = mixed(trainable, start, mixout, jax.random.fold_in(key, 2)) if mixout else trainable
+            sums = task.sums(model, combine(used, frozen), batch, rngs, **options)
             return sums.loss, sums
 
         return jax.grad(loss, has_aux=True)(trainable)
 
-    def step(state: State, frozen: Any, batch: Batch) -> tuple[State, Metrics]:
+    def step(state: State, frozen: Any, batch: Batch, start: Any = None) -> tuple[State, Metrics]:
         key = key_for(seed, "train", state.step)
         count = jax.tree.leaves(batch)[0].shape[0]
 
         def add(total: Any, indexed: Any) -> tuple[Any, None]:
             index, micro = indexed
-            return jax.tree.map(jnp.add, total, gradient(state.trainable, frozen, micro, jax.random.fold_in(key, index))), None
+            found = gradient(state.trainable, frozen, micro, jax.random.fold_in(key, index), start)
+            return jax.tree.map(jnp.add, total, found), None
 
         if count == 1:
-            total = gradient(state.trainable, frozen, jax.tree.map(lambda leaf: leaf[0], batch), jax.random.fold_in(key, 0))
+            total = gradient(state.trainable, frozen, jax.tree.map(lambda leaf: leaf[0], batch), jax.random.fold_in(key, 0), start)
         else:
             first = jax.tree.map(lambda leaf: leaf[0], batch)
-            shapes = jax.eval_shape(gradient, state.trainable, frozen, first, key)
-            start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-            total = jax.lax.scan(add, start, (jnp.arange(count), batch))[0]
+            shapes = jax.eval_shape(gradient, state.trainable, frozen, first, key, start)
+            zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            total = jax.lax.scan(add, zero, (jnp.arange(count), batch))[0]
         gradients, sums = total
         weight = jnp.maximum(sums.weight, 1e-9)  # a batch without a scored token has no gradient either
         gradients = jax.tree.map(lambda leaf: leaf / weight, gradients)

@@ -15,7 +15,8 @@ from jaxft.methods import LoRA, VeRA
 from jaxft.train import setup
 from jaxft.train.loop import jitted_step
 from jaxft.train.placement import BATCH, place_batch
-from jaxft.train.plan import operations, plan
+from jaxft.train.plan import plan
+from jaxft.train.programs import operations
 
 
 @pytest.fixture(autouse=True)
@@ -55,11 +56,16 @@ def test_it_is_the_memory_of_the_run_itself(material, method):
     assert found.memory["optimizer"] == on_first_device(run.state.optimizer)
     batch = place_batch(run.batches.batch(0), run.mesh, BATCH)
     assert found.memory["batch"] == on_first_device(batch)
-    compiled = jitted_step(asked, run.model, run.optimizer, run.state_sharding).lower(run.state, run.frozen, batch).compile()
+    compiled = jitted_step(asked, run.model, run.optimizer, run.state_sharding, run.steps).lower(run.state, run.frozen, batch).compile()
     used = compiled.memory_analysis()
     rest = used.temp_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
     assert found.memory["activations"] + found.memory["workspace"] == rest
     assert 0 < found.memory["activations"] < rest
+
+
+def test_an_average_and_the_weights_before_training_are_two_more_copies_of_what_trains(material):
+    held = plan(experiment(material, LoRA(rank=3), average="ema", mixout=0.1)).memory
+    assert held["average of the weights"] == held["weights before training"] == held["trainable weights"]
 
 
 def test_no_weight_is_read(material, tmp_path):
