@@ -44,6 +44,7 @@ class DataConfig:
     tags: str = "tags"  # the column of their tags, a list: names, or numbers of classes
     loss: str = "auto"  # scored tokens: assistant (every assistant turn), completion (the last turn), all; auto: by the row's format
     max_length: int = 512  # tokens a row
+    balanced: bool = False  # each class as often as any other in each epoch, by repeating examples of the rarer ones
     packing: bool = True  # several examples a row; attention never crosses them
     share_prefix: bool = True  # with packing: tokens that all examples begin with stand once a row
     cache: bool = True  # keep tokenized rows on disk, by content

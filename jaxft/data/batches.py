@@ -14,6 +14,7 @@ from jaxft.models.attention import PADDING, SHARED
 _LENGTH_MULTIPLE = 64  # tokens: what attention kernels and vector units divide evenly
 _SCORED_MULTIPLE = 8
 _EMPTY = -1  # stands for a row of padding
+_BALANCED_EPOCHS = 8  # draws of what balanced classes repeat; then the first again
 
 Batch = Mapping[str, np.ndarray]
 
@@ -113,12 +114,13 @@ class Batches:
     """The training batches: an endless stream of rows, each epoch in its own random order.
 
     Row k of the stream is row permutation(k // n)[k % n] of the n rows, so a batch is a function of the step alone: resuming needs
-    nothing but the step, and an epoch's last batch is filled by the next epoch's first rows.
+    nothing but the step, and an epoch's last batch is filled by the next epoch's first rows. Where classes are balanced, some epochs are
+    laid out, each with its own draw of the examples that it repeats, and follow each other in a circle.
 
     Attributes:
         layout: the rows, built once in an order drawn by the seed.
         tokens_per_row: L.
-        steps_per_epoch: steps that see each row once; a fraction where they don't come out even.
+        steps_per_epoch: steps that see each row once; a fraction where they don't come out even, or epochs differ.
         efficiency: the share of the rows' tokens that are not padding.
     """
 
@@ -131,6 +133,7 @@ class Batches:
         seed: int,
         share_prefix: bool,
         pad_token_id: int = 0,
+        classes: np.ndarray | None = None,
     ):
         """Builds the rows.
 
@@ -142,14 +145,19 @@ class Batches:
             seed: of the rows and of their order.
             share_prefix: whether the model can attend to a shared prefix; it also takes `config.share_prefix` and packing.
             pad_token_id: what fills the rows.
+            classes: of each example, (n,) int, where each class is to come as often as any other.
         """
-        self.layout = lay_out(examples, _permutation(seed, "rows", 0, len(examples)), config, share_prefix, pad_token_id)
-        self._shape = (accumulation, batch_size)
-        n = len(self.layout.rows)
+        order = _permutation(seed, "rows", 0, len(examples))
+        orders = [order] if classes is None else balanced(classes[order], order)
+        layouts = [lay_out(examples, order, config, share_prefix, pad_token_id) for order in orders]
+        self.layout = _joined(layouts)
+        self._shape, self._seed = (accumulation, batch_size), seed
+        self._epochs = np.cumsum([0, *(len(layout.rows) for layout in layouts)])  # where each epoch's rows begin
         # A step touches two epochs at most, unless the rows are fewer than a step's.
-        self._order = functools.lru_cache(maxsize=2)(lambda epoch: _permutation(seed, "data", epoch, n))
+        self._order = functools.lru_cache(maxsize=2)(self._permuted)
+        n = len(self.layout.rows)
         self.tokens_per_row = self.layout.length
-        self.steps_per_epoch = n / (accumulation * batch_size)
+        self.steps_per_epoch = n / len(layouts) / (accumulation * batch_size)
         self.efficiency = sum(self.layout.computed_tokens(row) for row in range(n)) / (n * self.layout.length)
 
     def batch(self, step: int) -> Batch:
@@ -179,8 +187,50 @@ class Batches:
         return sum(self.layout.computed_tokens(row) for row in self._rows_of(step))
 
     def _rows_of(self, step: int) -> list[int]:
-        count, n = self._shape[0] * self._shape[1], len(self.layout.rows)
-        return [int(self._order(k // n)[k % n]) for k in range(step * count, (step + 1) * count)]
+        count = self._shape[0] * self._shape[1]
+        return [self._row(k) for k in range(step * count, (step + 1) * count)]
+
+    def _row(self, k: int) -> int:
+        """The row that stands at place k of the stream."""
+        turn, place = divmod(k, len(self.layout.rows))
+        epoch = int(np.searchsorted(self._epochs, place, side="right")) - 1
+        return int(self._order(turn * (len(self._epochs) - 1) + epoch)[place - self._epochs[epoch]])
+
+    def _permuted(self, epoch: int) -> np.ndarray:
+        """The rows of an epoch, in its order."""
+        start, stop = self._epochs[(which := epoch % (len(self._epochs) - 1)) : which + 2]
+        return start + _permutation(self._seed, "data", epoch, stop - start)
+
+
+def balanced(classes: np.ndarray, examples: np.ndarray) -> list[np.ndarray]:
+    """Returns the examples of some epochs, each class as often as the most frequent one.
+
+    Each example stands in each epoch, those of rarer classes several times, and as evenly as can be: what is left over in one epoch comes
+    first in the next. Where no example is left over, one epoch is all.
+
+    Args:
+        classes: (n,) int, of each example.
+        examples: (n,) int, in an order drawn by a seed, which says whose turn it is.
+
+    >>> [epoch.tolist() for epoch in balanced(np.array([0, 0, 0, 0, 1, 1]), np.arange(6))]
+    [[0, 1, 2, 3, 4, 5, 4, 5]]
+    """
+    members = [examples[classes == one] for one in np.unique(classes)]
+    most = max(map(len, members))
+    epochs = 1 if all(most % len(own) == 0 for own in members) else _BALANCED_EPOCHS
+    turns = np.arange(most)
+
+    def drawn(own: np.ndarray, epoch: int) -> np.ndarray:
+        return own[(epoch * (most % len(own)) + turns) % len(own)]
+
+    return [np.concatenate([drawn(own, epoch) for own in members]) for epoch in range(epochs)]
+
+
+def _joined(layouts: Sequence[Layout]) -> Layout:
+    """The rows of all layouts, in one shape."""
+    rows = [row for layout in layouts for row in layout.rows]
+    length, slots = max(layout.length for layout in layouts), max(layout.slots for layout in layouts)
+    return dataclasses.replace(layouts[0], rows=rows, length=length, slots=slots)
 
 
 def evaluation_batches(

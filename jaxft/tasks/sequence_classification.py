@@ -55,6 +55,12 @@ class SequenceClassification(Task):
 
     # ------------------------------------------------------------ rows
 
+    def check(self, data: DataConfig) -> None:
+        """Raises `UserError` for settings of the data that this task would ignore, or that do twice what it does."""
+        super().check(data)
+        if data.balanced and self.balanced:
+            raise UserError("config.data.balanced and config.task.balanced would both make up for rare labels. Give one of them.")
+
     def model_options(self, rows: Rows, data: DataConfig) -> dict[str, Any]:
         """Returns the labels and the problem type, for `load_pretrained`."""
         column = label_column(rows, data.label)

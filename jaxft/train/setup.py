@@ -221,10 +221,22 @@ def load_training_data(run: Described, rows: dict[str, Rows]) -> TrainingData:
     check_positions(examples, experiment, run.model, virtual_tokens(run.shapes))
     share_prefix = run.model.pooling == LAST and not train.neftune_alpha  # its noise follows each example's length
     training = experiment.task.for_training(run.model, examples["train"])
-    batches = Batches(training, experiment.data, train.batch_size, train.accumulation, train.seed, share_prefix, pad_token_id=pad)
+    classes = balanced_classes(experiment, run.model, examples["train"])
+    batches = Batches(training, experiment.data, train.batch_size, train.accumulation, train.seed, share_prefix, pad, classes)
     steps = train.steps or max(round(train.epochs * batches.steps_per_epoch), 1)
     check_r_drop(experiment, run.model, run.shapes, batches)
     return TrainingData(rows, examples, batches, steps)
+
+
+def balanced_classes(experiment: Experiment, model: nn.Module, training: Examples) -> np.ndarray | None:
+    """Returns the class of each training example where classes are to come alike often; raises `UserError` where they have none."""
+    if not experiment.data.balanced:
+        return None
+    found: np.ndarray | None = experiment.task.classes(model, training)
+    if found is None:
+        name = type(experiment.task).__name__
+        raise UserError(f"config.data.balanced draws each class alike often; the examples of {name} have no single class. Leave it out.")
+    return found
 
 
 def check_r_drop(experiment: Experiment, model: nn.Module, shapes: Any, batches: Batches) -> None:

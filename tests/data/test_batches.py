@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxft.config import DataConfig
-from jaxft.data.batches import Batches, evaluation_batches
+from jaxft.data.batches import Batches, balanced, evaluation_batches
 from jaxft.data.examples import NextTokens
 from jaxft.models.attention import PADDING, SHARED
 
@@ -147,3 +147,59 @@ def test_the_last_evaluation_batch_is_filled_with_padding():
     assert [batch["tokens"].shape for batch in batches] == [(4, 32)] * 2
     assert (batches[1]["segment_ids"][1:] == PADDING).all()
     assert batches[1]["weights"].sum() == 2
+
+
+# Balanced classes
+
+CLASSES = np.array([0] * 7 + [1] * 3 + [2])
+
+
+def balanced_batches(seed=0, packing=False):
+    examples = make_examples(list(range(10, 21)))
+    config = DataConfig(max_length=64, packing=packing)
+    return Batches(examples, config, 3, 1, seed, share_prefix=False, classes=CLASSES)
+
+
+def epochs_of(batches, count):
+    """Returns the examples of each of the first epochs, without packing: 21 rows each."""
+    stream = [example for step in range(7 * count) for example in batches.examples_of(step)]
+    return [stream[start : start + 21] for start in range(0, 21 * count, 21)]
+
+
+def test_each_class_comes_as_often_as_any_other_in_each_epoch():
+    batches = balanced_batches()
+    assert batches.steps_per_epoch == 7
+    for epoch in epochs_of(batches, 10):
+        assert np.bincount(CLASSES[epoch]).tolist() == [7, 7, 7]
+        assert set(epoch) == set(range(11))  # and no example is left out
+        counts = np.bincount(epoch)
+        assert set(counts[:7]) == {1}
+        assert set(counts[7:10]) == {2, 3}
+        assert counts[10] == 7
+
+
+def test_what_is_repeated_once_more_takes_turns_and_is_drawn_by_the_seed():
+    epochs = epochs_of(balanced_batches(), 6)
+    assert np.bincount([example for epoch in epochs for example in epoch])[7:10].tolist() == [14, 14, 14]
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+    assert len({tuple(epochs_of(balanced_batches(seed), 1)[0]) for seed in range(3)}) == 3
+
+
+def test_balanced_batches_are_the_same_in_any_order_and_of_one_shape():
+    batches, again = balanced_batches(packing=True), balanced_batches(packing=True)
+    forward = [batches.batch(step) for step in range(30)]
+    for step in reversed(range(30)):
+        chex.assert_trees_all_equal(again.batch(step), forward[step])
+    assert {array.shape for batch in forward for array in [batch["tokens"]]} == {(1, 3, 64)}
+    count = sum(np.bincount(CLASSES[batches.examples_of(step)], minlength=3) for step in range(300))
+    assert (abs(count / count.sum() - 1 / 3) < 0.01).all()
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40))
+def test_any_classes_are_balanced(drawn):
+    classes = np.array(drawn)
+    for epoch in balanced(classes, np.arange(len(classes))):
+        counts = np.bincount(classes[epoch], minlength=4)
+        assert set(counts) <= {0, counts.max()}
+        assert counts.max() == np.bincount(classes).max()
+        assert set(epoch) == set(range(len(classes)))
