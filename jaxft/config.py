@@ -32,6 +32,8 @@ class DataConfig:
     validation: str = ""  # the same; where empty, cut from train by `split`
     test: str = ""  # the same; where empty, cut from train by `split`
     split: tuple[float, float, float] = (0.9, 0.1, 0.0)  # shares of train, validation, test, for those that aren't given
+    folds: int = 0  # cross-validation: parts of the training rows, each held out once as validation; 0: none
+    fold: int = -1  # with folds: the part held out, from 0; -1: each in its turn, a run each in the run's folder
     limit: int = 0  # use the first so many rows of each set; 0 is all
     system: str = ""  # system message put before each row that has none; may name columns in braces
     prompt: str = ""  # format of the user turn from the columns, "Drug: {drug}"; empty: the row's own format is recognised
@@ -104,6 +106,7 @@ class EvalConfig:
     split: str = "test"  # validation or test
     limit: int = 0  # examples; 0 is all
     batch_size: int = 16  # rows a batch
+    gap: bool = True  # at each evaluation in training, also measure the loss on as many training examples as validation has
     generate: bool = True  # also generate answers and compare them with the true ones
     max_new_tokens: int = 32  # of a generated answer, at most
     temperature: float = 0.0  # 0 is greedy

@@ -64,7 +64,7 @@ def load_splits(config: DataConfig, seed: int, wanted: Collection[str] = SPLITS)
     """Returns the rows of those of "train", "validation" and "test" that are `wanted`; no source is read that they don't come from.
 
     A set that isn't given is cut from the training rows by its share in `config.split`, drawn by `seed`, and is absent where the share
-    is 0. `config.limit` then keeps the first rows of each set.
+    is 0. `config.limit` then keeps the first rows of each set. With `config.folds` no validation set is cut.
 
     Raises:
         UserError: as `load_rows`; shares that don't make sense; a set that would get no row.
@@ -75,6 +75,8 @@ def load_splits(config: DataConfig, seed: int, wanted: Collection[str] = SPLITS)
         raise UserError(f"config.data.limit is {config.limit}: give a number of rows, or 0 for all.")
     given = {name: source for name in SPLITS if (source := getattr(config, name))}
     cut = {name: share for name, share in zip(SPLITS, _checked_shares(config.split), strict=True) if name not in given and share > 0}
+    if config.folds:  # which hold parts of the training rows out themselves
+        cut.pop("validation", None)
     read = {"train" if name in cut else name for name in wanted}
     sets = {name: load_rows(source, name) for name, source in given.items() if name in read}
     if "train" in sets:

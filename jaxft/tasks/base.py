@@ -107,6 +107,10 @@ class Task(abc.ABC):
         """Returns the class of each example, (n,) int, where each has one: what sampling can balance."""
         return None
 
+    def row_classes(self, rows: Rows, data: DataConfig) -> np.ndarray | None:
+        """Returns the class of each row, (n,) int, where each has one: what folds hold a share of each."""
+        return None
+
     def warnings(self, tokenizer: Any, training: Examples) -> list[str]:
         """Returns what a user should know of the training examples before the money is spent."""
         return []

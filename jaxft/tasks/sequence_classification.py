@@ -110,6 +110,13 @@ class SequenceClassification(Task):
         """Returns the class of each example, (n,) int, where each has one."""
         return examples.slots.targets if model.config.problem_type == SINGLE_LABEL else None
 
+    def row_classes(self, rows: Rows, data: DataConfig) -> np.ndarray | None:
+        """Returns the class of each row, (n,) int, where each has one."""
+        column = label_column(rows, data.label)
+        if problem_of(column, self.problem_type) != SINGLE_LABEL:
+            return None
+        return np.unique([str(value) for value in column.values], return_inverse=True)[1]
+
     # ------------------------------------------------------------ loss
 
     def loss(self, model: nn.Module, logits: jax.Array, targets: jax.Array, weights: jax.Array) -> Sums:

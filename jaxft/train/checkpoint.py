@@ -16,6 +16,7 @@ from jaxft.errors import UserError
 from jaxft.hub.folder import is_full
 from jaxft.models import segments
 from jaxft.train.background import silence
+from jaxft.train.gap import Gap
 from jaxft.train.state import State
 
 # Fields that may change between a run and its continuation: they don't change what the run computes.
@@ -47,6 +48,7 @@ class Progress:
     train_loss: float | None = None  # of the last step
     answer_end: int | None = None  # the special token that ends the answers trained on, None where they end with text
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of `load_pretrained`, that the training rows gave: labels
+    gap: Gap = dataclasses.field(default_factory=Gap)  # between the losses on training and on validation rows
 
 
 def fingerprint(frozen: Any) -> str:
@@ -130,7 +132,8 @@ class Checkpoints:
     def progress(self, step: int) -> Progress:
         """Returns what the run knew at a step."""
         found = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
-        return Progress(**found["progress"])
+        held = found["progress"]
+        return Progress(**{**held, "gap": Gap(**held.get("gap", {}))})
 
     def restore(self, step: int, like: State, sharding: State) -> State:
         """Returns the state of a step, of the structure of `like`, placed by `sharding`."""

@@ -2,13 +2,14 @@
 
 import dataclasses
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxft.data.batches import each_once, lay_out
+from jaxft.data.batches import Layout, each_once, lay_out
 from jaxft.data.examples import Examples, NextTokens
 from jaxft.errors import UserError
 from jaxft.generation import Sampling, generate
@@ -53,16 +54,16 @@ class Evaluator:
         """Returns what `measure` does, of parameters in another form than the run's."""
         return self._measured(*partition(params, jax.tree.map(lambda _: False, params)), examples)
 
+    def loss(self, state: State, examples: Examples, chosen: np.ndarray) -> float:
+        """Returns the mean loss on some of the examples, by their numbers."""
+        batches = self._batches(state.weights, self._setup.frozen, self._lay_out(examples, chosen))
+        sums = [sums for _, sums, _ in batches]
+        return sum(found.nll for found in sums) / sum(found.weight for found in sums)
+
     def _measured(self, trainable: Any, frozen: Any, examples: Examples) -> Evaluation:
-        setup = self._setup
-        size = -(-min(setup.experiment.eval.batch_size, len(examples)) // _shares(setup)) * _shares(setup)
-        causal = setup.model.pooling == LAST
-        layout = lay_out(examples, np.arange(len(examples)), setup.experiment.data, causal, pad_token(setup.tokenizer))
+        layout = self._lay_out(examples, np.arange(len(examples)))
         total, found = None, None
-        for rows, batch in each_once(layout, size):
-            placed = placement.place_batch(batch, setup.mesh, placement.EVALUATION_BATCH)
-            sums, outputs = jax.device_get(self._program(trainable, frozen, placed))
-            sums = jax.tree.map(float, sums)
+        for rows, sums, outputs in self._batches(trainable, frozen, layout):
             total = sums if total is None else jax.tree.map(operator.add, total, sums)
             if outputs is None:
                 continue
@@ -71,8 +72,21 @@ class Evaluator:
             for b, row in enumerate(rows):
                 slots = layout.slots_of(row)
                 found[slots] = outputs[b, : len(slots)]
-        task = setup.experiment.task
-        return Evaluation(task.scores(setup.model, examples, total, found), outputs=found)
+        return Evaluation(self._setup.experiment.task.scores(self._setup.model, examples, total, found), outputs=found)
+
+    def _lay_out(self, examples: Examples, chosen: np.ndarray) -> Layout:
+        setup = self._setup
+        return lay_out(examples, chosen, setup.experiment.data, setup.model.pooling == LAST, pad_token(setup.tokenizer))
+
+    def _batches(self, trainable: Any, frozen: Any, layout: Layout) -> Iterator[tuple[range, Any, Any]]:
+        """Yields the numbers of some rows, their sums as floats, and their outputs."""
+        setup = self._setup
+        examples = sum(map(len, layout.rows))
+        size = -(-min(setup.experiment.eval.batch_size, examples) // _shares(setup)) * _shares(setup)
+        for rows, batch in each_once(layout, size):
+            placed = placement.place_batch(batch, setup.mesh, placement.EVALUATION_BATCH)
+            sums, outputs = jax.device_get(self._program(trainable, frozen, placed))
+            yield rows, jax.tree.map(float, sums), outputs
 
     def full(self, state: State, name: str, title: str) -> Evaluation:
         """Returns the metrics and, where the task generates and `eval.generate` is on, those of generated answers."""

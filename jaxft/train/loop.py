@@ -18,6 +18,7 @@ from jaxft.train import placement
 from jaxft.train.average import make_average
 from jaxft.train.checkpoint import Checkpoints, Progress
 from jaxft.train.evaluate import Evaluator
+from jaxft.train.gap import sample
 from jaxft.train.logs import Logs, figure
 from jaxft.train.optimizer import make_schedule
 from jaxft.train.setup import TrainingSetup
@@ -180,10 +181,23 @@ class Loop:
         if examples is None or not (step == self._setup.steps or (every and step % every == 0)):
             return progress, False
         found = self._evaluator.measure(state, examples).metrics
-        logs.write(step, {f"validation_{name}": value for name, value in found.items()})
         logs.say(f"Step {step}: validation {', '.join(figure(name, value) for name, value in found.items())}")
+        apart, progress = self._measure_gap(state, progress, step, found["loss"], logs)
+        logs.write(step, {f"validation_{name}": value for name, value in found.items()} | apart)
         metric = found[self._train.best_metric]
         sign = 1 if self._train.best_mode == "min" else -1
         if progress.best is None or sign * metric < sign * progress.best:
             return dataclasses.replace(progress, best=metric, best_step=step, stale=0), True
         return dataclasses.replace(progress, stale=progress.stale + 1), True
+
+    def _measure_gap(self, state: State, progress: Progress, step: int, validation: float, logs: Logs) -> tuple[dict[str, float], Progress]:
+        """The loss on training examples measured as on validation, how far they are apart, and what is remembered of it."""
+        if not self._setup.experiment.eval.gap:
+            return {}, progress
+        examples = self._setup.examples["train"]
+        chosen = sample(len(examples), len(self._setup.examples["validation"]), self._train.seed)
+        training = self._evaluator.loss(state, examples, chosen)
+        gap = progress.gap.after(step, validation, training)
+        if gap.warned and not progress.gap.warned:
+            logs.say(gap.warning(validation, training))
+        return {"train_eval_loss": training, "gap": validation - training}, dataclasses.replace(progress, gap=gap)

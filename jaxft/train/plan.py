@@ -12,6 +12,7 @@ from jaxft.config import Experiment
 from jaxft.methods.partition import combine, distinct, partition, size
 from jaxft.models.registry import family_of
 from jaxft.train import placement
+from jaxft.train.folds import is_cross_validation, one_fold
 from jaxft.train.loop import jitted_step
 from jaxft.train.programs import operations
 from jaxft.train.setup import Described, TrainingData, describe_run, is_averaged, load_training_data, make_optimizer, print_trainable
@@ -42,7 +43,7 @@ def plan(experiment: Experiment) -> Plan:
     The step is compiled for the run's own batch and asked what it needs; arrays are told by their shapes. Memory of generation, and of a
     method that looks at training batches before it begins, isn't in it.
     """
-    run, rows = describe_run(experiment)
+    run, rows = describe_run(one_fold(experiment, 0) if is_cross_validation(experiment) else experiment)  # folds are alike
     data = load_training_data(run, rows)
     mask = run.method.mask(run.shapes)
     print_trainable(run.shapes, mask)

@@ -15,6 +15,7 @@ import jax
 import jaxft
 from jaxft import console, overrides
 from jaxft.config import Experiment
+from jaxft.data import folds
 from jaxft.data.conversations import question
 from jaxft.data.tokenize import prompt_tokens
 from jaxft.errors import UserError, unknown
@@ -32,6 +33,7 @@ from jaxft.methods.partition import size
 from jaxft.train import requantize
 from jaxft.train.checkpoint import Checkpoints, Progress, check_same, fingerprint, newest_step
 from jaxft.train.evaluate import Evaluation, Evaluator, make_sampling
+from jaxft.train.folds import fold_folder, is_cross_validation, one_fold, print_folds, together
 from jaxft.train.logs import peak_memory_bytes
 from jaxft.train.loop import Loop, Outcome
 from jaxft.train.report import adapter_command, card, model_command, print_answers, print_comparison, print_report
@@ -48,8 +50,32 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers
 def train(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     """Trains, or goes on from the newest checkpoint in `workdir`; evaluates before and after; exports; returns the summary.
 
-    A run that a signal stopped returns an empty summary; the same call goes on with it.
+    A run that a signal stopped returns an empty summary; the same call goes on with it. Folds are a run each, in a folder of its own.
     """
+    folds.check(experiment.data)
+    return _train_folds(experiment, workdir) if is_cross_validation(experiment) else _train_one(experiment, workdir)
+
+
+def _train_folds(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
+    """Trains the folds that aren't finished; returns the summary of all, or an empty one where a signal stopped it."""
+    resolved = overrides.to_dict(experiment)
+    _check_workdir(workdir, resolved)
+    _write_config(workdir, resolved)
+    summaries = []
+    for fold in range(experiment.data.folds):
+        own, folder = one_fold(experiment, fold), fold_folder(workdir, fold)
+        _check_workdir(folder, overrides.to_dict(own))
+        console.say(f"Fold {fold} of {experiment.data.folds}, in {folder}{', is finished' if _summary_of(folder) else ''}.\n")
+        if not (summary := _summary_of(folder) or _train_one(own, folder)):
+            return {}
+        summaries.append(summary)
+    found = together(summaries)
+    _write_json(workdir / SUMMARY, found)
+    print_folds(found)
+    return found
+
+
+def _train_one(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     began = time.perf_counter()
     resolved = overrides.to_dict(experiment)
     _check_workdir(workdir, resolved)
@@ -233,7 +259,7 @@ def _check_workdir(workdir: pathlib.Path, resolved: Mapping[str, Any]) -> None:
     _check_folder(workdir)
     if (workdir / CONFIG).is_file():
         saved = _saved_config(workdir)
-        if newest_step(workdir / "checkpoints") is not None:  # else nothing was trained with it yet
+        if newest_step(workdir / "checkpoints") is not None or fold_folder(workdir, 0).exists():  # else nothing was trained with it yet
             check_same(overrides.to_dict(overrides.from_dict(saved)), resolved, workdir)  # with the defaults of fields that came since
 
 
@@ -269,12 +295,16 @@ def _saved_config(workdir: pathlib.Path) -> dict[str, Any]:
 
 def _open_workdir(workdir: pathlib.Path, resolved: Mapping[str, Any], experiment: Experiment) -> Checkpoints:
     """The run's checkpoints; its folder is made, and says whose it is."""
+    _write_config(workdir, resolved)
+    return Checkpoints(workdir / "checkpoints", experiment.train.keep)
+
+
+def _write_config(workdir: pathlib.Path, resolved: Mapping[str, Any]) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         _write_json(workdir / CONFIG, {"config": resolved, "versions": versions(), "device": device()})
     except OSError as error:
         raise UserError(f"{workdir} can't be written ({error.strerror}). Choose another --workdir.") from error
-    return Checkpoints(workdir / "checkpoints", experiment.train.keep)
 
 
 def _keep_compiled() -> None:
@@ -325,6 +355,9 @@ def _load_best(experiment: Experiment, workdir: pathlib.Path, measured: bool = F
     if not (workdir / CONFIG).is_file():
         raise UserError(f"{workdir} holds no run of jaxft. Train one first (--mode=train), or name its folder by --workdir.")
     _check_workdir(workdir, overrides.to_dict(experiment))
+    if is_cross_validation(experiment):
+        folder = fold_folder(workdir, 0)
+        raise UserError(f"{workdir} holds a run for each of {experiment.data.folds} folds. Name one of them, as --workdir={folder}.")
     _keep_compiled()
     checkpoints = Checkpoints(workdir / "checkpoints", experiment.train.keep)
     newest = checkpoints.latest()

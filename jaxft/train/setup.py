@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,9 +15,10 @@ from jax.sharding import Mesh
 
 from jaxft import console
 from jaxft.config import Experiment, ModelConfig
+from jaxft.data import folds
 from jaxft.data.batches import Batches
 from jaxft.data.examples import Examples, NextTokens, answer_end
-from jaxft.data.sources import Rows, load_splits
+from jaxft.data.sources import SPLITS, Rows, load_splits
 from jaxft.data.tokenize import COLUMNS, describe
 from jaxft.errors import UserError, unknown
 from jaxft.hub.load import OriginalKernels, compute_type, describe_pretrained, load_pretrained
@@ -80,6 +81,7 @@ class TrainingSetup(Setup):
 def check(experiment: Experiment) -> Mesh:
     """Raises `UserError` for values that make no sense, before anything is loaded; returns the mesh."""
     train, evaluation = experiment.train, experiment.eval
+    folds.check(experiment.data)
     optimizers.check(experiment.optimizer)
     averages.check(train)
     compute_type(experiment.model.dtype)
@@ -127,6 +129,17 @@ def check(experiment: Experiment) -> Mesh:
 NONE, FORMATS = "none", ("nf4", "fp4", "int8")  # of model.quantization
 
 
+def load_rows(experiment: Experiment, wanted: Collection[str] = SPLITS) -> dict[str, Rows]:
+    """Returns the rows of those of "train", "validation" and "test" that are `wanted`, with folds those of one of them."""
+    data, seed = experiment.data, experiment.train.seed
+    if not data.folds:
+        return load_splits(data, seed, wanted)
+    rows = load_splits(data, seed, {"train" if name == "validation" else name for name in wanted})
+    if "train" in rows:
+        rows |= folds.cut_fold(rows["train"], data, seed, experiment.task.row_classes(rows["train"], data))
+    return {name: rows[name] for name in SPLITS if name in rows and name in wanted}
+
+
 def load_examples(experiment: Experiment, rows: dict[str, Rows], tokenizer: Any, model: nn.Module) -> dict[str, Examples]:
     """Returns the rows of each set as tokens; prints their lengths, and what is wrong with them."""
     task = experiment.task
@@ -144,7 +157,7 @@ def load_measured(experiment: Experiment, tokenizer: Any, model: nn.Module) -> t
     No other set is tokenized, nor read where this one isn't cut from it.
     """
     split = experiment.eval.split
-    rows = load_splits(experiment.data, experiment.train.seed, (split,))
+    rows = load_rows(experiment, (split,))
     _check_split(experiment, rows)
     examples = experiment.task.examples(rows[split], tokenizer, experiment.data, model)
     console.table("Data", COLUMNS, [describe(examples, split)])
@@ -184,7 +197,7 @@ class TrainingData:
 def describe_run(experiment: Experiment) -> tuple[Described, dict[str, Rows]]:
     """Loads the rows, and of the model its configuration alone; raises `UserError` for what can be found without tokens and weights."""
     mesh = _check_given(experiment)
-    rows = load_splits(experiment.data, experiment.train.seed)
+    rows = load_rows(experiment)
     _check_split(experiment, rows)
     return _described(experiment, mesh, experiment.task.model_options(rows["train"], experiment.data)), rows
 
@@ -300,7 +313,7 @@ def set_up_trained(experiment: Experiment, progress: Progress, measured: bool) -
     rows, examples = load_measured(run.experiment, run.tokenizer, run.model) if measured else ({}, {})
     if examples:
         check_positions(examples, experiment, run.model, virtual_tokens(run.shapes))
-    params = _begin(run, lambda: load_training_data(run, load_splits(experiment.data, experiment.train.seed)).batches)
+    params = _begin(run, lambda: load_training_data(run, load_rows(experiment)).batches)
     trainable, frozen, _ = _placed(run, params, run.method.mask(params))
     made = Setup(run.experiment, run.mesh, run.model, run.tokenizer, run.options, rows, examples, progress.answer_end, frozen)
     return made, trainable

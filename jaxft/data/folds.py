@@ -1,0 +1,66 @@
+"""Cross-validation: the training rows in parts of one size, each held out once (Stone 1974; stratified as in Kohavi 1995)."""
+
+import numpy as np
+
+from jaxft.config import DataConfig
+from jaxft.data.sources import Rows
+from jaxft.errors import UserError
+
+ALL = -1  # of `DataConfig.fold`: each in its turn
+
+
+def check(config: DataConfig) -> None:
+    """Raises `UserError` for folds that make no sense."""
+    folds, fold = config.folds, config.fold
+    if not folds:
+        if fold != ALL:
+            raise UserError(f"config.data.fold is {fold}, but there are no folds: set config.data.folds too, or leave it out.")
+        return
+    if folds < 2:
+        raise UserError(f"config.data.folds is {folds}: one part is held out and the others train, so give 2 or more, or 0 for none.")
+    if fold != ALL and not 0 <= fold < folds:
+        raise UserError(f"config.data.fold is {fold}: {folds} folds are numbered 0 to {folds - 1}, and -1 is each in its turn.")
+    if config.validation:
+        raise UserError(
+            "config.data.folds holds out parts of the training rows, and config.data.validation gives a set to hold out. Leave one of them "
+            "out (--config.data.validation=)."
+        )
+
+
+def cut_fold(train: Rows, config: DataConfig, seed: int, classes: np.ndarray | None) -> dict[str, Rows]:
+    """Returns the part `config.fold` of the rows as "validation", and the others as "train".
+
+    Args:
+        train: all of them.
+        config: of it `folds` and `fold`.
+        seed: of the parts.
+        classes: of each row, (n,) int, where each has one: every part then holds its share of each class.
+
+    Raises:
+        UserError: fewer rows than folds, or the only row of a class.
+    """
+    if len(train) < config.folds:
+        raise UserError(f"{train.name} has {len(train)} rows to train on, too few for {config.folds} folds (config.data.folds).")
+    if classes is not None:
+        _, first, counts = np.unique(classes, return_index=True, return_counts=True)
+        if len(alone := first[counts == 1]):
+            raise UserError(
+                f"{train.place(int(alone[0]))}: its label stands in no other row, so one of the folds would train without it. Take the row "
+                "out, or add another."
+            )
+    held = folds_of(len(train), config.folds, seed, classes) == config.fold
+    return {"train": train.select(np.flatnonzero(~held)), "validation": train.select(np.flatnonzero(held))}
+
+
+def folds_of(count: int, folds: int, seed: int, classes: np.ndarray | None = None) -> np.ndarray:
+    """Returns the fold of each row, (count,) int: sizes differ by one at most, and so do those of each class.
+
+    >>> sorted(folds_of(5, 2, seed=0).tolist())
+    [0, 0, 0, 1, 1]
+    """
+    order = np.random.default_rng((seed, *b"folds")).permutation(count)
+    if classes is not None:
+        order = order[np.argsort(classes[order], kind="stable")]  # dealt out class by class
+    found = np.empty(count, np.int64)
+    found[order] = np.arange(count) % folds
+    return found
