@@ -1,0 +1,103 @@
+"""jaxft against transformers' Trainer (with PEFT for LoRA) on sentiment of the bundled reviews by MiniLM: examples a second, accuracy.
+
+    python benchmarks/encoders.py [--seeds N] [--epochs N] [--output FOLDER] [--quick]
+
+Both train full_bert_sentiment's model and data, whole and by LoRA on queries and values, by AdamW with the same rate, schedule, decay and
+examples a step on average; jaxft takes packed rows, the Trainer batches of its own, padded to the longest, in random order and by length
+(`group_by_length`): the faster one counts. A side is a process of its own, one after the other, seed by seed; nothing else should run on
+the machine. Compilation and the first five steps are excluded on both sides, evaluation too.
+
+Needs jaxft's extra `benchmark`. Writes encoders.json and encoders.md.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import machine
+import numpy as np
+
+HERE = pathlib.Path(__file__).resolve().parent
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "peft", "accelerate", "torch", "numpy")
+METHODS = ("full", "lora")
+SIDES = {
+    "jaxft": ("encoders_jaxft.py", {}),
+    "Trainer, random order": ("encoders_trainer.py", {"by_length": False}),
+    "Trainer, group_by_length": ("encoders_trainer.py", {"by_length": True}),
+}
+
+
+def main() -> None:
+    """Runs all sides and writes the report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--output", type=pathlib.Path, default=HERE / "results")
+    parser.add_argument("--quick", action="store_true", help="one seed, a few steps: whether it runs")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    seeds, epochs = (1, 0.25) if options.quick else (options.seeds, options.epochs)
+    runs: list[dict[str, Any]] = []
+    for method in METHODS:
+        for seed in range(seeds):
+            for name, (script, settings) in SIDES.items():
+                job = {"method": method, "seed": seed, "epochs": epochs, **settings}
+                runs.append({"side": name, **job, **side(script, job)})
+                print(json.dumps(runs[-1]), flush=True)
+    report = {"machine": machine.describe(PACKAGES), "epochs": epochs, "runs": runs, "summary": summarize(runs)}
+    text = render(report)
+    print(text)
+    (options.output / "encoders.json").write_text(json.dumps(report, indent=1) + "\n")
+    (options.output / "encoders.md").write_text(text)
+
+
+def side(script: str, job: dict[str, Any]) -> dict[str, Any]:
+    """Returns what one side measured, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, out = pathlib.Path(folder) / "job.json", pathlib.Path(folder) / "out.json"
+        given.write_text(json.dumps(job))
+        done = subprocess.run([sys.executable, str(HERE / script), str(given), str(out)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"{script} failed:\n{done.stderr[-3000:]}")
+        found: dict[str, Any] = json.loads(out.read_text())
+        return found
+
+
+def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns means and deviations over seeds by method and side, and the ratio to the faster way of the Trainer in the same seed."""
+    found: dict[str, Any] = {}
+    for method in METHODS:
+        of = {name: [run for run in runs if run["side"] == name and run["method"] == method] for name in SIDES}
+        for name, own in of.items():
+            values = {key: [run[key] for run in own] for key in ("examples_per_second", "accuracy", "macro_f1", "peak_memory_bytes")}
+            found[f"{method}, {name}"] = {key: [float(np.mean(one)), float(np.std(one))] for key, one in values.items()}
+        ours, *theirs = of.values()
+        fastest = [max(run["examples_per_second"] for run in same) for same in zip(*theirs, strict=True)]
+        ratios = [run["examples_per_second"] / other for run, other in zip(ours, fastest, strict=True)]
+        found[f"{method}, ratio"] = {"mean": float(np.mean(ratios)), "least": min(ratios), "most": max(ratios)}
+    return found
+
+
+def render(report: dict[str, Any]) -> str:
+    """Returns the report as Markdown."""
+    lines = ["# Encoders: jaxft and transformers' Trainer", "", "    python benchmarks/encoders.py", ""]
+    lines += [f"{key}: {value}  " for key, value in report["machine"].items()]
+    lines += ["", f"{report['epochs']} epochs; mean (deviation) over {len({run['seed'] for run in report['runs']})} seeds.", ""]
+    lines += ["| method | side | examples/s | test accuracy | macro F1 | peak memory, GB |", "|---|---|---:|---:|---:|---:|"]
+    for key, one in report["summary"].items():
+        method, _, name = key.partition(", ")
+        if name == "ratio":
+            lines.append(f"| {method} | jaxft / faster Trainer | {one['mean']:.2f} ({one['least']:.2f} to {one['most']:.2f}) | | | |")
+            continue
+        speed, accuracy, f1, memory = (one[part] for part in ("examples_per_second", "accuracy", "macro_f1", "peak_memory_bytes"))
+        cells = [f"{speed[0]:.1f} ({speed[1]:.1f})", *(f"{100 * part[0]:.1f}% ({100 * part[1]:.1f})" for part in (accuracy, f1))]
+        lines.append(f"| {method} | {name} | {' | '.join(cells)} | {memory[0] / 1e9:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
