@@ -157,7 +157,7 @@ def dropping(**rates):
     return model, params
 
 
-@pytest.mark.parametrize("kind", ["embd_pdrop", "resid_pdrop"])
+@pytest.mark.parametrize("kind", ["embd_pdrop", "resid_pdrop", "attn_pdrop"])
 def test_dropout_is_drawn_from_its_key_and_off_without_one(kind):
     model, params = dropping(**{kind: 0.5})
     ids, _ = ragged("right")
