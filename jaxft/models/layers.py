@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxft.errors import unknown
 from jaxft.models import segments
 from jaxft.models.attention import KEPT, PADDING, SHARED, Tokens, visible
+from jaxft.models.mesh import by_rows
 from jaxft.models.node import Node, dot, linear, take
 
 Initializer = Callable[..., jax.Array]
@@ -260,7 +261,8 @@ class Layers(nn.Module):
             own, chosen, cache, layer = scanned
             variables = {"params": segments.with_shared(own, stored)}
             rngs = None if rng is None else {"dropout": jax.random.fold_in(rng, layer)}
-            x, cache = block.apply(variables, x, chosen, cache, shared, rngs=rngs)
+            x, cache = block.apply(variables, by_rows(x), chosen, cache, shared, rngs=rngs)
+            x = by_rows(x)
             return x, (cache, x)
 
         return body if self.remat == "none" else jax.checkpoint(body, prevent_cse=False, policy=REMAT[self.remat])

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from jaxft.models.mesh import gathered
+
 Weight = Callable[[Any, Any], jax.Array]  # (kernel, dtype) -> W, (out, in)
 
 
@@ -16,7 +18,7 @@ def product(x: jax.Array, kernel: Any, weight: Weight) -> jax.Array:
     Only x has a gradient: the kernel is frozen, and what derives from it is a symbolic zero. The backward pass keeps the kernel as it is
     stored and makes W anew; the rule that JAX would derive keeps W of every layer from the forward to the backward pass.
     """
-    return x @ weight(kernel, x.dtype).mT
+    return x @ weight(gathered(kernel), x.dtype).mT
 
 
 def _forward(x: jax.Array, kernel: Any, weight: Weight) -> tuple[jax.Array, Any]:
@@ -24,7 +26,7 @@ def _forward(x: jax.Array, kernel: Any, weight: Weight) -> tuple[jax.Array, Any]
 
 
 def _backward(weight: Weight, kernel: Any, gradient: jax.Array) -> tuple[jax.Array, None]:
-    return gradient @ weight(kernel, gradient.dtype), None
+    return gradient @ weight(gathered(kernel), gradient.dtype), None
 
 
 product.defvjp(_forward, _backward)

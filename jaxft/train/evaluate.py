@@ -36,7 +36,7 @@ class Evaluator:
 
     def __init__(self, setup: Setup):
         self._setup = setup
-        self._program = jax.jit(make_evaluation(setup.model, setup.experiment.task))
+        self._program = jax.jit(placement.on_mesh(make_evaluation(setup.model, setup.experiment.task), setup.mesh))
 
     def chosen(self, name: str) -> Examples:
         """Returns the set of this name, of `eval.limit` of its rows; raises `UserError` where there is none."""

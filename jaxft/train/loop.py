@@ -36,7 +36,8 @@ def jitted_step(experiment: Experiment, model: nn.Module, optimizer: optax.Gradi
     function = make_step(model, experiment.task, optimizer, train.seed, train.neftune_alpha, train.r_drop, penalty, average, train.mixout)
     if experiment.optimizer.offload:
         function = _with_fetched(function, placement.in_device_memory(sharding.optimizer))
-    return jax.jit(function, donate_argnums=0, out_shardings=(sharding, None))
+    mesh = jax.tree.leaves(sharding)[0].mesh
+    return jax.jit(placement.on_mesh(function, mesh), donate_argnums=0, out_shardings=(sharding, None))
 
 
 def _with_fetched(step: Any, places: Any) -> Any:

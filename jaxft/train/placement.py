@@ -1,7 +1,7 @@
 """Placement is data: one mesh (data, fsdp, tensor), one table of path pattern -> PartitionSpec a family."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -14,13 +14,14 @@ from jaxft.errors import UserError
 from jaxft.methods.partition import first_match
 from jaxft.models import segments
 from jaxft.models.layers import HOST_MEMORY
+from jaxft.models.mesh import AXES, ROWS
 from jaxft.models.node import Shared, is_node, is_shared, is_site
 from jaxft.train.moments import is_8bit
 from jaxft.train.state import State
 
-AXES = ("data", "fsdp", "tensor")
-BATCH = P(None, ("data", "fsdp"))  # (accumulation, batch, ...)
-EVALUATION_BATCH = P(("data", "fsdp"))  # (batch, ...)
+BATCH = P(None, ROWS)  # (accumulation, batch, ...)
+EVALUATION_BATCH = P(ROWS)  # (batch, ...)
+_T = TypeVar("_T")
 Table = Sequence[tuple[str, P]]
 
 
@@ -41,6 +42,16 @@ def make_mesh(config: TrainConfig) -> Mesh:
     if config.batch_size % rows:
         raise UserError(f"train.batch_size is {config.batch_size} rows, which {rows} devices (data x fsdp) can't share evenly.")
     return Mesh(np.asarray(devices).reshape(sides), AXES)
+
+
+def on_mesh(function: Callable[..., _T], mesh: Mesh) -> Callable[..., _T]:
+    """Returns the function, to be jitted, of a model that says on this mesh where its activations lie."""
+
+    def placed(*arguments: Any) -> _T:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return placed
 
 
 def shardings(params: Any, table: Table, mesh: Mesh) -> Any:

@@ -68,7 +68,8 @@ def run(name, method=METHOD):
     mesh = mesh_of(name)
     optimizer = method.optimizer(make_optimizer(OPTIMIZER, 10), 10)
     state, sharding, frozen = placed(mesh, optimizer, method)
-    step = jax.jit(make_step(base()[0], SFT(), optimizer, seed=0, penalty=method.penalty), donate_argnums=0, out_shardings=(sharding, None))
+    function = placement.on_mesh(make_step(base()[0], SFT(), optimizer, seed=0, penalty=method.penalty), mesh)
+    step = jax.jit(function, donate_argnums=0, out_shardings=(sharding, None))
     (batch,) = evaluation_batches(EXAMPLES, DataConfig(max_length=64, packing=False), 8, False)
     batch = placement.place_batch({key: value.reshape(2, 4, -1) for key, value in batch.items()}, mesh, placement.BATCH)
     losses = []
