@@ -14,8 +14,9 @@ from jaxft.methods.partition import cast, check_targets, first_match, mask_by_na
 class BitFit(Method):
     """Trains the biases, or those of them that patterns choose: `("q_proj/bias", "mlp/.*/bias")`; a head is one more pattern.
 
-    Models without biases, as Llama, Mistral and the bundled SmolLM2, have nothing here to train, which is why no experiment comes with
-    this method. Qwen2 has some: `--experiment=lora_llama2 --config.model.source=Qwen/Qwen2.5-0.5B-Instruct --config.method="BitFit()"`.
+    Models without biases, as Llama, Mistral and the bundled SmolLM2, have nothing here to train. Encoders and GPT-2 have them everywhere
+    (the experiment bitfit_bert_sentiment), Qwen2 some:
+    `--experiment=lora_llama2 --config.model.source=Qwen/Qwen2.5-0.5B-Instruct --config.method="BitFit()"`.
 
     >>> BitFit(targets=("q_proj/bias",)).targets
     ('q_proj/bias',)
