@@ -43,8 +43,8 @@ def jitted_step(experiment: Experiment, model: nn.Module, optimizer: optax.Gradi
 def _with_fetched(step: Any, places: Any) -> Any:
     """The step, of a state whose optimizer's part is first brought to `places`."""
 
-    def fetching(state: State, frozen: Any, batch: Any) -> Any:
-        return step(dataclasses.replace(state, optimizer=jax.device_put(state.optimizer, places)), frozen, batch)
+    def fetching(state: State, *others: Any) -> Any:
+        return step(dataclasses.replace(state, optimizer=jax.device_put(state.optimizer, places)), *others)
 
     return fetching
 

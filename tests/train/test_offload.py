@@ -49,12 +49,12 @@ def kinds(optimizer):
 def trained(asked):
     """Returns the run, its state after three steps, their losses, and its step, not compiled."""
     run = setup.set_up(asked)
-    step = jitted_step(asked, run.model, run.optimizer, run.state_sharding)
+    step = jitted_step(asked, run.model, run.optimizer, run.state_sharding, run.steps)
     batches = [placement.place_batch(run.batches.batch(index), run.mesh, placement.BATCH) for index in range(3)]
-    traced, state, losses = step.trace(run.state, run.frozen, batches[0]), run.state, []
+    traced, state, losses = step.trace(run.state, run.frozen, batches[0], run.start), run.state, []
     compiled = traced.lower().compile()
     for batch in batches:
-        state, metrics = compiled(state, run.frozen, batch)
+        state, metrics = compiled(state, run.frozen, batch, run.start)
         losses.append(float(metrics["loss"]))
     return run, state, losses, traced.lower(lowering_platforms=("cuda",)).as_text()
 
