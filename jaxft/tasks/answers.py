@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import sacrebleu
 
+from jaxft.tasks.squad_figures import word_f1
+
 Fields = dict[str, str]
-_LEFT_OUT = re.compile(rf"[{re.escape(string.punctuation)}]")
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 class AnswerFormat:
@@ -70,17 +70,10 @@ def overlap(made: Sequence[str], true: Sequence[str]) -> dict[str, float]:
     scorer, pairs = RougeScorer(["rougeL"]), list(zip(made, true, strict=True))
     bleu = sacrebleu.BLEU(effective_order=True).corpus_score(list(made), [list(true)]).score
     return {
-        "token_f1": sum(_token_f1(*pair) for pair in pairs) / len(pairs),
+        "token_f1": sum(word_f1(*pair) for pair in pairs) / len(pairs),
         "rouge_l": sum(scorer.score(other, one)["rougeL"].fmeasure for one, other in pairs) / len(pairs),
         "bleu": bleu / 100,
     }
-
-
-def _token_f1(made: str, true: str) -> float:
-    one, other = (_ARTICLES.sub(" ", _LEFT_OUT.sub("", text.lower())).split() for text in (made, true))
-    if not one or not other:  # no words: right or wrong as a whole
-        return float(one == other)
-    return 2 * sum((collections.Counter(one) & collections.Counter(other)).values()) / (len(one) + len(other))
 
 
 def majority(training: Sequence[str], answer_format: AnswerFormat) -> Sequence[str] | Fields:

@@ -19,7 +19,8 @@ from jaxft.errors import UserError
 from jaxft.models.heads import FIRST
 from jaxft.tasks.base import Batch, Report, Table, Task
 from jaxft.tasks.head import Sums
-from jaxft.tasks.spans import best_answers, normalized, squad_figures
+from jaxft.tasks.spans import best_answers
+from jaxft.tasks.squad_figures import normalized, squad_figures
 
 _NO_ANSWER = "(no answer)"
 

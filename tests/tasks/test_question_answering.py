@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+import torchmetrics.functional.text
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,9 +28,12 @@ from jaxft.data.sources import load_rows
 from jaxft.data.windows import Windows
 from jaxft.errors import UserError
 from jaxft.hub.names import tensors_of
+from jaxft.inspect.encoded import encode
+from jaxft.inspect.texts import kind_of, read_set
 from jaxft.methods import Full
 from jaxft.tasks import QuestionAnswering
-from jaxft.tasks.spans import best_answers, exact_match, f1, squad_figures
+from jaxft.tasks.spans import best_answers
+from jaxft.tasks.squad_figures import exact_match, f1, normalized, squad_figures
 from jaxft.train import run
 
 WORDS = [f"w{number}" for number in range(80)]
@@ -345,6 +349,14 @@ def test_exact_match_and_f1_are_those_of_the_official_rules(made, true):
     np.testing.assert_allclose((exact_match(made, true), f1(made, true)), official(made, true))
 
 
+@settings(max_examples=80, deadline=None)
+@given(made=SOME, true=st.lists(SOME.filter(normalized), min_size=1, max_size=3))
+def test_exact_match_and_f1_of_answered_questions_are_those_of_torchmetrics(made, true):
+    asked = {"answers": {"text": true, "answer_start": [0] * len(true)}, "id": "1"}
+    expected = torchmetrics.functional.text.squad([{"prediction_text": made, "id": "1"}], [asked])
+    assert (exact_match(made, true), f1(made, true)) == pytest.approx([float(expected[name]) / 100 for name in ("exact_match", "f1")])
+
+
 KNOWN = [  # answer, true ones, exact match, F1: worked out by hand
     ("The migraine.", ["migraine"], 1.0, 1.0),
     ("chronic migraine", ["migraine", "chronic severe migraine"], 0.0, 0.8),
@@ -413,6 +425,17 @@ def test_a_run_measures_shows_and_exports_what_transformers_loads(tmp_path, monk
         outputs.append(torch.stack([out.start_logits[0], out.end_logits[0]], dim=1).numpy()[examples.slots.reads[examples.slots.part(i)]])
     expected = squad_figures(TASK.answers(examples, np.concatenate(outputs)), examples.questions)
     assert {name: after[name] for name in expected} == pytest.approx(expected)
+
+
+def test_inspection_reads_question_and_context_as_a_pair_and_cuts_nothing():
+    set_of_rows = read_set("train", ROWS, DATA, kind_of("question_answering"))
+    found = encode(set_of_rows, tokenizer(), dataclasses.replace(DATA, max_length=24))
+    for i, one in enumerate(ROWS.dataset):
+        assert found.tokens[i].tolist() == tokenizer()(one["question"], one["context"])["input_ids"]
+        scored = tokenizer().decode(found.tokens[i][found.scored[i]])
+        assert scored == (one["answers"]["text"][0] if one["answers"]["text"] else "[CLS]")
+    assert not found.cut.any()
+    assert found.whole_lengths.max() > 24
 
 
 # ---------------------------------------------------------------- rows that are wrong, and files
