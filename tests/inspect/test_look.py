@@ -21,7 +21,7 @@ from jaxft.inspect.page import page
 from jaxft.inspect.report import as_json, say
 from jaxft.inspect.shown import CUT, GIVEN, SCORED, pieces
 from jaxft.methods import LoRA
-from jaxft.tasks import SFT
+from jaxft.tasks import SFT, QuestionAnswering, SequenceClassification, TokenClassification
 from jaxft.train import run
 
 SIGNS = {"Acne": "skin spots face", "Asthma": "breath lungs cough", "Migraine": "head light nausea"}
@@ -227,11 +227,6 @@ def test_plain_text(tmp_path, tokenizer):
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class Other:
-    """A task that isn't causal: rows are read by their columns."""
-
-
 def test_rows_of_classes_tags_and_answers(tmp_path, tokenizer):
     sets = {
         "classes": [{"text": one["text"], "text_pair": "same?", "label": one["condition"]} for one in clean(60, seed=0)],
@@ -241,11 +236,12 @@ def test_rows_of_classes_tags_and_answers(tmp_path, tokenizer):
             for i, one in enumerate(clean(60, seed=0))
         ],
     }
+    tasks = {"classes": SequenceClassification(), "tags": TokenClassification(), "answers": QuestionAnswering()}
     for name, records in sets.items():
         records.append(json.loads(json.dumps(records[2])))
         folder = tmp_path / name
         folder.mkdir()
-        given = dataclasses.replace(experiment(folder, records, records[30:31], prompt="", completion=""), task=Other())
+        given = dataclasses.replace(experiment(folder, records, records[30:31], prompt="", completion=""), task=tasks[name])
         found = {one.kind: places(one) for one in look(given, tokenizer).findings}
         assert found == {
             "leak": [["test.jsonl, line 1", "train.jsonl, line 31"]],
@@ -257,9 +253,11 @@ def test_an_answer_that_is_not_where_it_should_be(tmp_path, tokenizer):
     records = [{"question": "Who?", "context": f"It was {i}.", "answers": {"text": ["was"], "answer_start": [3]}} for i in range(9)]
     records[4]["answers"]["answer_start"] = [5]
     given = experiment(tmp_path, records, [{**records[0], "question": "When?"}], prompt="", completion="")
-    found = {one.kind: one for one in look(dataclasses.replace(given, task=Other()), tokenizer).findings}
+    found = {one.kind: one for one in look(dataclasses.replace(given, task=QuestionAnswering()), tokenizer).findings}
     assert places(found["refused"]) == [["train.jsonl, line 5"]]
-    assert found["refused"].cases[0].note == "the answer 'was' isn't what stands at answer_start, 5, in its context."
+    assert found["refused"].cases[0].note == (
+        "the answer 'was' isn't what stands at answer_start, 5, in its context. It stands at 3: correct answer_start."
+    )
 
 
 def test_a_mistake_in_the_configuration_is_no_finding(tmp_path, tokenizer):
