@@ -66,8 +66,8 @@ def windows(
       UserError: a window that would have no more than `stride` tokens of the context.
     """
     check_fast(tokenizer)
-    asked, lengths = _cut([one.question for one in questions], tokenizer, question_length)
-    special, longest = tokenizer.num_special_tokens_to_add(pair=True), int(np.minimum(lengths, question_length).max())
+    asked, lengths, longest = _cut([one.question for one in questions], tokenizer, question_length)
+    special = tokenizer.num_special_tokens_to_add(pair=True)
     if max_length - special - longest <= stride:
         raise UserError(
             f"config.data.max_length is {max_length}: {special} special tokens and a question of {longest} leave "
@@ -81,12 +81,15 @@ def windows(
     return _joined(found, questions, lengths, takes_types)
 
 
-def _cut(texts: Sequence[str], tokenizer: Any, most: int) -> tuple[list[str], np.ndarray]:
-    """The questions, cut after `most` tokens, and how many tokens each had."""
-    encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
-    offsets = encoded["offset_mapping"]
-    cut = [text if len(own) <= most else text[: own[most - 1][1]] for text, own in zip(texts, offsets, strict=True)]
-    return cut, np.asarray([len(own) for own in offsets], np.int32)
+def _cut(texts: Sequence[str], tokenizer: Any, most: int) -> tuple[list[str], np.ndarray, int]:
+    """The questions, cut after `most` tokens; how many tokens each had; and how many the longest has now."""
+    offsets = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    lengths = np.asarray([len(own) for own in offsets], np.int32)
+    cut = {i: texts[i][: offsets[i][most - 1][1]] for i in np.flatnonzero(lengths > most).tolist()}
+    # A part of a text may become other tokens than it was of.
+    again = tokenizer(list(cut.values()), add_special_tokens=False)["input_ids"] if cut else []
+    longest = max([*map(len, again), *lengths[lengths <= most].tolist()])
+    return [cut.get(i, text) for i, text in enumerate(texts)], lengths, longest
 
 
 def _encoded(questions: Sequence[str], contexts: Sequence[str], tokenizer: Any, max_length: int, stride: int, first: int) -> list[_Window]:
