@@ -10,6 +10,7 @@ import pytest
 
 from jaxft.config import DataConfig
 from jaxft.data.sources import load_rows, load_splits
+from jaxft.data.tags import check_scheme, entities_of
 from jaxft.errors import UserError
 
 RECORDS = [{"prompt": "a, b", "completion": "x"}, {"prompt": 'say "hi"\nthere', "completion": "é"}, {"prompt": "c", "completion": "007"}]
@@ -146,6 +147,22 @@ def test_bundled_drug_reviews_are_clean():
             assert not re.search(r"&#?\w+;|\u200b|</span>", value)
     assert "Not Listed / Othe" in rows.dataset["condition"][:]
     assert rows.dataset[0]["text"].startswith("I recently received an injection")
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 600), ("test", 379)])
+def test_bundled_drug_tags_mark_what_the_row_itself_names(split, count):
+    rows, reviews = load_rows("bundled:drug-tags", split), load_rows("bundled:drug-reviews", split)
+    assert len(rows) == count
+    assert rows.dataset.column_names == ["tokens", "tags"]
+    marked = {"DRUG": 0, "CONDITION": 0}
+    for i, (row, review) in enumerate(zip(rows.dataset, reviews.dataset, strict=True)):
+        check_scheme(row["tags"], "IOB2", rows.place(i))
+        names = {"DRUG": [name.lower() for name in review["drug"].split(" / ")], "CONDITION": [review["condition"].lower()]}
+        for kind, first, last in entities_of(row["tags"], "IOB2"):
+            mention = "".join(row["tokens"][first : last + 1]).lower()
+            assert mention in ["".join(name.split()) for name in names[kind]]
+            marked[kind] += 1
+    assert min(marked.values()) > 100
 
 
 def test_bundled_names_and_splits():
