@@ -5,7 +5,7 @@ BILOU is IOBES with L for E and U for S (Ratinov and Roth 2009).
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxft.config import DataConfig
@@ -89,26 +89,30 @@ def scheme_of(names: Sequence[str], wanted: str = AUTO) -> str:
     >>> scheme_of(["B-DRUG", "I-DRUG", "O"]), scheme_of(["DET", "NOUN"]), scheme_of(["B-X", "S-X", "O"])
     ('IOB2', 'plain', 'IOBES')
     """
-    own = [name for name in names if name != OUTSIDE]
-    found = wanted if wanted != AUTO else _scheme_like(own)
-    if found == PLAIN:
-        return PLAIN
-    for name in own:
-        if _letter(name, found) is None:
-            letters = ", ".join(f"{letter}-..." for letter in _LETTERS[found])
-            raise UserError(
-                f"The tag '{name}' isn't one of the scheme {found}, as others are: {letters} and {OUTSIDE}. Correct it, or set "
-                f"config.task.scheme={PLAIN} for tags that mark no entities."
-            )
+    found = scheme_like(names) if wanted == AUTO else wanted
+    check_names(names, found)
     return found
 
 
-def _scheme_like(own: Sequence[str]) -> str:
+def scheme_like(names: Iterable[str]) -> str:
+    """Returns the scheme that tags look like, whether all of them are of it or not."""
+    own = set(names) - {OUTSIDE}
     prefixed = {name[0] for name in own if re.match("[BIESLU]-.", name)}
-    letters = prefixed or (set(own) if set(own) <= set("BIESLU") and "B" in own else set())  # bare ones, where entities have no types
+    letters = prefixed or (own if own <= set("BIESLU") and "B" in own else set())  # bare ones, where entities have no types
     if not letters:
         return PLAIN
     return BILOU if letters & set("LU") else IOBES if letters & set("ES") else IOB2
+
+
+def check_names(names: Iterable[str], scheme: str) -> None:
+    """Raises `UserError` for a tag that no scheme has, or another one."""
+    for name in names if scheme != PLAIN else ():
+        if name != OUTSIDE and _letter(name, scheme) is None:
+            letters = ", ".join(f"{letter}-..." for letter in _LETTERS[scheme])
+            raise UserError(
+                f"The tag '{name}' isn't one of the scheme {scheme}, as others are: {letters} and {OUTSIDE}. Correct it, or set "
+                f"config.task.scheme={PLAIN} for tags that mark no entities."
+            )
 
 
 def _letter(name: str, scheme: str) -> str | None:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from jaxft.inspect.encoded import Encoded, cut_rows, encode, refused_rows
 from jaxft.inspect.findings import WEIGHTS, Finding
 from jaxft.inspect.labels import label_findings, suspicious_labels
 from jaxft.inspect.shown import Shown, three_rows
-from jaxft.inspect.texts import Texts, kind_of, read_sets
+from jaxft.inspect.texts import TAGGING, Refused, Texts, kind_of, read_sets
 
 MOST_TEXTS = 100_000  # searched for near-duplicates
 # Before training, where 600 rows take 0.2 s and the most a second or two: rows of each set, and texts searched for near-duplicates.
@@ -49,7 +50,7 @@ def look(experiment: Experiment, tokenizer: Any) -> Look:
     encoded = [encode(texts, tokenizer, data) for texts in sets]
     texts = equal_texts(sets)
     found = [
-        *refused_rows(sets, [one.refused for one in encoded]),
+        *refused_rows(sets, [(*one.refused, *_faults(part, experiment)) for part, one in zip(sets, encoded, strict=True)]),
         *cut_rows(sets, [one.cut for one in encoded], data.max_length, [one.scored for one in encoded]),
         *copies(sets, texts, MOST_TEXTS, seed),
         *label_findings(sets),
@@ -58,6 +59,16 @@ def look(experiment: Experiment, tokenizer: Any) -> Look:
     ]
     shown = three_rows(sets[0], encoded[0], tokenizer)
     return Look(experiment.name, data, tuple(sets), tuple(encoded), _sorted(found), tuple(shown), _sampled(len(texts), MOST_TEXTS))
+
+
+def _faults(texts: Texts, experiment: Experiment) -> list[Refused]:
+    """The rows whose tags, of which each row has several in one column, the task refuses."""
+    if texts.kind != TAGGING or not texts.labels:
+        return []
+    [labels] = texts.labels
+    starts = np.searchsorted(labels.rows, np.arange(len(texts) + 1))
+    tags = [labels.values[start:stop] for start, stop in itertools.pairwise(starts)]
+    return [Refused(texts.numbers[i], reason) for i, reason in experiment.task.faults(tags).items()]
 
 
 def look_quickly(rows: Mapping[str, Rows], examples: Mapping[str, Examples], experiment: Experiment) -> None:

@@ -99,6 +99,14 @@ class Task(abc.ABC):
           UserError: a row that isn't of this task, by its place.
         """
 
+    def faults(self, labels: Sequence[Sequence[str]]) -> dict[int, str]:
+        """Returns which rows training would refuse by their labels alone, and why: for a look at the data, without a model.
+
+        Args:
+          labels: of each row, by name.
+        """
+        return {}
+
     def for_training(self, model: nn.Module, examples: Examples) -> Examples:
         """Returns the training set as it is trained on: with what only training does, as weights of classes."""
         return examples

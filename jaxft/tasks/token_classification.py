@@ -19,10 +19,12 @@ from jaxft.data.tags import (
     PLAIN,
     SCHEMES,
     Tagged,
+    check_names,
     check_scheme,
     entities_of,
     feature_names,
     mended,
+    scheme_like,
     scheme_of,
     tag_names,
     tagged_rows,
@@ -35,6 +37,7 @@ from jaxft.tasks.class_weights import check_named, check_weights, log_shares, we
 from jaxft.tasks.head import Sums, cross_entropy
 from jaxft.tasks.sft import check_label_smoothing
 
+_ROW = "row"
 _SHOWN = 12  # plain tags of a text
 
 
@@ -119,6 +122,19 @@ class TokenClassification(Task):
                 check_scheme([names[one] for one in own], scheme, place)
             classes += own
         return np.asarray(classes, np.int32)
+
+    def faults(self, labels: Sequence[Sequence[str]]) -> dict[int, str]:
+        """Returns the rows whose tags don't follow their scheme."""
+        scheme = scheme_like({tag for tags in labels for tag in tags}) if self.scheme == AUTO else self.scheme
+        found = {}
+        for i, tags in enumerate(labels if scheme != PLAIN else ()):
+            try:
+                check_names(tags, scheme)
+                if not self.mend_tags:
+                    check_scheme(tags, scheme, _ROW)
+            except UserError as error:
+                found[i] = str(error).removeprefix(f"{_ROW}: ")
+        return found
 
     def for_training(self, model: nn.Module, examples: Examples) -> Examples:
         """Returns the examples with the weights of their tags."""

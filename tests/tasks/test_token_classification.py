@@ -415,6 +415,16 @@ def test_settings_that_make_no_sense_are_refused(options, message):
         TokenClassification(**options)
 
 
+def test_of_a_scheme_the_rows_that_are_not_are_told_without_a_model():
+    tags = [["B-X", "I-X"], ["O", "X"], ["O", "I-X"], ["B-X", "O"]]
+    assert {i: reason[:25] for i, reason in TokenClassification().faults(tags).items()} == {
+        1: "The tag 'X' isn't one of ",
+        2: "tag 2 is 'I-X' after O, w",
+    }
+    assert list(TokenClassification(mend_tags=True).faults(tags)) == [1]
+    assert TokenClassification(scheme="plain").faults(tags) == {}
+
+
 def test_columns_have_other_names_where_that_is_said():
     found, data = drawn(), DataConfig(tokens="words", tags="ner_tags")
     with pytest.raises(UserError, match=r"train.jsonl, line 1: there is no column 'words'.*has: tokens, tags.*in config.data.tokens"):
@@ -505,14 +515,19 @@ def test_loras_adapter_with_the_head_is_read_by_peft(tmp_path):
 def test_inspection_reads_the_configured_columns_and_encodes_the_words_as_the_task_does(tmp_path):
     asked = experiment(tmp_path, Full())
     with (tmp_path / "train.jsonl").open("a") as file:
-        file.write('\n{"words": ["a", "b"], "ner": ["O"]}')
+        file.write('\n{"words": ["a", "b"], "ner": ["O"]}\n{"words": ["a", "cde"], "ner": ["O", "I-DRUG"]}')
     found = look(asked, asked.task.fit_tokenizer(tokenizer()))
-    examples = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()[:-1]]
+    examples = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    del examples[-2]
     for row, tokens, scored in zip(examples, found.encoded[0].tokens, found.encoded[0].scored, strict=True):
         whole = tokenizer()(row["words"], is_split_into_words=True)
         assert tokens.tolist() == whole["input_ids"]
         assert scored.sum() == len(row["words"])
     assert found.encoded[0].cut.sum() == 0  # long ones are read in windows
     (refused,) = [one for one in found.findings if one.kind == "refused"]
-    assert refused.cases[0].note == "2 words in 'words', but 1 tags in 'ner'. Give each word one tag."
+    notes = [case.note for case in refused.cases]
+    assert notes[0] == "2 words in 'words', but 1 tags in 'ner'. Give each word one tag."
+    assert notes[1].startswith("tag 2 is 'I-DRUG' after O, which is not IOB2: 'B-DRUG' would be.")
+    mending = dataclasses.replace(asked, task=TokenClassification(mend_tags=True))
+    assert [len(one.cases) for one in look(mending, tokenizer()).findings if one.kind == "refused"] == [1]
     assert found.sets[0].labels[0].name == "ner"
