@@ -21,6 +21,7 @@ from jaxft.hub.gguf_file import GGUFFile
 from jaxft.hub.names import Entry, listed, tensors_of
 from jaxft.hub.quantized import PATTERNS, check_same, chosen, configured, shapes_in_formats
 from jaxft.hub.task import Aim, Task, aim, check_language_head, drawn_anew, in_file, second_names
+from jaxft.models import heads
 from jaxft.models.heads import CAUSAL_LM
 from jaxft.models.node import is_node, is_quantized
 from jaxft.models.registry import family_of
@@ -59,6 +60,7 @@ def load_pretrained(
     Args:
       source: hub id, local folder, `.gguf` file, or `bundled:NAME`. A folder of bitsandbytes' 4-bit weights is taken as it is.
       task: causal_lm, masked_lm, sequence_classification, token_classification, question_answering; a family has some of them.
+        multiple_choice is causal_lm: choices are told apart by their likelihood.
       dtype: of computation and parameters: float32, bfloat16, float16; auto is float32 on CPU and bfloat16 on accelerators.
       revision: branch, tag or commit of a hub id.
       placing: says on which devices each leaf lies; None is the default device.
@@ -140,7 +142,7 @@ class OriginalKernels:
     ) -> None:
         """Reads nothing yet; arguments are those of `load_pretrained`."""
         self._source, self._revision = source, revision
-        self._task = Task(task, tuple(labels), problem_type, seed, new_head)
+        self._task = Task(heads.ALIASES.get(task, task), tuple(labels), problem_type, seed, new_head)
 
     def __call__(self, name: str) -> np.ndarray:
         """Returns the kernel of a name, (in, out), in the files' type; raises `UserError` for a model that is quantized in its files."""
@@ -173,7 +175,7 @@ def _checked(task: str, labels: Sequence[str], problem_type: str, seed: int, new
     compute_type(dtype)
     if not isinstance(quantization, Format | None):
         raise UserError(f'quantization is a jaxft.Format or None, not {quantization!r}: jaxft.Format("nf4") is QLoRA\'s.')
-    return Task(task, tuple(labels), problem_type, seed, new_head)
+    return Task(heads.ALIASES.get(task, task), tuple(labels), problem_type, seed, new_head)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,7 @@ class Task:
 
     def __post_init__(self) -> None:
         if self.name not in heads.TASKS:
-            raise unknown("task", self.name, heads.TASKS)
+            raise unknown("task", self.name, (*heads.TASKS, *heads.ALIASES))
         if self.labels and self.name not in heads.CLASSIFYING:
             raise UserError(f"labels are for {' and '.join(heads.CLASSIFYING)}; {self.name} has none. Leave them out.")
         if twice := [label for place, label in enumerate(self.labels) if label in self.labels[:place]]:

@@ -14,7 +14,7 @@ from jaxft.data.windows import windows
 from jaxft.data.words import pieces_of
 from jaxft.errors import UserError
 from jaxft.inspect.findings import Case, Finding, counted, finding, raw_spot, spot
-from jaxft.inspect.texts import ANSWERS, CONVERSATION, TAGGING, TEXT, Refused, Texts
+from jaxft.inspect.texts import ANSWERS, CONVERSATION, TAGGING, UNCUT, Refused, Texts
 
 _SPECIAL = 64  # tokens: more than any tokenizer adds to a pair of texts
 _EMPTY = "is empty."  # how the reasons of empty rows end
@@ -71,8 +71,8 @@ def encode(texts: Texts, tokenizer: Any, config: DataConfig) -> Encoded:
         return _questions(texts.questions, tokenizer, config.max_length)
     if texts.kind != CONVERSATION:
         whole = tuple(np.asarray(one, np.int32) for one in tokenizer(list(texts.texts))["input_ids"])
-        # of masked language modelling a text that is too long is several examples
-        return Encoded(whole, tuple(np.zeros(len(one), bool) for one in whole), (), config.max_length, in_windows=texts.kind == TEXT)
+        # of masked language modelling a text that is too long is several examples, a choice that is too long is refused
+        return Encoded(whole, tuple(np.zeros(len(one), bool) for one in whole), (), config.max_length, in_windows=texts.kind in UNCUT)
     template = chat_template(tokenizer, config.template)
     tokens, scored, refused = [], [], []
     for start in range(0, len(texts), CHUNK):

@@ -8,20 +8,23 @@ from typing import Any
 import numpy as np
 
 from jaxft.config import DataConfig
-from jaxft.data.conversations import Conversation, conversation
+from jaxft.data.choices import choices_of
+from jaxft.data.conversations import Conversation, conversation, fill
 from jaxft.data.labels import label_column
 from jaxft.data.questions import Question, question_of
 from jaxft.data.sources import Rows
 from jaxft.data.tags import feature_names, tagged_row
 from jaxft.data.texts import pair_of, text_of
 from jaxft.errors import UserError
-from jaxft.models.heads import CAUSAL_LM, MASKED_LM, QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
+from jaxft.models.heads import CAUSAL_LM, MASKED_LM, MULTIPLE_CHOICE, QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 
 CONVERSATION, CLASSIFICATION, TAGGING, ANSWERS = "conversation", "classification", "tagging", "question answering"
-TEXT = "text"
+TEXT, CHOICES = "text", "multiple choice"
+UNCUT = (TEXT, CHOICES)  # kinds whose rows aren't cut: they become several examples, or are refused where they are too long
 _KINDS = {
     CAUSAL_LM: CONVERSATION,
     MASKED_LM: TEXT,
+    MULTIPLE_CHOICE: CHOICES,
     SEQUENCE_CLASSIFICATION: CLASSIFICATION,
     TOKEN_CLASSIFICATION: TAGGING,
     QUESTION_ANSWERING: ANSWERS,
@@ -54,7 +57,7 @@ class Texts:
     """One set: its readable rows, and those that training would refuse."""
 
     name: str  # "train"
-    kind: str  # CONVERSATION, TEXT, CLASSIFICATION, TAGGING or ANSWERS
+    kind: str  # CONVERSATION, TEXT, CHOICES, CLASSIFICATION, TAGGING or ANSWERS
     rows: Rows
     numbers: tuple[int, ...]  # of the readable rows, in `rows`
     texts: tuple[str, ...]  # what the model is given
@@ -98,7 +101,7 @@ def read_set(name: str, rows: Rows, config: DataConfig, kind: str = CONVERSATION
         name: the set's name, as "train".
         rows: its rows.
         config: how rows become conversations; of other kinds nothing is read of it.
-        kind: CONVERSATION, TEXT, CLASSIFICATION, TAGGING or ANSWERS.
+        kind: CONVERSATION, TEXT, CHOICES, CLASSIFICATION, TAGGING or ANSWERS.
 
     Raises:
         UserError: every row is refused: what is wrong is the configuration, or the columns.
@@ -144,6 +147,8 @@ def _reader(rows: Rows, config: DataConfig, kind: str) -> tuple[Callable[[Mappin
     """Returns what reads one row, and the columns that are used and could be blank in a row that training takes."""
     if kind == TEXT:
         return lambda row, place: _Read(_given(row, config, place), ""), []
+    if kind == CHOICES:
+        return lambda row, place: _choices(row, config, place), []
     if kind == CLASSIFICATION:
         classes = label_column(rows, config.label).feature_names
         return lambda row, place: _classification(row, config, classes, place), []
@@ -190,6 +195,13 @@ def _given(row: Mapping[str, Any], config: DataConfig, place: str) -> str:
     if not text.strip():
         raise UserError(f"{place}: the text is empty.")
     return text
+
+
+def _choices(row: Mapping[str, Any], config: DataConfig, place: str) -> _Read:
+    question, found = fill(config.prompt or "{question}", row, "prompt", place), choices_of(row, place)
+    if not question.strip():
+        raise UserError(f"{place}: the question is empty.")
+    return _Read("\n".join((question, *found.texts)), found.texts[found.right])
 
 
 def _tagging(row: Mapping[str, Any], config: DataConfig, names: Sequence[str], place: str) -> _Read:

@@ -18,6 +18,8 @@ SEQUENCE_CLASSIFICATION = "sequence_classification"
 TOKEN_CLASSIFICATION = "token_classification"
 QUESTION_ANSWERING = "question_answering"
 TASKS = (CAUSAL_LM, MASKED_LM, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, QUESTION_ANSWERING)
+MULTIPLE_CHOICE = "multiple_choice"
+ALIASES = {MULTIPLE_CHOICE: CAUSAL_LM}  # tasks whose model is that of another: here choices are told apart by their likelihood
 CLASSIFYING = (SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION)  # the tasks with labels
 
 SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label_classification", "multi_label_classification", "regression"

@@ -78,16 +78,44 @@ def head_sums(
     given = (tuple(hidden), targets, weights)
     if not chunk or slots <= chunk:  # these outputs are in memory at one time anyway: making them twice would save nothing
         return one(*given)
-    count = -(-slots // chunk)
-    fill = count * chunk - slots
-
-    def split(leaf: jax.Array) -> jax.Array:
-        return jnp.pad(leaf, ((0, fill), *[(0, 0)] * (leaf.ndim - 1))).reshape(count, chunk, *leaf.shape[1:])
-
-    chunks = jax.tree.map(split, given)
+    chunks = _chunks(given, chunk)
 
     def add(total: Sums, piece: Any) -> tuple[Sums, None]:
         return jax.tree.map(jnp.add, total, jax.checkpoint(one)(*piece)), None
 
     zero = jax.tree.map(lambda sum: jnp.zeros(sum.shape, sum.dtype), jax.eval_shape(one, *jax.tree.map(lambda leaf: leaf[0], chunks)))
     return jax.lax.scan(add, zero, chunks)[0]
+
+
+def log_likelihoods(model: nn.Module, params: Any, hidden: jax.Array, targets: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the log-likelihood of each slot's target, (slots,) float32, and whether it is the likeliest, (slots,) bool.
+
+    Args:
+      model: its method `logits` is the output head.
+      params: the model's parameters.
+      hidden: (slots, features), what the head reads.
+      targets: (slots,) int32.
+      chunk: slots whose outputs exist at one time; 0 is all.
+    """
+
+    def one(given: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        rows, own = given
+        made: Any = model.apply({"params": params}, rows, method="logits")
+        likelihoods = jax.nn.log_softmax(made.astype(jnp.float32))
+        return jnp.take_along_axis(likelihoods, own[:, None], axis=-1)[:, 0], jnp.argmax(made, axis=-1) == own
+
+    slots = len(targets)
+    if not chunk or slots <= chunk:
+        return one((hidden, targets))
+    found = jax.lax.map(one, _chunks((hidden, targets), chunk))
+    return jax.tree.map(lambda leaf: leaf.reshape(-1)[:slots], found)
+
+
+def _chunks(slots: Any, chunk: int) -> Any:
+    """Each leaf, (slots, ...), as (chunks, chunk, ...), filled up with zeros."""
+
+    def split(leaf: jax.Array) -> jax.Array:
+        count = -(-len(leaf) // chunk)
+        return jnp.pad(leaf, ((0, count * chunk - len(leaf)), *[(0, 0)] * (leaf.ndim - 1))).reshape(count, chunk, *leaf.shape[1:])
+
+    return jax.tree.map(split, slots)
