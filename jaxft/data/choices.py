@@ -49,10 +49,10 @@ def choices_of(row: Mapping[str, Any], place: str) -> Choices:
 
 
 def _right(answer: Any, texts: tuple[str, ...], names: list[str], place: str) -> int:
-    """The number of the right choice: an own text counts before a name, a name before a letter or a number."""
+    """The number of the right choice: a text counts before a name, or else a letter, and that before a number."""
     if isinstance(answer, str):
-        said, letters = answer.strip(), list(_LETTERS[: len(texts)])
-        for known in ([text.strip() for text in texts], names, letters):
+        said = answer.strip()
+        for known in ([text.strip() for text in texts], names or list(_LETTERS[: len(texts)])):
             if said in known:
                 return known.index(said)
         answer = int(said) if said.isdecimal() and not names else None
