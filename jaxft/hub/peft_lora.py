@@ -142,6 +142,7 @@ def _check_made_by(method: LoRA, entry: Entry) -> None:
 
 
 def _config(method: LoRA, every: list[Entry], adapted: list[Entry]) -> dict[str, Any]:
+    peft_saved.check_head(every, _saved(method, every))
     modules = [entry.module for entry in adapted]
     twice = 1 if adapted[0].leaf.value.start_a is None else 2
     grown = twice**0.5 if method.rslora else twice  # of alpha, so that the scale stays

@@ -39,11 +39,21 @@ def added(written: Written, model: nn.Module, params: Params, whole: Partial) ->
     """Returns an adapter with the modules that `whole` trains; raises `UserError` where one of them has another tensor in it."""
     every = tensors_of(model, params)
     saved = {module_of(entry) for entry in every if first_match(whole.targets, entry.path) is not None}
+    check_head(every, saved)
     if overlap := [module for module in saved if any(name.startswith(f"{written.prefix}{module}.") for name in written.tensors)]:
         raise UserError(f"{overlap[0]} trains whole and has an adapter too, which PEFT's files can't hold. Leave one of them out.")
     tensors = {slot.key: slot.read for slot in slots(every, saved, written.prefix)}
     config = {**written.config, "modules_to_save": names(saved, map(module_of, every))}
     return dataclasses.replace(written, config=config, tensors={**written.tensors, **tensors})
+
+
+def check_head(every: Iterable[Entry], saved: Set[str]) -> None:
+    """Raises `UserError` where the head of masked_lm that multiplies with the embedding is saved: peft wants that too, in its module."""
+    if any(entry.path == "lm_head/bias" and module_of(entry) in saved for entry in every):
+        raise UserError(
+            "PEFT's files hold the head of masked_lm with a copy of the embedding alone, so an adapter can't bring a new head along. Write "
+            "the merged model (--format=hf, save_pretrained), or leave the head as it is."
+        )
 
 
 def names(saved: Set[str], modules: Iterable[str]) -> list[str] | None:

@@ -18,7 +18,10 @@ from jaxft.data.batches import evaluation_batches
 from jaxft.data.examples import Labelled, Slots
 from jaxft.data.rows import Rows
 from jaxft.errors import UserError
+from jaxft.hub.peft import has_form
 from jaxft.hub.tokenizer import load_tokenizer
+from jaxft.inspect.encoded import encode
+from jaxft.inspect.texts import kind_of, read_set
 from jaxft.methods.head import with_head
 from jaxft.tasks import SFT, MaskedLM
 from jaxft.train.run import generate
@@ -133,6 +136,13 @@ def test_texts_that_are_too_long_become_several_examples_and_nothing_is_dropped(
     assert (np.diff(found.slots.offsets) == [max(round(0.15 * (length - 2)), 1) for length in found.lengths]).all()
 
 
+def test_inspection_reads_texts_and_finds_nothing_cut():
+    texts = read_set("train", rows_of("A short text.", "A long one, " * 20, " "), DataConfig(), kind_of("masked_lm"))
+    assert texts.texts[0] == "A short text."
+    assert [one.reason for one in texts.refused] == ["the text is empty."]
+    assert not encode(texts, tokenizer(), DataConfig(max_length=8)).cut.any()
+
+
 def test_the_words_of_training_make_the_majority():
     found = MaskedLM().examples(rows_of("a b a", "a c"), tokenizer(), DataConfig(max_length=24), pair()[1])
     big = type("Model", (), {"config": type("Config", (), {"vocab_size": len(tokenizer())})})
@@ -163,6 +173,11 @@ def test_a_head_that_the_files_lack_is_drawn_where_it_is_asked_for(bare):
     method = with_head(jaxft.methods.LoRA(rank=2), model, jaxft.methods.LoRA(rank=2).init(jax.random.key(0), model, params))
     mask = method.mask(method.init(jax.random.key(0), model, params))
     assert all(jax.tree.leaves(mask["lm_head"]))
+    for adapter in (method, jaxft.methods.IA3() + jaxft.methods.Partial(targets=("lm_head",))):
+        held = adapter.init(jax.random.key(0), model, params)
+        assert not has_form(model, held, adapter)  # so that a run writes the whole model
+        with pytest.raises(UserError, match="an adapter can't bring a new head along"), tempfile.TemporaryDirectory() as folder:
+            jaxft.save_adapter(f"{folder}/adapter", model, held, adapter)
     with tempfile.TemporaryDirectory() as folder:
         jaxft.save_pretrained(folder, model, params)
         again = transformers.AutoModelForMaskedLM.from_pretrained(folder)
