@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from tiny_models import largest_difference, same_bits
 
 from jaxft.config import TrainConfig
 from jaxft.errors import UserError
 from jaxft.tasks.head import Sums
-from jaxft.train import average
+from jaxft.train import average, placement
 from jaxft.train.average import make_average
 from jaxft.train.checkpoint import Checkpoints, Progress
 from jaxft.train.state import new_state
@@ -106,6 +107,15 @@ def test_a_checkpoint_holds_the_average(tmp_path):
     assert same_bits(found, state)
     assert same_bits(used.weights, state.average)
     assert not same_bits(found.average, found.trainable)
+
+
+def test_the_average_lies_where_the_weights_do():
+    mesh = placement.make_mesh(TrainConfig(fsdp_parallel=2, batch_size=2, data_parallel=1))
+    places = {"kernel": NamedSharding(mesh, PartitionSpec("fsdp")), "base": None}
+    state = new_state({"kernel": jnp.ones(6), "base": None}, SGD, averaged=True)
+    found = placement.state_shardings(state, places, mesh, SGD)
+    assert found.average == found.trainable == places
+    assert jax.tree.structure(found) == jax.tree.structure(state)
 
 
 @pytest.mark.parametrize(
