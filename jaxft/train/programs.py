@@ -33,16 +33,16 @@ def operations(program: Any) -> int:
     return total
 
 
-def draws(program: Any) -> bool:
-    """Returns whether a program, a jaxpr, draws random numbers.
+def draws(program: Any) -> int:
+    """Returns at how many places a program, a jaxpr, draws random numbers.
 
     >>> import jax
     >>> draws(jax.make_jaxpr(lambda key: jax.random.uniform(key))(jax.random.key(0)).jaxpr)
-    True
+    1
     >>> draws(jax.make_jaxpr(lambda key: jax.random.fold_in(key, 1))(jax.random.key(0)).jaxpr)
-    False
+    0
     """
-    return any(found.primitive.name == "random_bits" or any(map(draws, _programs(found.params))) for found in program.eqns)
+    return sum((found.primitive.name == "random_bits") + sum(map(draws, _programs(found.params))) for found in program.eqns)
 
 
 def _programs(parameters: dict[str, Any]) -> Iterator[Any]:

@@ -258,11 +258,14 @@ def check_r_drop(experiment: Experiment, model: nn.Module, shapes: Any, batches:
         return
     batch = {name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for name, array in batches.batch(0).items()}
 
-    def loss(params: Any, batch: Any, key: jax.Array) -> jax.Array:
-        sums: Sums = experiment.task.sums(model, params, batch, {"dropout": key})
-        return sums.loss
+    def places(rngs: dict[str, jax.Array]) -> int:
+        def loss(params: Any, batch: Any, rngs: dict[str, jax.Array]) -> jax.Array:
+            sums: Sums = experiment.task.sums(model, params, batch, rngs)
+            return sums.loss
 
-    if not draws(jax.make_jaxpr(loss)(shapes, batch, jax.random.key(0)).jaxpr):
+        return draws(jax.make_jaxpr(loss)(shapes, batch, rngs).jaxpr)
+
+    if places({"dropout": jax.random.key(0)}) == places({}):  # a task may draw something of its own, as what it hides
         raise UserError(
             "train.r_drop compares two passes with different dropout, and nothing drops here: both would be equal. Set "
             f"{', '.join(f'config.model.{kind}' for kind in model.config.dropouts)}, or a method's dropout, or leave train.r_drop out."

@@ -17,6 +17,7 @@ from jaxft.tasks import SFT, SequenceClassification
 from jaxft.train.setup import check_r_drop
 
 WEIGHT = 0.7
+PLAIN = SFT()
 EXAMPLES = make_examples([9, 14, 21, 12], answer=3)
 
 
@@ -62,11 +63,19 @@ def test_chunks_of_the_head_change_nothing_but_rounding():
 # Where nothing drops
 
 
-def fit(model, params, method, **train):
+def fit(model, params, method, task=PLAIN, **train):
     """Checks R-Drop on a method on a model."""
-    experiment = Experiment("r_drop", ModelConfig(), DataConfig(), method, SFT(), TrainConfig(r_drop=WEIGHT, **train))
+    experiment = Experiment("r_drop", ModelConfig(), DataConfig(), method, task, TrainConfig(r_drop=WEIGHT, **train))
     shapes = jax.eval_shape(lambda params: method.init(jax.random.key(0), model, params), params)
     check_r_drop(experiment, model, shapes, Batches(EXAMPLES, DataConfig(max_length=64), 2, 1, 0, False))
+
+
+class Drawing(SFT):
+    """A task that draws something of its own."""
+
+    def sums(self, model, params, batch, rngs, **options):
+        noise = 1 + jax.random.uniform(jax.random.key(0), batch["weights"].shape)
+        return super().sums(model, params, batch | {"weights": batch["weights"] * noise}, rngs, **options)
 
 
 @functools.cache
@@ -74,9 +83,10 @@ def llama():
     return make_pair("llama", num_hidden_layers=1)[1:]
 
 
-def test_two_equal_passes_are_refused():
+@pytest.mark.parametrize("task", [PLAIN, Drawing()], ids=lambda task: type(task).__name__)
+def test_two_equal_passes_are_refused(task):
     with pytest.raises(UserError) as caught:
-        fit(*llama(), jaxft.methods.LoRA(rank=2))
+        fit(*llama(), jaxft.methods.LoRA(rank=2), task)
     assert "nothing drops here: both would be equal. Set config.model.attention_dropout, or a method's dropout" in str(caught.value)
 
 
