@@ -51,6 +51,8 @@ CASES = {  # family, preset, what differs from it
     "bert_classes": ("bert sequence_classification", "seq_bn", {"reduction_factor": 4}),
     "roberta_classes": ("roberta sequence_classification", "double_seq_bn", {"reduction_factor": 4}),
     "gpt2_double_seq_bn": ("gpt2", "double_seq_bn", {"reduction_factor": 4}),
+    "gpt2_seq_bn": ("gpt2", "seq_bn", {"reduction_factor": 3, "leave_out": [1]}),
+    "gpt2_par_bn": ("gpt2", "par_bn", {"reduction_factor": 4, "scaling": "learned"}),
     "double_seq_bn": ("llama", "double_seq_bn", {"reduction_factor": 4}),
     "seq_bn": ("mistral", "seq_bn", {"reduction_factor": 3, "leave_out": [1], "non_linearity": "gelu", "dropout": 0.1}),
     "par_bn": ("llama", "par_bn", {"reduction_factor": 4, "mh_adapter": True}),
