@@ -62,6 +62,7 @@ _WITHOUT_EFFECT = frozenset({"auto_mapping", "base_model_name_or_path", "inferen
 OUR_STARTS = ("gaussian", "pissa", "olora")  # of init_lora_weights
 _STARTS = (True, False, "eva", "orthogonal", *OUR_STARTS)  # the others change the base model too, by random or by data
 ALL_LINEAR = "all-linear"
+_LONGEST_TAIL = 2  # parts of a name in a pattern: mlp.c_proj
 
 
 def check(
@@ -158,19 +159,29 @@ def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any
 
 
 def summarize(values: Mapping[str, Any], every: Iterable[str], separator: str) -> dict[str, Any]:
-    """Returns patterns that give `values`: the last part of a name where all of `every` that end so have one value, else whole names.
+    """Returns patterns that give `values`: the last part of a name, or the last two, where all of `every` that end so have one value.
+
+    Elsewhere they are whole names.
 
     >>> summarize({"a.q": 4, "b.q": 4, "a.k": 2}, ["a.q", "b.q", "a.k", "b.k"], ".")
     {'q': 4, 'a.k': 2}
+    >>> summarize({"0.mlp.c": 4, "1.mlp.c": 4}, ["0.attn.c", "0.mlp.c", "1.attn.c", "1.mlp.c"], ".")
+    {'mlp.c': 4}
     """
+    return _summarize(values, list(every), separator, 1)
+
+
+def _summarize(values: Mapping[str, Any], every: list[str], separator: str, parts: int) -> dict[str, Any]:
     groups: dict[str, list[str]] = {}
     for name in every:
-        groups.setdefault(name.rsplit(separator, 1)[-1], []).append(name)
+        groups.setdefault(separator.join(name.split(separator)[-parts:]), []).append(name)
     patterns = {}
     for tail, names in groups.items():
         found = [values.get(name) for name in names]
-        if found[0] is not None and all(value == found[0] for value in found):
+        if found[0] is not None and all(value == found[0] for value in found) and not tail[0].isdecimal():  # "1.norm" says too little
             patterns[tail] = found[0]
+        elif parts < _LONGEST_TAIL:
+            patterns |= _summarize(values, names, separator, parts + 1)
         else:
             patterns |= {name: values[name] for name in names if name in values}
     return patterns

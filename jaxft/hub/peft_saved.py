@@ -15,7 +15,7 @@ from jaxft.hub.names import Entry, tensors_of
 from jaxft.hub.peft_format import PREFIX, WEIGHTS, Params, Written
 from jaxft.hub.peft_tensors import Slot, module_of
 from jaxft.methods.base import Compose, Method
-from jaxft.methods.kernels import EMBEDDING
+from jaxft.methods.kernels import WORDS
 from jaxft.methods.partial import Partial
 from jaxft.methods.partition import first_match
 from jaxft.models.node import is_node
@@ -83,7 +83,7 @@ def chosen(config: Mapping[str, Any], model: Any, params: Params, where: str) ->
     """Returns which modules a configuration saves; raises `UserError` for a name that is no module's, and for a tied embedding."""
     every = tensors_of(model, params)
     saved = peft_lora_config.saved_modules(config, dict.fromkeys(map(module_of, every)), where)
-    if model.config.tie_word_embeddings and any(module_of(entry) in saved and entry.path.endswith(f"/{EMBEDDING}") for entry in every):
+    if model.config.tie_word_embeddings and any(module_of(entry) in saved and entry.path == WORDS for entry in every):
         raise UserError(f"{where}: modules_to_save has the embeddings, which are the output head too in this model.")
     for entry in every:
         if module_of(entry) in saved and is_node(entry.leaf.value):

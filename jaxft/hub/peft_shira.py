@@ -15,7 +15,7 @@ from flax import linen as nn
 from jaxft.errors import UserError
 from jaxft.hub import peft_config, peft_leaves, peft_lora_config
 from jaxft.hub.checkpoint import ADAPTER_CONFIG, FLOATS
-from jaxft.hub.names import Entry, linear_layers, nodes_of
+from jaxft.hub.names import Entry, is_conv1d, linear_layers, nodes_of
 from jaxft.hub.peft_format import PREFIX, WEIGHTS, Params, Written
 from jaxft.methods.sparse_mask import SparseKernel, SparseMask
 from jaxft.models import segments
@@ -44,6 +44,11 @@ def write(model: nn.Module, params: Params, method: SparseMask) -> Written:
     adapted = nodes_of(linear, SparseKernel, method.is_target)
     if not adapted:
         raise UserError("These parameters hold no SparseMask: params = method.init(rng, model, params) adds one.")
+    if is_conv1d(adapted):
+        raise UserError(
+            f"PEFT has no SHiRA for {adapted[0].module}: there it is a Conv1D, not a linear layer. Write the whole model: "
+            "jaxft.save_pretrained(folder, model, method.merge(model, params))."
+        )
     rank = max(math.ceil(_count(entry) / sum(entry.leaf.shape)) for entry in adapted)
     tensors = {}
     for entry in adapted:

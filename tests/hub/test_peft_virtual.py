@@ -23,6 +23,9 @@ PEFT = {
     "prompt": (peft.PromptTuningConfig, {}),
     "prompt of the vocabulary": (peft.PromptTuningConfig, {"prompt_tuning_init": "SAMPLE_VOCAB"}),
     "mlp": (peft.PromptEncoderConfig, {"encoder_hidden_size": 12}),
+    "gpt2 prefix": (peft.PrefixTuningConfig, {}),
+    "gpt2 prompt": (peft.PromptTuningConfig, {}),
+    "gpt2 mlp": (peft.PromptEncoderConfig, {"encoder_hidden_size": 12}),
     "lstm": (peft.PromptEncoderConfig, {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 6, "encoder_num_layers": 3}),
 }
 OURS = {
@@ -31,9 +34,11 @@ OURS = {
     "prompt": jaxft.methods.Prompt(TOKENS),
     "random prompt": jaxft.methods.Prompt(TOKENS, start="random"),
     "mlp": jaxft.methods.PTuning(TOKENS, hidden_size=12),
+    "gpt2 projected prefix": jaxft.methods.Prefix(TOKENS, projection=True, projection_hidden=9),
+    "gpt2 prompt": jaxft.methods.Prompt(TOKENS),
     "lstm": jaxft.methods.PTuning(TOKENS, encoder="lstm", hidden_size=6, layers=3),
 }
-FAMILIES = {"prefix": "mistral", "lstm": "qwen2"}  # the others: llama
+FAMILIES = {"prefix": "mistral", "lstm": "qwen2"} | {name: "gpt2" for name in (*PEFT, *OURS) if "gpt2" in name}  # the others: llama
 WEIGHTS = "adapter_model.safetensors"
 
 
