@@ -15,6 +15,7 @@ import jaxft
 
 # Rows of whole blocks: bitsandbytes 0.50 on CPU dequantizes others wrongly (a mean error of 0.27 of N(0, 1) in place of 0.075).
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+OTHERWISE = {"gpt2": {"n_inner": SHAPE["intermediate_size"]}}
 IDS = np.random.default_rng(0).integers(1, VOCABULARY, (2, 13)).astype(np.int32)
 KINDS = {
     "nf4, double": {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
@@ -25,18 +26,20 @@ FORMATS = {"nf4, double": jaxft.Format(), "fp4": jaxft.Format("fp4", double_quan
 
 
 @functools.cache
-def dense():
-    """Returns the folder of a tiny Llama in float32."""
+def dense(family="llama"):
+    """Returns the folder of a tiny model in float32, a Llama or another family's."""
     folder = pathlib.Path(tempfile.mkdtemp()) / "dense"
-    make_reference("llama", **SHAPE).save_pretrained(folder)
+    make_reference(family, **SHAPE, **OTHERWISE.get(family, {})).save_pretrained(folder)
     return folder
 
 
 @functools.cache
-def ready_made(kind):
+def ready_made(kind, family="llama"):
     """Returns the folder of the same model as transformers saves it in 4 bits."""
     folder = pathlib.Path(tempfile.mkdtemp()) / "four_bits"
-    by_transformers(dense(), quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True, **KINDS[kind])).save_pretrained(folder)
+    by_transformers(dense(family), quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True, **KINDS[kind])).save_pretrained(
+        folder
+    )
     return folder
 
 
