@@ -38,7 +38,7 @@ class DataConfig:
     system: str = ""  # system message put before each row that has none; may name columns in braces
     prompt: str = ""  # format of the user turn from the columns, "Drug: {drug}"; empty: the row's own format is recognised
     completion: str = ""  # format of the assistant turn, "Condition: {condition}"
-    template: str = ""  # chat template (Jinja) in place of the tokenizer's: text, or the path of a file
+    template: str = ""  # chat template in place of the tokenizer's: Jinja text, the path of a file, or plain: roles as headings
     text: str = "{text}"  # format of the text that is classified, from the columns
     text_pair: str = ""  # format of a second text, as "{question}"; empty: the column text_pair, where there is one
     label: str = "label"  # the column of labels

@@ -20,6 +20,18 @@ _SENTINEL = "\ue000jaxft\ue001"  # stands for an answer: private-use characters 
 # Some templates write today's date, and then a run resumed tomorrow would train on other tokens. Llama 3's default date replaces it.
 _FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 
+# For models whose tokenizer has no template: each role's name on a line of its own, so that no word's first token takes in a space of the
+# line before it; an answer ends with the tokenizer's end of text.
+_PLAIN = (
+    "{% for message in messages %}{{ '' if loop.first else '\\n\\n' }}"
+    "{% if message['role'] == 'system' %}{{ message['content'] }}"
+    "{% elif message['role'] == 'user' %}{{ '### User:\\n' + message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}{{ '### Assistant:\\n' + message['content'] + eos_token }}"
+    "{% else %}{{ raise_exception('the template plain has no turns of ' + message['role']) }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n\\n### Assistant:\\n' }}{% endif %}"
+)
+BUILT_IN = {"plain": _PLAIN}  # templates that go by a name
+
 Span = tuple[int, int]
 
 
@@ -129,18 +141,34 @@ def chat_template(tokenizer: Any, given: str) -> ChatTemplate | None:
 
     Args:
         tokenizer: a fast tokenizer of transformers.
-        given: `DataConfig.template`: Jinja text, the path of a file, or empty for the tokenizer's own.
+        given: `DataConfig.template`: Jinja text, the path of a file, plain, or empty for the tokenizer's own.
 
     Raises:
-        UserError: the file doesn't exist or can't be read.
+        UserError: the file doesn't exist or can't be read; plain, of a tokenizer without an end-of-text token.
     """
     if not given and not tokenizer.chat_template:
         return None
+    if given in BUILT_IN and tokenizer.eos_token is None:
+        raise UserError(
+            f"The tokenizer has no end-of-text token (eos_token), which the template {given} ends answers with. Set it in its files."
+        )
     text = _read_template(given) if given else tokenizer.get_chat_template()
     return ChatTemplate(tokenizer, (_FIXED_DATE if "strftime_now" in text else "") + text)
 
 
+def with_template(tokenizer: Any, given: str) -> Any:
+    """Returns the tokenizer with a template that is given as its own: it is exported with what the model learns to answer to.
+
+    Arguments and errors are those of `chat_template`; the tokenizer is changed.
+    """
+    if given:
+        tokenizer.chat_template = _read_template(given)
+    return tokenizer
+
+
 def _read_template(given: str) -> str:
+    if given in BUILT_IN:
+        return BUILT_IN[given]
     if "{" in given:
         return given
     path = pathlib.Path(given).expanduser()
@@ -149,7 +177,7 @@ def _read_template(given: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(
-            f"config.data.template: {given} is neither Jinja text nor a readable file ({error}).{nearest(path.name, beside)}"
+            f"config.data.template: {given} is neither Jinja text nor a readable file ({error}).{nearest(path.name, [*beside, *BUILT_IN])}"
         ) from error
 
 

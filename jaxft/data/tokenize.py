@@ -65,7 +65,9 @@ def prompt_tokens(asked: Sequence[Sequence[Message]], places: Sequence[str], tok
     """
     template = chat_template(tokenizer, config.template)
     if template is None and any(len(turns) > 1 for turns in asked):
-        raise UserError("The tokenizer has no chat template, so a prompt is one text. Give --config.data.template for more turns.")
+        raise UserError(
+            "The tokenizer has no chat template, so a prompt is one text. Give --config.data.template=plain, or one, for more turns."
+        )
     if template is None:
         encoded = tokenizer([turns[0]["content"] for turns in asked])
     else:
@@ -138,11 +140,14 @@ def _plain_tokens(found: Conversation, tokenizer: Any, place: str) -> tuple[np.n
     """Returns a row without a chat template: text, or a prompt joined with its completion; then the end-of-text token."""
     if found.messages and not found.plain:
         raise UserError(
-            f"{place}: the tokenizer has no chat template, which the row's format needs. Give --config.data.template, or text "
-            "formats in --config.data.prompt and --config.data.completion."
+            f"{place}: the tokenizer has no chat template, which the row's format needs. Give --config.data.template=plain, or one, or "
+            "text formats in --config.data.prompt and --config.data.completion."
         )
     if len(found.messages) > 2:
-        raise UserError(f"{place}: the tokenizer has no chat template to put config.data.system into. Write it into config.data.prompt.")
+        raise UserError(
+            f"{place}: the tokenizer has no chat template to put config.data.system into. Write it into "
+            "config.data.prompt, or give --config.data.template=plain."
+        )
     if tokenizer.eos_token_id is None:
         raise UserError("The tokenizer has no end-of-text token (eos_token), so a model could not learn to stop. Set it in its files.")
     prompt, completion = [message["content"] for message in found.messages] or ["", found.text]

@@ -19,6 +19,7 @@ from jaxft.data import folds
 from jaxft.data.batches import Batches
 from jaxft.data.examples import Examples, NextTokens, answer_end
 from jaxft.data.sources import SPLITS, Rows, load_splits
+from jaxft.data.template import with_template
 from jaxft.data.tokenize import COLUMNS, describe
 from jaxft.errors import UserError, unknown
 from jaxft.hub.load import OriginalKernels, compute_type, describe_pretrained, load_pretrained
@@ -219,7 +220,7 @@ def _described(experiment: Experiment, mesh: Mesh, options: dict[str, Any]) -> D
     if train.best_metric not in task.metrics(model):
         raise unknown("train.best_metric", train.best_metric, task.metrics(model))
     kernels = OriginalKernels(config.source, config.revision, task.model_task, seed=train.seed, **options)
-    tokenizer = task.fit_tokenizer(load_tokenizer(config.source, config.revision))
+    tokenizer = task.fit_tokenizer(with_template(load_tokenizer(config.source, config.revision), experiment.data.template))
     experiment = dataclasses.replace(experiment, task=task.tokenized(tokenizer))
     method, shapes = fit_method(experiment.method.tokenized(tokenizer), model, shapes, train.seed, kernels)
     experiment = dataclasses.replace(experiment, method=with_head(experiment.method, model, shapes))

@@ -1,5 +1,6 @@
 """Examples hold the right tokens, are cut only where that leaves something to learn, and come from the cache only when nothing changed."""
 
+import copy
 import dataclasses
 
 import datasets
@@ -9,7 +10,7 @@ import pytest
 from jaxft.config import DataConfig
 from jaxft.data import tokenize as module
 from jaxft.data.sources import Rows, load_rows
-from jaxft.data.tokenize import COLUMNS, describe, tokenize
+from jaxft.data.tokenize import COLUMNS, describe, prompt_tokens, tokenize
 from jaxft.errors import UserError
 
 CHATML = (
@@ -89,7 +90,7 @@ NO_TEMPLATE = {
     "messages": (
         {"messages": TALK},
         {},
-        "line 1: the tokenizer has no chat template, which the row's format needs. Give --config.data.template",
+        "line 1: the tokenizer has no chat template, which the row's format needs. Give --config.data.template=plain",
     ),
     "alpaca": ({"instruction": "a", "output": "b"}, {}, "no chat template, which the row's format needs"),
     "system": ({"prompt": "a", "completion": "b"}, {"system": "x"}, "no chat template to put config.data.system into"),
@@ -100,6 +101,26 @@ NO_TEMPLATE = {
 def test_rows_that_need_a_template(row, fields, message, byte_level):
     with pytest.raises(UserError, match=message):
         tokenize(rows_of(row), byte_level, DataConfig(**fields))
+
+
+def test_the_plain_template_is_for_tokenizers_without_one(byte_level):
+    row = {"messages": [{"role": "system", "content": "be brief"}, *TALK]}
+    examples = tokenize(rows_of(row), byte_level, DataConfig(template="plain"))
+    text = "\n\n".join(
+        ["be brief", *(f"### {turn['role'].title()}:\n{turn['content']}{'<|im_end|>' * (turn['role'] == 'assistant')}" for turn in TALK)]
+    )
+    assert byte_level.decode(examples.tokens) == text
+    assert scored_text(byte_level, examples) == "".join(f"{turn['content']}<|im_end|>" for turn in TALK if turn["role"] == "assistant")
+    (asked,) = prompt_tokens([row["messages"][:-1]], ["line 1"], byte_level, DataConfig(template="plain"))
+    assert asked.tolist() == examples.prompt(0).tolist()
+    assert byte_level.decode(asked).endswith("\n\n### Assistant:\n")
+
+
+def test_the_plain_template_needs_an_end_of_text(byte_level):
+    endless = copy.deepcopy(byte_level)
+    endless.eos_token = None
+    with pytest.raises(UserError, match="no end-of-text token .eos_token., which the template plain ends answers with"):
+        tokenize(rows_of({"messages": TALK}), endless, DataConfig(template="plain"))
 
 
 # ---------------------------------------------------------------- cutting
