@@ -67,7 +67,7 @@ def generate(
     """
     if adapters is not None and len(adapters) != len(prompts):
         raise UserError(f"There are {len(prompts)} prompts and {len(adapters)} adapters; there must be one a prompt.")
-    _check_positions(model, max(map(len, prompts), default=0), virtual_tokens(params), sampling.max_new_tokens)
+    _check_positions(model, [len(prompt) for prompt in prompts], virtual_tokens(params), sampling.max_new_tokens)
     order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
     made: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
     for number, start in enumerate(range(0, len(order), batch_size)):
@@ -84,14 +84,14 @@ def generate(
     return made
 
 
-def _check_positions(model: Any, longest: int, before: int, new: int) -> None:
+def _check_positions(model: Any, lengths: Sequence[int], before: int, new: int) -> None:
     """Raises `UserError` where a model with a table of positions has too few for the longest prompt and its answer."""
-    positions = model.config.max_position_embeddings
+    positions, longest = model.config.max_position_embeddings, max(lengths, default=0)
     if model.config.learned_positions and before + longest + new > positions:
         after = f" after {before} virtual tokens" if before else ""
         raise UserError(
-            f"A prompt has {longest} tokens{after}, and its answer may have {new}; the model has {positions} positions. "
-            "Shorten the prompt, or lower max_new_tokens."
+            f"Prompt {lengths.index(longest) + 1} has {longest} tokens{after}, and its answer may have {new}; the model has {positions} "
+            "positions. Shorten the prompt, or lower max_new_tokens."
         )
 
 

@@ -5,10 +5,12 @@ import re
 
 import jax
 import numpy as np
+import pytest
 from tiny_models import VOCABULARY, make_pair, moved
 
 import jaxft
-from jaxft.methods import LoRA
+from jaxft.methods import IA3, LoRA
+from jaxft.methods.partition import check_patterns, names_of
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "methods.md"
 
@@ -24,3 +26,16 @@ def test_its_examples_run(tmp_path, monkeypatch):
         exec(block, given)
     assert given["logits"].shape == (3, 7, VOCABULARY)
     assert [len(text) for text in given["texts"]] == [8, 8, 8]
+
+
+@pytest.mark.parametrize(("family", "column", "task"), [("llama", 2, "causal_lm"), ("gpt2", 3, "causal_lm"), ("bert", 4, "masked_lm")])
+def test_the_names_of_each_family_are_its_models(family, column, task):
+    _, model, base = make_pair(family, task, num_hidden_layers=2)
+    rows = [line.split(" | ") for line in PAGE.read_text(encoding="utf-8").splitlines() if line.count(" | ") == 3]
+    named = {row[0].strip("| "): re.findall(r"`(.+?)`", row[column - 1]) for row in rows if "`" in row[1]}
+    assert len(named) == 5
+    for kind, patterns in named.items():
+        check_patterns(patterns, names_of(base), kind)
+    found = IA3().init(jax.random.key(0), model, base)
+    expected = IA3(tuple(named["vectors of `IA3()`"]), tuple(named["vectors of `IA3()`"][-1:])).init(jax.random.key(0), model, base)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
