@@ -25,7 +25,8 @@ The weights are not bundled: `openai-community/gpt2` comes from the hub, 0.5 GB.
 `--config.model.source=openai-community/gpt2-medium`, `gpt2-large`, `gpt2-xl`, `distilbert/distilgpt2`.
 
 Hardware: two CPU cores. Neither time, memory nor what it reaches is measured here: the machine that measured the other recipes has no
-network. Computed: 1,179,648 of 125,619,504 parameters train; 0.5 GB of weights, 19 MB of LoRA with its gradient and moments.
+network. Measured with GPT-2's vocabulary alone: a row has 158 tokens in the mean, 341 at most, which max_length holds. Computed:
+1,179,648 of 125,619,504 parameters train; 0.5 GB of weights, 19 MB of LoRA with its gradient and moments.
 """
 
 import dataclasses
