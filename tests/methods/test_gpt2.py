@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from method_checks import base, check_merge, check_start, check_what_moves, logits
+from method_checks import base, check_cuts, check_merge, check_start, check_two_devices, check_what_moves, logits
 from tiny_models import largest_difference, moved
 
 from jaxft.errors import UserError
@@ -65,6 +65,16 @@ TOGETHER = {  # what trains in each is all that its methods train, and what is f
 @pytest.mark.parametrize("name", TOGETHER)
 def test_only_what_trains_moves(name):
     check_what_moves(TOGETHER[name], FAMILY)
+
+
+@pytest.mark.slow
+def test_how_a_batch_is_cut_changes_nothing():
+    check_cuts(TOGETHER["another"], FAMILY)
+
+
+@pytest.mark.slow
+def test_two_devices_are_one():
+    check_two_devices(TOGETHER["one"], FAMILY, {"data_parallel": 1, "tensor_parallel": 2})
 
 
 @pytest.mark.parametrize("method", [Bottleneck(), Bottleneck.par_bn()], ids=["sequential", "parallel"])
