@@ -92,7 +92,7 @@ def test_the_share_is_the_one_asked_for_and_every_token_has_it(policy):
 @pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy.spans])
 def test_spans_have_geometric_lengths_up_to_the_longest(policy):
     policy = Policy(policy.whole_words, True, span_p=0.3, span_max=6)
-    groups, numbers = many(policy)
+    groups, numbers = many(policy, length=2048, rows=32, count=204)
     lengths = [
         len(set(numbers[found == group].tolist())) if policy.whole_words else int((found == group).sum())
         for found in groups
@@ -100,7 +100,7 @@ def test_spans_have_geometric_lengths_up_to_the_longest(policy):
     ]
     shares = np.bincount(lengths, minlength=7)[1:] / len(lengths)
     assert len(lengths) > 1000
-    # standard errors up to 0.013; a span that meets an earlier one, or where the count ends, is shorter: some percent of them
+    # standard errors up to 0.013; a span that meets an earlier one, or a row's last, is shorter: some percent of them
     np.testing.assert_allclose(shares, policy.span_shares, atol=0.05)
     np.testing.assert_allclose(np.mean(lengths), policy.span_mean, rtol=0.1)
 
