@@ -6,7 +6,8 @@ MiniLM-L6, a BERT of six layers, with a new head; 540 reviews are trained on, 37
 the row's own drug or condition as it is spelt there (`jaxft.data.drug_tags`). Runs anywhere, with nothing downloaded.
 
 Hardware: two CPU cores, 1.3 GB of memory. 665,477 of 23,230,889 parameters train.
-Its result over several seeds isn't measured yet. The majority tag, O, has 0% F1 of entities at 99.0% accuracy.
+Its result over several seeds isn't measured yet. The majority tag, O, has 0% F1 of entities at 99.0% accuracy; the commonest tag that each
+word has in training, 21.7% (1.3) F1, mean and deviation of the splits of seeds 0, 1, 2.
 """
 
 from jaxft.config import DataConfig, EvalConfig, Experiment, ModelConfig, OptimizerConfig, TrainConfig
