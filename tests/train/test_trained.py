@@ -12,7 +12,6 @@ from jaxft import overrides
 from jaxft.data import sources
 from jaxft.data import tokenize as tokenizing
 from jaxft.methods import LoRA, SparseMask
-from jaxft.tasks import sft
 from jaxft.train import run, setup
 from jaxft.train.checkpoint import Checkpoints
 
@@ -49,7 +48,7 @@ def read(monkeypatch):
         return original(rows, *arguments)
 
     monkeypatch.setattr(sources, "load_rows", load_rows)
-    monkeypatch.setattr(sft, "tokenize", tokenize)
+    monkeypatch.setattr(tokenizing, "tokenize", tokenize)
     return found
 
 
