@@ -106,7 +106,7 @@ class EvalConfig:
     split: str = "test"  # validation or test
     limit: int = 0  # examples; 0 is all
     batch_size: int = 16  # rows a batch
-    gap: bool = True  # at each evaluation in training, also measure the loss on as many training examples as validation has
+    gap: bool = True  # at each evaluation in training, also measure the loss on as many training rows as validation has
     generate: bool = True  # also generate answers and compare them with the true ones
     max_new_tokens: int = 32  # of a generated answer, at most
     temperature: float = 0.0  # 0 is greedy

@@ -39,6 +39,14 @@ class Gap:
         )
 
 
-def sample(training: int, count: int, seed: int) -> np.ndarray:
-    """Returns `count` of so many training examples, or all where there are fewer: the same at every evaluation, (n,) int64, ascending."""
-    return np.sort(np.random.default_rng((seed, *b"gap")).choice(training, min(count, training), replace=False))
+def sample(rows: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Returns the numbers of the training examples of `count` rows, or of all where there are fewer: the same at every evaluation.
+
+    Args:
+      rows: (examples,) int, the row of the data that each example is of; what belongs together stays together.
+      count: rows.
+      seed: of the draw.
+    """
+    every = np.unique(rows)
+    chosen = np.random.default_rng((seed, *b"gap")).choice(every, min(count, len(every)), replace=False)
+    return np.flatnonzero(np.isin(rows, chosen))

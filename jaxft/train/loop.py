@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from flax import linen as nn
 
@@ -196,7 +197,7 @@ class Loop:
         if not self._setup.experiment.eval.gap:
             return {}, progress
         examples = self._setup.examples["train"]
-        chosen = sample(len(examples), len(self._setup.examples["validation"]), self._train.seed)
+        chosen = sample(examples.rows, len(np.unique(self._setup.examples["validation"].rows)), self._train.seed)
         training = self._evaluator.loss(state, examples, chosen)
         gap = progress.gap.after(step, validation, training)
         if gap.warned and not progress.gap.warned:

@@ -37,7 +37,15 @@ def test_it_warns_once_and_says_since_when():
 
 
 def test_the_sample_is_drawn_once_for_a_seed():
-    one, again, other = sample(100, 20, 0), sample(100, 20, 0), sample(100, 20, 1)
+    rows = np.arange(100)
+    one, again, other = sample(rows, 20, 0), sample(rows, 20, 0), sample(rows, 20, 1)
     assert one.tolist() == again.tolist() != other.tolist()
     assert len(set(one.tolist())) == 20
-    np.testing.assert_array_equal(sample(10, 20, 0), np.arange(10))
+    np.testing.assert_array_equal(sample(rows[:10], 20, 0), np.arange(10))
+
+
+def test_all_examples_of_a_row_are_sampled_or_none():
+    rows = np.repeat(np.arange(30), 4)  # as the choices of a question
+    found = sample(rows, 7, 0)
+    assert len(found) == 28
+    assert set(np.bincount(rows[found])) == {0, 4}
