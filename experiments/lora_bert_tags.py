@@ -6,8 +6,9 @@ MiniLM-L6, a BERT of six layers, with a new head; 540 reviews are trained on, 37
 the row's own drug or condition as it is spelt there (`jaxft.data.drug_tags`). Runs anywhere, with nothing downloaded.
 
 Hardware: two CPU cores, 1.3 GB of memory. 665,477 of 23,230,889 parameters train.
-Its result over several seeds isn't measured yet. The majority tag, O, has 0% F1 of entities at 99.0% accuracy; the commonest tag that each
-word has in training, 21.7% (1.3) F1, mean and deviation of the splits of seeds 0, 1, 2.
+Its result isn't measured yet; at a rate of 1e-3, one row a step, two epochs end where the majority tag stands. The majority tag, O, has
+0% F1 of entities at 99.0% accuracy and a loss of 0.069; the commonest tag that each word has in training, 21.7% (1.3) F1, mean and
+deviation of the splits of seeds 0, 1, 2.
 """
 
 from jaxft.config import DataConfig, EvalConfig, Experiment, ModelConfig, OptimizerConfig, TrainConfig
@@ -33,7 +34,7 @@ def get_config(variant: str = "") -> Experiment:
         ),
         method=LoRA(rank=16, alpha=32),
         task=TokenClassification(),
-        train=TrainConfig(epochs=2.0, batch_size=1),  # a packed row holds two or three reviews
-        optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.01),
+        train=TrainConfig(epochs=4.0, batch_size=2),  # 2 packed rows hold about 5 reviews
+        optimizer=OptimizerConfig(learning_rate=3e-4, weight_decay=0.01),
         eval=EvalConfig(),
     )
