@@ -12,6 +12,7 @@ Needs jaxft's extra `benchmark`. Writes encoders.json and encoders.md.
 
 import argparse
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -60,7 +61,9 @@ def side(script: str, job: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         given, out = pathlib.Path(folder) / "job.json", pathlib.Path(folder) / "out.json"
         given.write_text(json.dumps(job))
-        done = subprocess.run([sys.executable, str(HERE / script), str(given), str(out)], capture_output=True, text=True, check=False)
+        path = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))  # where the experiments are
+        command = [sys.executable, str(HERE / script), str(given), str(out)]
+        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"{script} failed:\n{done.stderr[-3000:]}")
         found: dict[str, Any] = json.loads(out.read_text())

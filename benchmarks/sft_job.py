@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 BUNDLED = "bundled:smollm2-135m-instruct"
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # where the experiments are
 TINY = "tiny"  # a random model of six small layers, with the bundled model's tokenizer
 
 

@@ -8,7 +8,7 @@ import pytest
 from tiny_models import make_examples
 
 import experiments
-from jaxft.tasks import sft
+from jaxft.data import tokenize
 from jaxft.train import setup
 
 END = 3
@@ -31,7 +31,7 @@ def test_the_last_scored_token_ends_an_answer_if_it_is_special(examples, end, st
 
 @pytest.mark.parametrize(("examples", "warned"), [(ending_with(END), False), (ending_with(50), True), (ending_with(50, cut=1), False)])
 def test_a_template_that_ends_no_answer_is_told(monkeypatch, capsys, examples, warned):
-    monkeypatch.setattr(sft, "tokenize", lambda *_: examples)
+    monkeypatch.setattr(tokenize, "tokenize", lambda *_: examples)
     monkeypatch.setattr(setup, "look_quickly", lambda *_: None)
     setup.load_examples(experiments.load("lora_llama2"), {"train": "rows", "validation": "rows"}, TOKENIZER, None)
     said = " ".join(capsys.readouterr().out.split())

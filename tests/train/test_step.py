@@ -32,7 +32,7 @@ TOLERANCE = 1e-6  # float32 rounding of parameters of order 0.1 to 1 after steps
 
 @functools.cache
 def base(dtype="float32"):
-    return load(make_reference("llama", num_hidden_layers=2), dtype)
+    return load(make_reference("llama", num_hidden_layers=2), dtype=dtype)
 
 
 def parts(method=METHOD, dtype="float32"):
