@@ -38,6 +38,10 @@ def choices_of(row: Mapping[str, Any], place: str) -> Choices:
     found, names = (given.get("text"), given.get("label") or ()) if isinstance(given, Mapping) else (given, ())
     if not isinstance(found, list | tuple):
         raise UserError(f"{place}: 'choices' must be a list of texts, not {given!r:.80}.")
+    if None in found:
+        raise UserError(f"{place}: choice {list(found).index(None) + 1} is null. Fill it, or leave it out.")
+    if names and (not isinstance(names, list | tuple) or len(names) != len(found)):
+        raise UserError(f"{place}: the label of 'choices' must be a list of a name for each of the {len(found)} texts, not {names!r:.80}.")
     texts = tuple(str(one) for one in found)
     if len(texts) < 2:
         raise UserError(f"{place}: 'choices' has {len(texts)}: there is nothing to choose from. Give two or more, or remove the row.")

@@ -94,8 +94,13 @@ class LabelColumn:
 
     def _check_filled(self) -> None:
         for i, value in enumerate(self.values):
-            if value is None or (isinstance(value, str) and not value.strip()):
+            parts = value if isinstance(value, (list, tuple)) else (value,)
+            if any(part is None or (isinstance(part, str) and not part.strip()) for part in parts):
                 raise UserError(f"{self._place(i)}: column '{self.column}' is empty: the row has no label. Fill it, or remove the row.")
+            if wrong := [part for part in parts if not isinstance(part, str | int | float)]:
+                raise UserError(
+                    f"{self._place(i)}: column '{self.column}' holds {wrong[0]!r}. A label is a text or a number, or a list of such."
+                )
 
     def _place(self, i: int) -> str:
         return self.rows.place(i)

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -194,13 +195,15 @@ def judge(texts: Sequence[str], labels: Sequence[str], seed: int = 0) -> Judgeme
     if len(names) < 2:
         return None
     classes = {name: number for number, name in enumerate(names)}
-    rows = np.array([i for i, value in enumerate(labels) if value in classes])
+    rows = np.array([i for i, value in enumerate(labels) if value in classes and re.search(r"\w", texts[i])], np.int64)
     most = min(_MOST_ROWS, _MOST_WORK // len(names))
     if len(rows) > most:
         rows = np.sort(np.random.default_rng((seed, *b"labels")).choice(rows, most, replace=False))
     given = np.array([classes[labels[i]] for i in rows])
     kept = np.isin(given, np.flatnonzero(np.bincount(given, minlength=len(names)) >= _RARE))  # the draw may leave too few of one
     rows, given = rows[kept], given[kept]
+    if len(np.unique(given)) < 2:
+        return None
     probabilities = np.zeros((len(rows), len(names)))
     probabilities[:, np.unique(given)] = _out_of_fold([texts[i] for i in rows], given, seed)
     return _judged(rows, given, probabilities, names)

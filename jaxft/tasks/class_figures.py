@@ -1,6 +1,7 @@
 """Figures of classes by scikit-learn and SciPy, and the confusion matrix as a picture."""
 
 import io
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from threadpoolctl import threadpool_limits
 from jaxft.models.heads import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from jaxft.tasks.base import Report, by_class
 
+_WORD = r"\w+"
 _MOST_TEXTS = 20_000  # that the linear baseline reads
 _MOST = 30  # labels whose numbers can still be read
 
@@ -56,13 +58,13 @@ def word_logits(texts: Sequence[str], classes: np.ndarray, held_out: Sequence[st
       texts: to train on; of more than 20,000 the first so many are taken.
       classes: (texts,) int.
       held_out: to classify.
-      count: of the classes; one that training lacks gets the probability of a single row.
+      count: of the classes; one that training lacks gets the probability of a single row. Where training has no word, all are alike.
     """
     texts, classes = texts[:_MOST_TEXTS], classes[:_MOST_TEXTS]
-    words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), token_pattern=r"\w+", max_features=200_000)
+    words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), token_pattern=_WORD, max_features=200_000)
     model = make_pipeline(words, LogisticRegression(C=10.0, max_iter=300, tol=1e-3))
     found = np.full((len(held_out), count), 1 / len(texts))
-    if len(np.unique(classes)) > 1:
+    if len(np.unique(classes)) > 1 and any(re.search(_WORD, text) for text in texts):
         with threadpool_limits(1):  # products this small are slower, up to thirty times, on several threads
             model.fit(texts, classes)
             found[:, model.classes_] = model.predict_proba(held_out)

@@ -68,7 +68,7 @@ def head_sums(
     slots = hidden[0].shape[0]
 
     def logits(index: int, rows: jax.Array) -> jax.Array:
-        own = {name: jax.random.fold_in(key, index) for name, key in rngs.items()}
+        own = {name: jax.random.fold_in(key, len(hidden) + index) for name, key in rngs.items()}  # the passes' own come before these
         made: Any = model.apply({"params": params}, rows, method="logits", rngs=own)
         return made
 

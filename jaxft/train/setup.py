@@ -127,6 +127,7 @@ def check(experiment: Experiment) -> Mesh:
     return placement.make_mesh(train)
 
 
+_BETTER_BELOW = ("loss", "perplexity")  # metrics of which less is better; of all others more is
 NONE, FORMATS = "none", ("nf4", "fp4", "int8")  # of model.quantization
 
 
@@ -219,6 +220,8 @@ def _described(experiment: Experiment, mesh: Mesh, options: dict[str, Any]) -> D
     model = dropout.with_dropout(model, dropout_rates(config))
     if train.best_metric not in task.metrics(model):
         raise unknown("train.best_metric", train.best_metric, task.metrics(model))
+    if (wanted := "min" if train.best_metric in _BETTER_BELOW else "max") != train.best_mode:
+        raise UserError(f"train.best_mode={train.best_mode} would keep the worst {train.best_metric}. Set train.best_mode={wanted}.")
     kernels = OriginalKernels(config.source, config.revision, task.model_task, seed=train.seed, **options)
     tokenizer = task.fit_tokenizer(with_template(load_tokenizer(config.source, config.revision), experiment.data.template))
     experiment = dataclasses.replace(experiment, task=task.tokenized(tokenizer))

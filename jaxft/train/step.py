@@ -48,7 +48,7 @@ def make_step(
             options["r_drop"] = r_drop
 
         def loss(trainable: Any) -> tuple[jax.Array, Sums]:
-            used = mixed(trainable, start, mixout, jax.random.fold_in(key, 2)) if mixout else trainable
+            used = mixed(trainable, start, mixout, jax.random.fold_in(key, 3)) if mixout else trainable
             sums = task.sums(model, combine(used, frozen), batch, rngs, **options)
             return sums.loss, sums
 

@@ -22,7 +22,7 @@ from jaxft.data.sources import Rows
 from jaxft.errors import UserError
 from jaxft.models.heads import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from jaxft.tasks import SequenceClassification
-from jaxft.tasks.class_figures import figures
+from jaxft.tasks.class_figures import figures, word_logits
 
 WORDS = [f"w{number}" for number in range(80)]
 LENGTHS = (3, 17, 9, 40, 1, 12)
@@ -151,7 +151,7 @@ def test_r_drop_adds_half_the_symmetric_divergence_to_the_mean_of_two_passes():
     def logits(number):
         own = jax.random.fold_in(key, number)
         hidden = task.hidden(model, params, batch, {"dropout": own})
-        return model.apply({"params": params}, hidden, method="logits", rngs={"dropout": jax.random.fold_in(key, number)})
+        return model.apply({"params": params}, hidden, method="logits", rngs={"dropout": jax.random.fold_in(key, 2 + number)})
 
     one, other = logits(0), logits(1)
     targets, weights = batch["targets"].reshape(-1), batch["weights"].reshape(-1)
@@ -197,6 +197,12 @@ def test_the_majority_has_the_loss_of_the_shares_in_training():
     expected = np.mean([-np.log(shares[label]) for label in ["no", "yes", "yes", "no", "no", "maybe"]])
     assert found["loss"] == pytest.approx(expected, rel=1e-5)
     assert found["accuracy"] == 0.5
+
+
+def test_the_linear_baseline_knows_words_and_does_without():
+    texts, classes = ["good pill", "bad pill", "good day", "bad day"] * 5, np.array([0, 1, 0, 1] * 5)
+    assert word_logits(texts, classes, ["good night", "bad night"], 2).argmax(1).tolist() == [0, 1]
+    assert np.ptp(word_logits(["!!", "??"], np.array([0, 1]), ["!"], 2)) == 0
 
 
 def test_the_report_counts_each_label():
@@ -245,6 +251,8 @@ def test_a_label_that_the_model_has_not_is_told_with_its_place(name):
     ("labels", "options", "message"),
     [
         (["yes", "", "no", "no", "no", "no"], {}, "line 2: column 'label' is empty"),
+        ([["yes"], ["no", None], ["no"], ["no"], ["no"], ["no"]], {}, "line 2: column 'label' is empty"),
+        ([{"a": 1}] * 6, {}, "line 1: column 'label' holds {'a': 1}"),
         (["yes"] * 6, {}, "one label only, 'yes'"),
         (PROBLEMS[MULTI_LABEL], {"balanced": True}, "are for single labels, not for multi_label_classification"),
         (PROBLEMS[REGRESSION], {"label_smoothing": 0.1}, "label_smoothing is for single labels"),
