@@ -1,5 +1,6 @@
 """What a model reads of each row, where its head reads the hidden states, and what it should make of them."""
 
+import abc
 import dataclasses
 import functools
 import itertools
@@ -29,7 +30,7 @@ class Slots:
 
 
 @dataclasses.dataclass(frozen=True)
-class Examples:
+class Examples(abc.ABC):
     """Tokenized rows, one after the other in flat arrays."""
 
     tokens: np.ndarray  # (total,) int32
@@ -54,18 +55,18 @@ class Examples:
         return np.arange(len(self))
 
     @property
+    @abc.abstractmethod
     def slots(self) -> Slots:
         """Where the head reads."""
-        raise NotImplementedError
 
     @property
     def per_token(self) -> Mapping[str, np.ndarray]:
         """What the model is given beside each token, by its name: (total,) int32 each."""
         return {}
 
+    @abc.abstractmethod
     def first(self, count: int) -> Self:
         """Returns the examples of the first `count` rows, or all where there are fewer."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
