@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec as P
 from jaxft.errors import UserError
 from jaxft.methods.base import Method
 from jaxft.methods.kernels import KERNEL, check_ranks, fold, key_of
-from jaxft.methods.lora import dropped, narrow
+from jaxft.methods.lora import narrow
 from jaxft.methods.partition import check_targets, first_match, partition
 from jaxft.models import segments
+from jaxft.models.dropout import dropped
 from jaxft.models.node import Around, Kernel, dense, dot, is_node, node
 
 Params = dict[str, Any]

@@ -13,6 +13,7 @@ from jaxft.errors import UserError, unknown
 from jaxft.methods.base import Method, Params
 from jaxft.methods.partition import check_layers
 from jaxft.models import segments
+from jaxft.models.dropout import dropped
 from jaxft.models.layers import ACTIVATIONS
 from jaxft.models.node import Join
 
@@ -62,10 +63,7 @@ class BottleneckAdapter(Join):
         joined = residual + output
         x = norm(joined) if self.input == "sum" else {"output": output, "residual": residual}[self.input]
         added = self.up(NONLINEARITIES[self.activation](self.down(x))) * self.scale.astype(x.dtype)
-        if self.dropout is not None and rng is not None:
-            keep = jax.random.bernoulli(rng, 1.0 - self.dropout, added.shape)
-            added = jnp.where(keep, added / (1.0 - self.dropout).astype(x.dtype), 0)
-        return joined + added
+        return joined + dropped(added, self.dropout, rng)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,7 @@ from jaxft.methods.partition import (
 )
 from jaxft.methods.rates import scaled
 from jaxft.models import segments
+from jaxft.models.dropout import dropped
 from jaxft.models.node import Around, Kernel, Node, dense, dot, is_node, is_quantized, node, prepared, take
 
 Params = dict[str, Any]
@@ -57,13 +58,6 @@ def _narrow_backward(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> 
 
 
 narrow.defvjp(_narrow_forward, _narrow_backward)
-
-
-def dropped(x: jax.Array, rate: jax.Array | None, rng: jax.Array | None) -> jax.Array:
-    """Returns x with a share `rate` of it zero and the rest scaled up, or x itself without a rate or a key."""
-    if rate is None or rng is None:
-        return x
-    return jnp.where(jax.random.bernoulli(rng, 1.0 - rate, x.shape), x / (1.0 - rate).astype(x.dtype), 0)
 
 
 @node

@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec as P
 from jaxft.errors import UserError
 from jaxft.methods.base import Params
 from jaxft.methods.kernels import KERNEL
-from jaxft.methods.lora import LoRA, LoRAKernel, dropped, narrow
+from jaxft.methods.lora import LoRA, LoRAKernel, narrow
 from jaxft.methods.lora_combination import check_rest, low_rank_kernels
 from jaxft.models import segments
+from jaxft.models.dropout import dropped
 from jaxft.models.node import Around, Kernel, Shared, dot, is_node, node, take
 
 BASE_ALONE = -1  # the row has no adapter

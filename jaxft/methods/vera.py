@@ -17,6 +17,7 @@ from jaxft.methods.kernels import chosen_kernels, fold, is_kernel, mask_of_nodes
 from jaxft.methods.partition import first_match
 from jaxft.models import segments
 from jaxft.models.attention import KEPT
+from jaxft.models.dropout import dropped
 from jaxft.models.node import Around, Kernel, Shared, dense, dot, is_node, node
 from jaxft.models.segments import Leaf
 
@@ -38,12 +39,8 @@ class VeRAKernel(Around):
     dropout: jax.Array | None
 
     def dot(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
-        low = x
-        if self.dropout is not None and rng is not None:
-            keep = jax.random.bernoulli(rng, 1.0 - self.dropout, x.shape)
-            low = jnp.where(keep, x / (1.0 - self.dropout).astype(x.dtype), 0)
         first, second = (part.astype(x.dtype) for part in self._projections())
-        low = checkpoint_name(low @ first, KEPT) * self.lambda_d.astype(x.dtype)
+        low = checkpoint_name(dropped(x, self.dropout, rng) @ first, KEPT) * self.lambda_d.astype(x.dtype)
         return dot(x, self.base, rng) + (low @ second) * self.lambda_b.astype(x.dtype)
 
     def dense(self) -> jax.Array:

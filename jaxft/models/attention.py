@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxft.models.dropout import dropped
+
 SHARED = -1  # segment id of tokens that every example of the row sees
 PADDING = 0  # segment id of padding
 QUERY_BLOCK = 128  # queries a block on the plain path: keys above a block's diagonal are never multiplied
@@ -127,14 +129,6 @@ def _scores(query: jax.Array, key: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask[:, None, None], scores.reshape(batch, groups, heads, queries, -1), _MASKED)
 
 
-def _dropped(weights: jax.Array, rng: jax.Array | None, dropout: float) -> jax.Array:
-    """The weights that are left, scaled up; the same ones at each call with one key."""
-    if rng is None or not dropout:
-        return weights
-    keep = jax.random.bernoulli(rng, 1.0 - dropout, weights.shape)
-    return jnp.where(keep, weights / (1.0 - dropout), 0.0)
-
-
 def _forward(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, rng: jax.Array | None, dropout: float
 ) -> tuple[jax.Array, tuple[Any, ...]]:
@@ -142,7 +136,7 @@ def _forward(
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = _times(_dropped(weights, rng, dropout).astype(value.dtype), value).astype(jnp.float32) / total
+    out = _times(dropped(weights, dropout, rng).astype(value.dtype), value).astype(jnp.float32) / total
     out = checkpoint_name(out.astype(query.dtype), KEPT)
     log_sum = checkpoint_name(top + jnp.log(total), KEPT)
     return out, (query, key, value, mask, rng, out, log_sum)
@@ -163,8 +157,8 @@ def _backward(dropout: float, kept: tuple[Any, ...], gradient: jax.Array) -> tup
     weights = jnp.exp(_scores(query, key, mask) - log_sum)
     shared = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     d_weights = jnp.einsum("bgqd,bgkd->bgqk", flat(gradient), value, preferred_element_type=jnp.float32).reshape(weights.shape)
-    d_scores = (weights * (_dropped(d_weights, rng, dropout) - shared)).astype(query.dtype)
-    d_value = jnp.einsum("bgqk,bgqd->bgkd", flat(_dropped(weights, rng, dropout).astype(value.dtype)), flat(gradient))
+    d_scores = (weights * (dropped(d_weights, dropout, rng) - shared)).astype(query.dtype)
+    d_value = jnp.einsum("bgqk,bgqd->bgkd", flat(dropped(weights, dropout, rng).astype(value.dtype)), flat(gradient))
     d_key = jnp.einsum("bgqk,bgqd->bgkd", flat(d_scores), flat(query))
     return _times(d_scores, key), d_key, d_value, None, None
 

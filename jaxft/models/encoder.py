@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft.errors import UserError, unknown
 from jaxft.models import attention, heads, layers
+from jaxft.models.dropout import dropped
 from jaxft.models.heads import Architecture
 from jaxft.models.layers import Output
 
@@ -186,10 +187,10 @@ class Block(nn.Module):
         linear = functools.partial(_linear, config, self.dtype)
         norm = functools.partial(layers.LayerNorm, config.layer_norm_eps, self.dtype)
         attended = Attention(config, self.dtype, name="attention")(x, prefix, context)
-        attended = layers.dropped(attended, config.attention_output_dropout, layers.dropout_rng(self))
+        attended = dropped(attended, config.attention_output_dropout, layers.dropout_rng(self))
         x = layers.join(self, "attention_output", x, attended, norm(name="attention_norm"))
         inner = layers.ACTIVATIONS[config.hidden_act](linear(config.intermediate_size, name="intermediate")(x))
-        fed = layers.dropped(linear(config.hidden_size, name="output")(inner), config.hidden_dropout, layers.dropout_rng(self))
+        fed = dropped(linear(config.hidden_size, name="output")(inner), config.hidden_dropout, layers.dropout_rng(self))
         return layers.join(self, "mlp_output", x, fed, norm(name="output_norm")), cache
 
 
@@ -308,12 +309,12 @@ class Encoder(nn.Module):
         if self.task == heads.MASKED_LM:
             return self.lm_head(x, self.embed.attend)
         if self.task == heads.QUESTION_ANSWERING:
-            return self.qa_outputs(layers.dropped(x, config.classifier_dropout, layers.dropout_rng(self)))
+            return self.qa_outputs(dropped(x, config.classifier_dropout, layers.dropout_rng(self)))
         if self.task == heads.SEQUENCE_CLASSIFICATION:
             if config.pooling_head == DENSE:
                 return self.classifier(x)
             x = layers.ACTIVATIONS[config.pooling_act](self.pooler(x))
-        return self.classifier(layers.dropped(x, config.classifier_dropout, layers.dropout_rng(self)))
+        return self.classifier(dropped(x, config.classifier_dropout, layers.dropout_rng(self)))
 
     def _run(
         self, input_ids: jax.Array, tokens: attention.Tokens, token_type_ids: jax.Array | None, neftune_alpha: jax.Array | float
@@ -338,7 +339,7 @@ class Encoder(nn.Module):
         if config.type_vocab_size:
             kinds = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
             x += self.token_type_embed(kinds).astype(self.dtype)
-        x = layers.dropped(self.embed_norm(x), config.hidden_dropout, layers.dropout_rng(self))
+        x = dropped(self.embed_norm(x), config.hidden_dropout, layers.dropout_rng(self))
         if config.embedding_size != config.hidden_size:
             x = heads.on_rows(self.embed_projection, x)
         return x

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft.errors import UserError, unknown
 from jaxft.models import attention, heads, layers
+from jaxft.models.dropout import dropped
 from jaxft.models.heads import Architecture
 from jaxft.models.layers import Cache, Output
 
@@ -196,7 +197,7 @@ class Attention(nn.Module):
         rng = layers.dropout_rng(self) if config.attention_dropout else None
         out = attention.attention(query, key, value, context.queries, context.keys, None, before, dropout=config.attention_dropout, rng=rng)
         out = linear(config.hidden_size, name="c_proj")(out.reshape(x.shape))
-        return layers.dropped(out, config.hidden_dropout, layers.dropout_rng(self)), cache
+        return dropped(out, config.hidden_dropout, layers.dropout_rng(self)), cache
 
 
 class MLP(nn.Module):
@@ -210,7 +211,7 @@ class MLP(nn.Module):
         linear = functools.partial(layers.Linear, use_bias=True, dtype=self.dtype)
         hidden = layers.ACTIVATIONS[self.config.hidden_act](linear(self.config.intermediate_size, name="c_fc")(x))
         out = linear(self.config.hidden_size, name="c_proj")(hidden)
-        return layers.dropped(out, self.config.hidden_dropout, layers.dropout_rng(self))
+        return dropped(out, self.config.hidden_dropout, layers.dropout_rng(self))
 
 
 class Block(nn.Module):
@@ -323,7 +324,7 @@ class GPT2(nn.Module):
         if self.task == heads.QUESTION_ANSWERING:
             return self.qa_outputs(x)
         if self.task == heads.TOKEN_CLASSIFICATION:
-            return self.classifier(layers.dropped(x, self.config.classifier_dropout, layers.dropout_rng(self)))
+            return self.classifier(dropped(x, self.config.classifier_dropout, layers.dropout_rng(self)))
         if self.task == heads.SEQUENCE_CLASSIFICATION:
             return self.score(x)
         return self.embed.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
@@ -370,7 +371,7 @@ class GPT2(nn.Module):
         index = None if cache is None else cache.index
         tokens, keys, cache = layers.entered(tokens, cache, prefix)
         x += layers.placed(self.position_embed, tokens.positions, config.max_position_embeddings).astype(self.dtype)
-        x = layers.dropped(x, config.embedding_dropout, layers.dropout_rng(self))
+        x = dropped(x, config.embedding_dropout, layers.dropout_rng(self))
         scales = None
         if config.scale_by_layer or not config.scale_by_width:
             scales = jnp.asarray([config.query_scale(layer) for layer in range(config.num_hidden_layers)], jnp.float32)

@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from jaxft.models import layers
 from jaxft.models.attention import PADDING
+from jaxft.models.dropout import dropped
 from jaxft.models.layers import Cache, Output
 
 CAUSAL_LM = "causal_lm"
@@ -158,9 +159,9 @@ class DenseHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = layers.dropped(x, self.dropout, layers.dropout_rng(self))
+        x = dropped(x, self.dropout, layers.dropout_rng(self))
         x = self.activation(layers.Linear(x.shape[-1], True, self.dtype, self.kernel_init, name="dense")(x))
-        x = layers.dropped(x, self.dropout, layers.dropout_rng(self))
+        x = dropped(x, self.dropout, layers.dropout_rng(self))
         return layers.Linear(self.outputs, True, self.dtype, self.kernel_init, name="out_proj")(x)
 
 

@@ -139,14 +139,6 @@ class LayerNorm(nn.Module):
         return (normed * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
-def dropped(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:
-    """Returns x with a share `rate` of its numbers set to 0 and the others divided by 1 - rate; x itself where `rng` is None."""
-    if rng is None or not rate:
-        return x
-    keep = jax.random.bernoulli(rng, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
-
-
 class Embedding(nn.Module):
     """ids (batch, length) int32 -> (batch, length, features); parameter `embedding` (vocabulary, features)."""
 

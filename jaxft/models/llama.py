@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft.errors import UserError, unknown
 from jaxft.models import attention, heads, layers
+from jaxft.models.dropout import dropped
 from jaxft.models.heads import Architecture
 from jaxft.models.layers import Cache, Output
 from jaxft.models.rotary import TYPES, Rotary, angles, rotate
@@ -346,7 +347,7 @@ class Llama(nn.Module):
         if self.task == heads.QUESTION_ANSWERING:
             return self.qa_outputs(x)
         if self.task in heads.CLASSIFYING:
-            return self.score(layers.dropped(x, self.config.classifier_dropout, layers.dropout_rng(self)))
+            return self.score(dropped(x, self.config.classifier_dropout, layers.dropout_rng(self)))
         return self.embed.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
 
     def new_cache(self, batch: int, size: int) -> Cache:

@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxft.models.dropout import kept
+
 
 def mixed(trainable: Any, start: Any, rate: float, key: jax.Array) -> Any:
     """Returns the weights with a share `rate` of them as they were before training, the others scaled so that the mean is theirs.
@@ -21,7 +23,7 @@ def mixed(trainable: Any, start: Any, rate: float, key: jax.Array) -> Any:
     leaves, form = jax.tree.flatten(trainable)
 
     def one(number: int, weight: jax.Array, before: jax.Array) -> jax.Array:
-        keep = jax.random.bernoulli(jax.random.fold_in(key, number), 1.0 - rate, weight.shape)
+        keep = kept(jax.random.fold_in(key, number), 1.0 - rate, weight.shape)
         return before + jnp.where(keep, (weight - before) / (1.0 - rate), 0.0)
 
     return jax.tree.unflatten(form, list(map(one, range(len(leaves)), leaves, jax.tree.leaves(start))))

@@ -23,6 +23,7 @@ from jaxft.methods import LoRA, lora_start
 from jaxft.methods.lora import LoRAKernel
 from jaxft.methods.lora_combination import combine_adapters
 from jaxft.models import node, segments
+from jaxft.models.dropout import kept
 from jaxft.tasks import SFT
 from jaxft.train import optimizer
 from jaxft.train.state import new_state
@@ -159,7 +160,7 @@ def test_dora_with_dropout_is_that_of_peft():
     rate, key = np.float32(0.4), jax.random.key(3)
     kernel = LoRAKernel(arrays["base"], arrays["a"], arrays["b"], np.float32(0.5), rate, magnitude)
     ours = kernel.linear(jnp.asarray(arrays["x"]), jnp.asarray(arrays["bias"]), key)
-    keep = np.asarray(jax.random.bernoulli(key, 1.0 - rate, arrays["x"].shape))
+    keep = np.asarray(kept(key, 1.0 - rate, arrays["x"].shape))
     linear = torch.nn.Linear(16, 6)
     linear.weight.data, linear.bias.data = torch.tensor(arrays["base"].T), torch.tensor(arrays["bias"])
     tuned = peft.tuners.lora.Linear(
