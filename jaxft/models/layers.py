@@ -18,15 +18,21 @@ from jaxft.models.node import Node, dot, linear, take
 
 Initializer = Callable[..., jax.Array]
 
+
+def made_again(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Returns an elementwise function whose backward pass keeps what it was given, and makes its parts again."""
+    return jax.checkpoint(function, prevent_cse=False)
+
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": nn.silu,
-    "swish": nn.silu,
+    "silu": made_again(nn.silu),
+    "swish": made_again(nn.silu),
     "relu": nn.relu,
-    "gelu": lambda x: nn.gelu(x, approximate=False),
-    "gelu_new": nn.gelu,
-    "gelu_fast": nn.gelu,
-    "gelu_pytorch_tanh": nn.gelu,
-    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "gelu": made_again(lambda x: nn.gelu(x, approximate=False)),
+    "gelu_new": made_again(nn.gelu),
+    "gelu_fast": made_again(nn.gelu),
+    "gelu_pytorch_tanh": made_again(nn.gelu),
+    "quick_gelu": made_again(lambda x: x * nn.sigmoid(1.702 * x)),
     "tanh": jnp.tanh,
 }
 
@@ -118,9 +124,14 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+        @made_again
+        def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+            wide = x.astype(jnp.float32)
+            normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+            return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+        return norm(x, scale)
 
 
 class LayerNorm(nn.Module):
@@ -133,10 +144,15 @@ class LayerNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
         bias = parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],), self.dtype)
-        wide = x.astype(jnp.float32)
-        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.epsilon)
-        return (normed * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+        @made_again
+        def norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+            wide = x.astype(jnp.float32)
+            centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+            normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.epsilon)
+            return (normed * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+        return norm(x, scale, bias)
 
 
 class Embedding(nn.Module):

@@ -237,7 +237,9 @@ class MLP(nn.Module):
         linear = functools.partial(layers.Linear, use_bias=self.config.mlp_bias, dtype=self.dtype)
         gate = linear(self.config.intermediate_size, name="gate_proj")(x)
         up = linear(self.config.intermediate_size, name="up_proj")(x)
-        return linear(self.config.hidden_size, name="down_proj")(layers.ACTIVATIONS[self.config.hidden_act](gate) * up)
+        act = layers.ACTIVATIONS[self.config.hidden_act]
+        gated = layers.made_again(lambda gate, up: act(gate) * up)
+        return linear(self.config.hidden_size, name="down_proj")(gated(gate, up))
 
 
 class Block(nn.Module):
