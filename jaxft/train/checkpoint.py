@@ -26,10 +26,10 @@ FREE = (
     "train.checkpoint_every",
     "train.keep",
     "data.cache",
-    "data.test",
     "train.patience",
     "optimizer.offload",
 )
+TEST = "data.test"  # free where the set isn't cut from the training rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,19 +181,32 @@ def _named(state: State) -> dict[str, Any]:
     return {".".join(segments.path_of(keys)): leaf for keys, leaf in flat}
 
 
-def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], folder: pathlib.Path) -> None:
-    """Raises `UserError` where a checkpoint was written under another configuration, naming the fields."""
+def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], folder: pathlib.Path, trains: bool = True) -> None:
+    """Raises `UserError` where a checkpoint was written under another configuration, naming the fields.
+
+    Args:
+      saved: the configuration of the checkpoint.
+      now: the one that is given.
+      folder: of the run, for the message.
+      trains: whether the run goes on, so that the training rows must stay the same; else the test set may be any.
+    """
     before, after = dict(_flat(saved)), dict(_flat(now))
+    free = FREE if trains and (_cuts_test(before) or _cuts_test(after)) else (*FREE, TEST)
     changed = [
         f"{name} was {before.get(name)!r} and is {after.get(name)!r}"
         for name in sorted(before | after)
-        if before.get(name) != after.get(name) and not name.startswith(FREE)
+        if before.get(name) != after.get(name) and not name.startswith(free)
     ]
     if changed:
         raise UserError(
             f"{folder} holds a run of another configuration: {'; '.join(changed)}. Go on with the configuration of its config.json, "
             "or choose another --workdir."
         )
+
+
+def _cuts_test(fields: Mapping[str, Any]) -> bool:
+    """Whether the test set is cut from the training rows, which are then fewer than with a test set of its own."""
+    return not fields.get(TEST) and bool(fields.get("data.split", (0.0,))[-1])
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Any:

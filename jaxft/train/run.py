@@ -254,13 +254,14 @@ def device() -> dict[str, Any]:
     return {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices), "cpus": os.cpu_count()}
 
 
-def _check_workdir(workdir: pathlib.Path, resolved: Mapping[str, Any]) -> None:
-    """Raises `UserError` unless the folder is free or holds this very run; writes nothing."""
+def _check_workdir(workdir: pathlib.Path, resolved: Mapping[str, Any], trains: bool = True) -> None:
+    """Raises `UserError` unless the folder is free or holds this very run; writes nothing; `trains` as of `check_same`."""
     _check_folder(workdir)
     if (workdir / CONFIG).is_file():
         saved = _saved_config(workdir)
         if newest_step(workdir / "checkpoints") is not None or fold_folder(workdir, 0).exists():  # else nothing was trained with it yet
-            check_same(overrides.to_dict(overrides.from_dict(saved)), resolved, workdir)  # with the defaults of fields that came since
+            known = overrides.to_dict(overrides.from_dict(saved))  # with the defaults of fields that came since
+            check_same(known, resolved, workdir, trains)
 
 
 def _check_folder(workdir: pathlib.Path) -> None:
@@ -354,7 +355,7 @@ def _load_best(experiment: Experiment, workdir: pathlib.Path, measured: bool = F
     """The run of a working folder, at its best checkpoint; where it shall be `measured`, with the set of `eval.split`."""
     if not (workdir / CONFIG).is_file():
         raise UserError(f"{workdir} holds no run of jaxft. Train one first (--mode=train), or name its folder by --workdir.")
-    _check_workdir(workdir, overrides.to_dict(experiment))
+    _check_workdir(workdir, overrides.to_dict(experiment), trains=False)
     if is_cross_validation(experiment):
         folder = fold_folder(workdir, 0)
         raise UserError(f"{workdir} holds a run for each of {experiment.data.folds} folds. Name one of them, as --workdir={folder}.")

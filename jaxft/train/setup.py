@@ -313,14 +313,17 @@ def set_up_trained(experiment: Experiment, progress: Progress, measured: bool) -
 
     Args:
       experiment: the run's configuration.
-      progress: of it what the training rows gave: the labels, and what ends an answer.
+      progress: of it what the training rows gave: the labels, and what ends an answer; and the test set beside which they were cut.
       measured: whether its `eval.split` is needed. Other sets aren't tokenized, but for a method that chose by training batches.
     """
+    trained = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, test=progress.config["data"]["test"]))
+    if experiment.eval.split != "test":
+        experiment = trained
     run = _described(experiment, _check_given(experiment), progress.options)
     rows, examples = load_measured(run.experiment, run.tokenizer, run.model) if measured else ({}, {})
     if examples:
         check_positions(examples, experiment, run.model, virtual_tokens(run.shapes))
-    params = _begin(run, lambda: load_training_data(run, load_rows(experiment)).batches)
+    params = _begin(run, lambda: load_training_data(run, load_rows(trained)).batches)
     trainable, frozen, _ = _placed(run, params, run.method.mask(params))
     made = Setup(run.experiment, run.mesh, run.model, run.tokenizer, run.options, rows, examples, progress.answer_end, frozen)
     return made, trainable

@@ -9,7 +9,7 @@ import pytest
 from full_disk import full_above
 
 from jaxft.errors import UserError
-from jaxft.train.checkpoint import Checkpoints, Progress, newest_step
+from jaxft.train.checkpoint import Checkpoints, Progress, check_same, newest_step
 from jaxft.train.state import new_state
 
 PROGRESS = Progress(config={}, base="", before={})
@@ -81,3 +81,25 @@ def test_a_disk_that_is_full_from_the_start_is_told(tmp_path):
     with full_above(0), pytest.raises(UserError, match="No checkpoint was written"):
         save(checkpoints, grown(1, 100))
     assert newest_step(tmp_path / "checkpoints") is None
+
+
+def config(split, **sources):
+    """A configuration of which the sets alone matter."""
+    return {"data": {"train": "a.jsonl", "validation": "", "test": "", "split": split} | sources, "eval": {"limit": 0}}
+
+
+@pytest.mark.parametrize("before", ["", "b.jsonl"])
+def test_a_run_goes_on_with_another_test_set_unless_that_changes_its_training_rows(tmp_path, before):
+    uncut, cut = (0.9, 0.1, 0.0), (0.8, 0.1, 0.1)
+    check_same(config(uncut, test=before), config(uncut, test="c.jsonl"), tmp_path)
+    check_same(config(cut, test="b.jsonl"), config(cut, test="c.jsonl"), tmp_path)
+    for one, other in ((config(cut), config(cut, test="c.jsonl")), (config(cut, test="c.jsonl"), config(cut))):
+        with pytest.raises(UserError, match="data.test was"):
+            check_same(one, other, tmp_path)
+        check_same(one, other, tmp_path, trains=False)  # measured alone: its training rows stay those that it was trained on
+
+
+@pytest.mark.parametrize("split", [(0.9, 0.1, 0.0), (1.0, 0.0, 0.0)])
+def test_no_run_goes_on_with_another_validation_set(tmp_path, split):
+    with pytest.raises(UserError, match="data.validation was '' and is 'b.jsonl'"):
+        check_same(config(split), config(split, validation="b.jsonl"), tmp_path)
