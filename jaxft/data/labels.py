@@ -1,6 +1,8 @@
 """The label column of a classification data set: what kind of labels it has, their names, and each row's as numbers."""
 
 import dataclasses
+import math
+import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -11,6 +13,7 @@ from jaxft.errors import UserError, nearest
 from jaxft.models.heads import MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
 
 _SHOWN = 12  # labels in a message
+_WHOLE = re.compile(r"\s*[+-]?\d+\s*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,8 @@ class LabelColumn:
     def kind(self) -> str:
         """Returns what kind of task the labels are for: lists name several classes, fractions are values, all else is one class.
 
+        Text is a fraction where all labels are numbers and one of them isn't whole: in CSV and TSV files all values are text.
+
         Raises:
           UserError: a row without a label.
         """
@@ -46,7 +51,7 @@ class LabelColumn:
         if any(isinstance(value, (list, tuple)) for value in self.values):
             numbers = [part for value in self.values if isinstance(value, (list, tuple)) for part in value]
             return REGRESSION if numbers and all(isinstance(part, float) for part in numbers) else MULTI_LABEL
-        return REGRESSION if any(isinstance(value, float) for value in self.values) else SINGLE_LABEL
+        return REGRESSION if any(isinstance(value, float) for value in self.values) or _are_fractions(self.values) else SINGLE_LABEL
 
     def names(self) -> tuple[str, ...]:
         """Returns the names of the classes: those of the data set's own feature, or the distinct labels, sorted."""
@@ -104,6 +109,21 @@ class LabelColumn:
 
     def _place(self, i: int) -> str:
         return self.rows.place(i)
+
+
+def _are_fractions(values: Sequence[Any]) -> bool:
+    """Whether text is written as numbers, one of them at least with a fraction.
+
+    >>> _are_fractions(["0.5", "2"]), _are_fractions(["1", "2"]), _are_fractions(["0.5", "good"])
+    (True, False, False)
+    """
+    if not all(isinstance(value, str) for value in values):
+        return False
+    try:
+        numbers = [float(value) for value in values]
+    except ValueError:
+        return False
+    return any(math.isfinite(number) and not _WHOLE.fullmatch(value) for number, value in zip(numbers, values, strict=True))
 
 
 def distinct(values: Collection[Any]) -> tuple[str, ...]:

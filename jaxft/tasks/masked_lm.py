@@ -57,6 +57,8 @@ class MaskedLM(Task):
             raise UserError(f"task.masked and task.random are shares with a sum of 1 or less, not {self.masked} and {self.random}.")
         if self.head_chunk < 1:
             raise UserError(f"task.head_chunk is a number of tokens, 1 or more, not {self.head_chunk}.")
+        if self.mask_token_id < _OF_THE_TOKENIZER:
+            raise UserError(f"task.mask_token_id is a token's number, or -1 for the tokenizer's mask token, not {self.mask_token_id}.")
         self.policy  # noqa: B018  # refuses what it can't be made of
 
     @property
@@ -83,6 +85,8 @@ class MaskedLM(Task):
 
     def examples(self, rows: Rows, tokenizer: Any, data: DataConfig, model: nn.Module) -> Labelled:
         """Returns a set's texts as tokens, with as many slots as tokens are hidden: which ones they are is drawn in each step."""
+        if self.mask_token_id >= (vocabulary := model.config.vocab_size):
+            raise UserError(f"task.mask_token_id is {self.mask_token_id}; the model has {vocabulary} tokens, 0 to {vocabulary - 1}.")
         found = pieces(texts_of(rows, data), tokenizer, data.max_length, [rows.place(i) for i in range(len(rows))])
         tokens, words = np.concatenate([one.tokens for one in found]), np.concatenate([one.words for one in found])
         reads = [np.flatnonzero(one.words)[: self._count(one.words)] for one in found]

@@ -129,7 +129,7 @@ class SequenceClassification(Task):
             error = jnp.sum(jnp.mean((logits - targets) ** 2, axis=-1) * weights)
             return Sums(error, error, None, jnp.sum(weights))
         entropy = jnp.sum(jnp.mean(jax.nn.softplus(logits) - targets * logits, axis=-1) * weights)
-        right = jnp.mean(((logits > 0) == (targets > 0.5)).astype(jnp.float32), axis=-1)
+        right = jnp.all((logits > 0) == (targets > 0.5), axis=-1).astype(jnp.float32)
         return Sums(entropy, entropy, jnp.sum(right * weights), jnp.sum(weights))
 
     def divergence(self, model: nn.Module, one: jax.Array, other: jax.Array) -> jax.Array:

@@ -218,11 +218,17 @@ def test_a_tokenizer_needs_a_mask_token():
         ({"masked": 0.9, "random": 0.2}, "task.masked and task.random .* not 0.9 and 0.2"),
         ({"head_chunk": 0}, "task.head_chunk .* not 0"),
         ({"span_p": 0.0}, "task.span_p .* not 0.0"),
+        ({"mask_token_id": -2}, "task.mask_token_id .* not -2"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         MaskedLM(**settings)
+
+
+def test_a_mask_token_beyond_the_vocabulary_is_refused():
+    with pytest.raises(UserError, match=f"task.mask_token_id is {VOCABULARY}; the model has {VOCABULARY} tokens"):
+        MaskedLM(mask_token_id=VOCABULARY).examples(rows_of("a"), tokenizer(), DataConfig(max_length=24), pair()[1])
 
 
 @pytest.mark.parametrize(

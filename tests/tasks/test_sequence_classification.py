@@ -18,7 +18,8 @@ from tiny_models import LABELS, make_pair
 
 from jaxft.config import DataConfig
 from jaxft.data.batches import evaluation_batches
-from jaxft.data.sources import Rows
+from jaxft.data.labels import label_column
+from jaxft.data.sources import Rows, load_rows
 from jaxft.errors import UserError
 from jaxft.models.heads import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from jaxft.tasks import SequenceClassification
@@ -231,6 +232,41 @@ def test_labels_are_the_rows_own_sorted_or_the_features_or_the_given_ones():
     _, model, _ = pair("bert", SINGLE_LABEL)
     examples = given.examples(rows([0, 1, 2, 0, 0, 1]), tokenizer(), DataConfig(), model)
     assert examples.slots.targets.tolist() == [0, 1, 2, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem"),
+    [
+        (["0.5", "1.25", "-2", "3e-1", "0", "1"], REGRESSION),
+        (["1.0", "2.0", "1.0", "1.0", "2.0", "2.0"], REGRESSION),  # as in JSON
+        (["1", "2", "1", "3", "2", "1"], SINGLE_LABEL),
+        (["0.5", "good", "0.5", "bad", "good", "bad"], SINGLE_LABEL),
+        (["1", "nan", "2", "nan", "1", "2"], SINGLE_LABEL),
+    ],
+    ids=str,
+)
+def test_labels_of_a_text_file_are_of_the_kind_that_json_lines_have(labels, problem, tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"w1 w2,{label}\n" for label in labels))
+    found, task = load_rows(str(tmp_path / "rows.csv"), "train"), SequenceClassification()
+    options = task.model_options(found, DataConfig())
+    assert options["problem_type"] == problem
+    if problem == REGRESSION:
+        assert options["labels"] == ("LABEL_0",)
+        column = label_column(found, "label")
+        np.testing.assert_allclose(column.numbers(1)[:, 0], [float(label) for label in labels])
+
+
+def test_several_labels_are_right_where_all_are_in_training_and_in_evaluation():
+    _, model, params = pair("bert", MULTI_LABEL)
+    task, data = SequenceClassification(), DataConfig(max_length=64)
+    _, (batch,) = batches(model, task, data, rows(PROBLEMS[MULTI_LABEL]), 6)
+    sums, outputs = task.measure(model, params, batch)
+    trained = task.sums(model, params, batch, {})
+    real = batch["weights"].reshape(-1) > 0
+    true, made = (np.asarray(part).reshape(-1, 3)[real] for part in (batch["targets"], outputs))
+    accuracy = figures(true, made, MULTI_LABEL)["accuracy"]
+    assert ((made > 0) == true).mean() not in (0.0, 1.0, accuracy)
+    assert float(trained.correct / trained.weight) == pytest.approx(accuracy) == pytest.approx(float(sums.correct / sums.weight))
 
 
 WRONG = {
