@@ -111,6 +111,10 @@ class Task(abc.ABC):
         """Returns the training set as it is trained on: with what only training does, as weights of classes."""
         return examples
 
+    def for_evaluation(self, model: nn.Module, examples: Examples, chosen: np.ndarray) -> Examples:
+        """Returns a set as it is measured, of which only the examples of the numbers `chosen` are: with what only measuring does."""
+        return examples
+
     def classes(self, model: nn.Module, examples: Examples) -> np.ndarray | None:
         """Returns the class of each example, (n,) int, where each has one: what sampling can balance."""
         return None

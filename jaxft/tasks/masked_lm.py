@@ -1,7 +1,8 @@
 """Masked language modelling: hidden tokens, told from what is left on both sides."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -21,6 +22,8 @@ from jaxft.tasks.head import Sums, cross_entropy
 
 MASK = "mask"  # the purpose of the key that hides tokens
 _OF_THE_TOKENIZER = -1
+_TEXTS = 64  # hidden at one time, for evaluation
+_SHORTEST = 16  # tokens: texts up to there are filled to one length, longer ones to the next power of two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +106,21 @@ class MaskedLM(Task):
         """How many tokens of an example are hidden; where there is one, at least one."""
         return min(max(round(self.rate * int((words > 0).sum())), 1), int((words > 0).sum()))
 
+    def for_evaluation(self, model: nn.Module, examples: Examples, chosen: np.ndarray) -> Labelled:
+        """Returns the examples with some tokens hidden, by the tokens of each and `evaluation_seed` alone, and the slots where they are."""
+        assert isinstance(examples, Labelled)
+        tokens, places = examples.tokens.copy(), [np.zeros(0, np.int64)] * len(examples)
+        for numbers, batch in _by_length(examples, chosen):
+            seen = jax.device_get(_hidden(self, model, dict(batch)))
+            for b, i in enumerate(numbers):
+                tokens[examples.offsets[i] : examples.offsets[i + 1]] = seen["tokens"][b, : examples.lengths[i]]
+                places[i] = seen["scored"][b][seen["weights"][b] > 0]
+        offsets = np.cumsum([0, *map(len, places)], dtype=np.int64)
+        reads = np.concatenate(places).astype(np.int32)
+        targets = examples.tokens[reads + np.repeat(examples.offsets[:-1], np.diff(offsets))]
+        slots = Slots(offsets, reads, targets, np.ones(len(reads), np.float32))
+        return dataclasses.replace(examples, tokens=tokens, labelled=slots, beside={})
+
     def hide(self, model: nn.Module, batch: Batch, rng: jax.Array) -> Batch:
         """Returns the batch as the model sees it: some tokens hidden, and the slots where they are.
 
@@ -126,10 +144,12 @@ class MaskedLM(Task):
         }
 
     def sums(self, model: nn.Module, params: Any, batch: Batch, rngs: Mapping[str, jax.Array], r_drop: float = 0.0, **options: Any) -> Sums:
-        """Returns the sums over hidden tokens; they are drawn from the key `mask`, without it always the same."""
+        """Returns the sums over hidden tokens; they are drawn from the key `mask`, without it always the same; in a batch of
+        `for_evaluation` they are hidden already.
+        """
         key = rngs.get(MASK, jax.random.key(self.evaluation_seed))
         others = {name: value for name, value in rngs.items() if name != MASK}
-        return super().sums(model, params, self.hide(model, batch, key), others, r_drop, **options)
+        return super().sums(model, params, self.hide(model, batch, key) if WORDS in batch else batch, others, r_drop, **options)
 
     def loss(self, model: nn.Module, logits: jax.Array, targets: jax.Array, weights: jax.Array) -> Sums:
         """Returns the sums over (tokens, vocabulary) logits."""
@@ -151,3 +171,27 @@ class MaskedLM(Task):
         counts = np.bincount(seen, minlength=model.config.vocab_size) + 1  # a token that training lacks isn't impossible
         loss = float(-np.log(counts[true] / counts.sum()).mean())
         return {"loss": loss, "perplexity": float(np.exp(loss)), "accuracy": float((true == counts.argmax()).mean())}
+
+
+def _by_length(examples: Labelled, chosen: np.ndarray) -> Iterator[tuple[np.ndarray, Mapping[str, np.ndarray]]]:
+    """Yields the numbers of some examples, and their batch, one a row: its length follows from theirs, not from what else is chosen."""
+    lengths = np.maximum(_SHORTEST, 2 ** np.ceil(np.log2(np.maximum(examples.lengths[chosen], 1))).astype(np.int64))
+    for length in np.unique(lengths):
+        these = chosen[lengths == length]
+        for start in range(0, len(these), _TEXTS):
+            numbers = these[start : start + _TEXTS]
+            batch: dict[str, np.ndarray] = {
+                name: np.zeros((_TEXTS, length), np.int32) for name in ("tokens", "segment_ids", WORDS, "scored")
+            }
+            batch["weights"] = np.zeros((_TEXTS, length), np.float32)
+            for b, i in enumerate(numbers):
+                part, own = slice(examples.offsets[i], examples.offsets[i + 1]), slice(examples.lengths[i])
+                batch["tokens"][b, own], batch[WORDS][b, own] = examples.tokens[part], examples.beside[WORDS][part]
+                batch["segment_ids"][b, own] = 1
+                batch["weights"][b, : examples.slots.counts[i]] = 1
+            yield numbers, batch
+
+
+@functools.partial(jax.jit, static_argnames=("task", "model"))
+def _hidden(task: MaskedLM, model: nn.Module, batch: Batch) -> Batch:
+    return task.hide(model, batch, jax.random.key(task.evaluation_seed))

@@ -1,6 +1,7 @@
 """What is measured: the loss on a set, and generated answers against the true ones."""
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from jaxft.methods.partition import partition
 from jaxft.models.heads import LAST
 from jaxft.tasks.answers import AnswerFormat, exact_match, majority_match, overlap
 from jaxft.train import placement
+from jaxft.train.gap import sample
 from jaxft.train.setup import Setup, end_tokens, pad_token
 from jaxft.train.state import State
 from jaxft.train.step import make_evaluation
@@ -31,8 +33,17 @@ class Evaluation:
     outputs: np.ndarray | None = None  # of the head, for each slot of the examples, where the task's metrics need them
 
 
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The static shape of a batch."""
+
+    rows: int
+    length: int  # tokens a row
+    slots: int  # scored positions a row
+
+
 class Evaluator:
-    """Measures states of one run; its program is compiled once."""
+    """Measures states of one run; its program is compiled once for validation and for the training rows that are compared with it."""
 
     def __init__(self, setup: Setup):
         self._setup = setup
@@ -60,6 +71,24 @@ class Evaluator:
         sums = [sums for _, sums, _ in batches]
         return sum(found.nll for found in sums) / sum(found.weight for found in sums)
 
+    @functools.cached_property
+    def gap_sample(self) -> np.ndarray:
+        """The numbers of the training examples, of as many rows as validation has, whose loss is compared with validation's."""
+        training, validation = (self._setup.examples[name] for name in ("train", "validation"))
+        return sample(training.rows, len(np.unique(validation.rows)), self._setup.experiment.train.seed)
+
+    @functools.cached_property
+    def _least(self) -> Shape:
+        """The shape that validation, and the training rows that are compared with it, both fit in: a program is made for a shape."""
+        found, gap = self._setup.examples, self._setup.experiment.eval.gap
+        layouts = [self._own_layout(found["validation"], np.arange(len(found["validation"])))] if "validation" in found else []
+        if layouts and "train" in found and gap:
+            layouts.append(self._own_layout(found["train"], self.gap_sample))
+        return Shape(*map(max, zip((1, 0, 0), *(dataclasses.astuple(self._shape(layout)) for layout in layouts), strict=True)))
+
+    def _shape(self, layout: Layout) -> Shape:
+        return Shape(min(self._setup.experiment.eval.batch_size, sum(map(len, layout.rows))), layout.length, layout.slots)
+
     def _measured(self, trainable: Any, frozen: Any, examples: Examples) -> Evaluation:
         layout = self._lay_out(examples, np.arange(len(examples)))
         total, found = None, None
@@ -68,21 +97,25 @@ class Evaluator:
             if outputs is None:
                 continue
             if found is None:
-                found = np.zeros((len(examples.slots.reads), *outputs.shape[2:]), outputs.dtype)
+                found = np.zeros((len(layout.examples.slots.reads), *outputs.shape[2:]), outputs.dtype)
             for b, row in enumerate(rows):
                 slots = layout.slots_of(row)
                 found[slots] = outputs[b, : len(slots)]
         return Evaluation(self._setup.experiment.task.scores(self._setup.model, examples, total, found), outputs=found)
 
     def _lay_out(self, examples: Examples, chosen: np.ndarray) -> Layout:
+        own = self._own_layout(examples, chosen)
+        return dataclasses.replace(own, length=max(own.length, self._least.length), slots=max(own.slots, self._least.slots))
+
+    def _own_layout(self, examples: Examples, chosen: np.ndarray) -> Layout:
         setup = self._setup
+        examples = setup.experiment.task.for_evaluation(setup.model, examples, chosen)
         return lay_out(examples, chosen, setup.experiment.data, setup.model.pooling == LAST, pad_token(setup.tokenizer))
 
     def _batches(self, trainable: Any, frozen: Any, layout: Layout) -> Iterator[tuple[range, Any, Any]]:
         """Yields the numbers of some rows, their sums as floats, and their outputs."""
         setup = self._setup
-        examples = sum(map(len, layout.rows))
-        size = -(-min(setup.experiment.eval.batch_size, examples) // _shares(setup)) * _shares(setup)
+        size = -(-max(self._shape(layout).rows, self._least.rows) // _shares(setup)) * _shares(setup)
         for rows, batch in each_once(layout, size):
             placed = placement.place_batch(batch, setup.mesh, placement.EVALUATION_BATCH)
             sums, outputs = jax.device_get(self._program(trainable, frozen, placed))

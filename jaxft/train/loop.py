@@ -9,7 +9,6 @@ from types import FrameType
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from flax import linen as nn
 
@@ -19,7 +18,6 @@ from jaxft.train import placement
 from jaxft.train.average import make_average
 from jaxft.train.checkpoint import Checkpoints, Progress
 from jaxft.train.evaluate import Evaluator
-from jaxft.train.gap import sample
 from jaxft.train.logs import Logs, figure
 from jaxft.train.optimizer import make_schedule
 from jaxft.train.setup import TrainingSetup
@@ -196,9 +194,7 @@ class Loop:
         """The loss on training examples measured as on validation, how far they are apart, and what is remembered of it."""
         if not self._setup.experiment.eval.gap:
             return {}, progress
-        examples = self._setup.examples["train"]
-        chosen = sample(examples.rows, len(np.unique(self._setup.examples["validation"].rows)), self._train.seed)
-        training = self._evaluator.loss(state, examples, chosen)
+        training = self._evaluator.loss(state, self._setup.examples["train"], self._evaluator.gap_sample)
         gap = progress.gap.after(step, validation, training)
         if gap.warned and not progress.gap.warned:
             logs.say(gap.warning(validation, training))

@@ -1,5 +1,6 @@
 """Masked language modelling: transformers' loss for the same hidden tokens, drawn anew in each step, on texts of any length."""
 
+import dataclasses
 import functools
 import tempfile
 
@@ -83,13 +84,36 @@ def test_the_loss_is_that_of_transformers_for_what_is_hidden():
     assert float(sums.correct / sums.weight) == pytest.approx(right)
 
 
-def test_what_is_hidden_in_evaluation_is_the_same_every_time_and_follows_the_seed():
-    model = pair()[1]
-    batch = batch_of([20, 9, 14], packing=True)
-    one, again = (TASK.hide(model, batch, jax.random.key(0)) for _ in range(2))
-    other = TASK.hide(model, batch, jax.random.key(1))
-    np.testing.assert_array_equal(one["tokens"], again["tokens"])
-    assert (np.asarray(one["scored"]) != np.asarray(other["scored"])).any()
+SIZES = [20, 9, 14, 31, 3, 17]
+
+
+@pytest.mark.parametrize("policy", [{}, {"whole_words": True, "spans": True}], ids=str)
+def test_what_is_hidden_of_a_text_in_evaluation_follows_from_its_tokens_and_the_seed_alone(policy):
+    model, examples, task = pair()[1], examples_of(SIZES), dataclasses.replace(TASK, **policy)
+    every = np.arange(len(examples))
+    whole, other = (task.for_evaluation(model, examples, order) for order in (every, every[::-1][:4]))
+    moved = dataclasses.replace(task, evaluation_seed=1).for_evaluation(model, examples, every)
+    for i in every:
+        places, targets = whole.slots.reads[whole.slots.part(i)], whole.slots.targets[whole.slots.part(i)]
+        np.testing.assert_array_equal(targets, examples.tokens_of(i)[places])
+        assert len(places) == examples.slots.counts[i]
+        same = np.delete(np.arange(SIZES[i]), places)
+        np.testing.assert_array_equal(whole.tokens_of(i)[same], examples.tokens_of(i)[same])
+        if i in every[::-1][:4]:
+            np.testing.assert_array_equal(other.tokens_of(i), whole.tokens_of(i))
+            np.testing.assert_array_equal(other.slots.reads[other.slots.part(i)], places)
+    assert (whole.slots.reads != moved.slots.reads).any()
+
+
+def test_the_figures_of_evaluation_change_neither_with_packing_nor_with_the_batch():
+    _, model, params = pair()
+    examples = TASK.for_evaluation(model, examples_of(SIZES), np.arange(len(SIZES)))
+    program, none, found = jax.jit(make_evaluation(model, TASK)), jax.tree.map(lambda _: None, params), []
+    for packing, size in ((False, 6), (True, 1), (True, 2)):
+        batches = evaluation_batches(examples, DataConfig(max_length=64, packing=packing), size, False)
+        sums = jax.tree.map(lambda *parts: float(sum(parts)), *[program(params, none, batch)[0] for batch in batches])
+        found.append([sums.nll / sums.weight, sums.correct, sums.weight])
+    np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=1e-5)
 
 
 def test_a_step_hides_other_tokens_each_time_and_compiles_once():

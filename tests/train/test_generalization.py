@@ -1,5 +1,6 @@
 """Whole runs with what holds overfitting back: resumed to the byte, the average exported, the gap told, and folds."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -137,6 +138,13 @@ def test_the_gap_is_validation_less_training_on_rows_drawn_once(reviews, whole):
     parts = [evaluator.loss(ready.state, training, np.arange(24)[number::2]) for number in (0, 1)]
     np.testing.assert_allclose(np.mean(parts), every, rtol=1e-6)
     assert parts[0] != parts[1]
+    short = dataclasses.replace(ready.rows["train"], dataset=ready.rows["train"].dataset.map(lambda row: {"text": row["text"].split()[0]}))
+    training = ready.experiment.task.examples(short, ready.tokenizer, ready.experiment.data, ready.model)  # more of them fit a row
+    ready = dataclasses.replace(ready, examples=ready.examples | {"train": training})
+    evaluator = Evaluator(ready)
+    evaluator.measure(ready.state, ready.examples["validation"])
+    evaluator.loss(ready.state, training, evaluator.gap_sample)
+    assert evaluator._program._cache_size() == 1  # one program for what is compared
 
 
 @pytest.mark.slow
