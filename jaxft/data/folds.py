@@ -27,7 +27,7 @@ def check(config: DataConfig) -> None:
         )
 
 
-def cut_fold(train: Rows, config: DataConfig, seed: int, classes: np.ndarray | None) -> dict[str, Rows]:
+def cut_fold(train: Rows, config: DataConfig, seed: int, classes: np.ndarray | None, groups: np.ndarray | None = None) -> dict[str, Rows]:
     """Returns the part `config.fold` of the rows as "validation", and the others as "train".
 
     Args:
@@ -35,12 +35,18 @@ def cut_fold(train: Rows, config: DataConfig, seed: int, classes: np.ndarray | N
         config: of it `folds` and `fold`.
         seed: of the parts.
         classes: of each row, (n,) int, where each has one: every part then holds its share of each class.
+        groups: of each row, (n,) int, where some belong together: a part then holds all rows of a group, or none.
 
     Raises:
-        UserError: fewer rows than folds, or the only row of a class.
+        UserError: fewer rows, or groups, than folds; or the only row of a class.
     """
     if len(train) < config.folds:
         raise UserError(f"{train.name} has {len(train)} rows to train on, too few for {config.folds} folds (config.data.folds).")
+    if groups is not None and (several := len(np.unique(groups))) < config.folds:
+        raise UserError(
+            f"{train.name} has {several} groups of rows that belong together, as questions on one context do, too few for {config.folds} "
+            "folds (config.data.folds)."
+        )
     if classes is not None:
         _, first, counts = np.unique(classes, return_index=True, return_counts=True)
         if len(alone := first[counts == 1]):
@@ -48,7 +54,8 @@ def cut_fold(train: Rows, config: DataConfig, seed: int, classes: np.ndarray | N
                 f"{train.place(int(alone[0]))}: its label stands in no other row, so one of the folds would train without it. Take the row "
                 "out, or add another."
             )
-    held = folds_of(len(train), config.folds, seed, classes) == config.fold
+    every = folds_of(len(train), config.folds, seed, classes) if groups is None else folds_of_groups(groups, config.folds, seed)
+    held = every == config.fold
     return {"train": train.select(np.flatnonzero(~held)), "validation": train.select(np.flatnonzero(held))}
 
 
@@ -64,3 +71,18 @@ def folds_of(count: int, folds: int, seed: int, classes: np.ndarray | None = Non
     found = np.empty(count, np.int64)
     found[order] = np.arange(count) % folds
     return found
+
+
+def folds_of_groups(groups: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """Returns the fold of each row, (n,) int, the same of all rows of a group: the largest groups first, each to the smallest fold.
+
+    >>> folds_of_groups(np.array([0, 0, 0, 1, 2, 2]), 2, seed=0).tolist() in ([0, 0, 0, 1, 1, 1], [1, 1, 1, 0, 0, 0])
+    True
+    """
+    _, numbers, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    order = np.random.default_rng((seed, *b"folds")).permutation(len(counts))
+    found, sizes = np.empty(len(counts), np.int64), np.zeros(folds, np.int64)
+    for group in order[np.argsort(-counts[order], kind="stable")]:
+        found[group] = sizes.argmin()
+        sizes[found[group]] += counts[group]
+    return found[numbers]

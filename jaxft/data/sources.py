@@ -60,11 +60,15 @@ def load_rows(source: str, default_split: str) -> Rows:
     return rows
 
 
-def load_splits(config: DataConfig, seed: int, wanted: Collection[str] = SPLITS) -> dict[str, Rows]:
+Grouped = Callable[[Rows], np.ndarray | None]  # which rows belong together, (n,) int; None: each is on its own
+
+
+def load_splits(config: DataConfig, seed: int, wanted: Collection[str] = SPLITS, grouped: Grouped = lambda _: None) -> dict[str, Rows]:
     """Returns the rows of those of "train", "validation" and "test" that are `wanted`; no source is read that they don't come from.
 
     A set that isn't given is cut from the training rows by its share in `config.split`, drawn by `seed`, and is absent where the share
-    is 0. `config.limit` then keeps the first rows of each set. With `config.folds` no validation set is cut.
+    is 0; rows that are `grouped` stay in one set. `config.limit` then keeps the first rows of each set. With `config.folds` no
+    validation set is cut.
 
     Raises:
         UserError: as `load_rows`; shares that don't make sense; a set that would get no row.
@@ -80,7 +84,7 @@ def load_splits(config: DataConfig, seed: int, wanted: Collection[str] = SPLITS)
     read = {"train" if name in cut else name for name in wanted}
     sets = {name: load_rows(source, name) for name, source in given.items() if name in read}
     if "train" in sets:
-        sets |= _cut(sets["train"], cut, seed)
+        sets |= _cut(sets["train"], cut, seed, grouped(sets["train"]) if cut else None)
     if config.limit:
         sets = {name: rows.select(range(min(config.limit, len(rows)))) for name, rows in sets.items()}
     return {name: sets[name] for name in SPLITS if name in sets and name in wanted}
@@ -92,12 +96,17 @@ def _checked_shares(split: Sequence[float]) -> Sequence[float]:
     return split
 
 
-def _cut(train: Rows, shares: dict[str, float], seed: int) -> dict[str, Rows]:
-    """Returns the sets of `shares`, and under "train" the rows that are left."""
+def _cut(train: Rows, shares: dict[str, float], seed: int, groups: np.ndarray | None) -> dict[str, Rows]:
+    """Returns the sets of `shares`, and under "train" the rows that are left; the last group of a set is whole in it."""
     order = np.random.default_rng((seed, *b"split")).permutation(len(train))
+    if groups is not None:
+        _, first, numbers = np.unique(groups[order], return_index=True, return_inverse=True)
+        order = order[np.argsort(first[numbers], kind="stable")]
     sets, start = {}, 0
     for name, share in shares.items():
         stop = start + max(1, round(share * len(train)))
+        while groups is not None and stop < len(train) and groups[order[stop]] == groups[order[stop - 1]]:
+            stop += 1
         sets[name] = train.select(np.sort(order[start:stop]))
         start = stop
     if start >= len(train):

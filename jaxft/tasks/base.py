@@ -123,6 +123,10 @@ class Task(abc.ABC):
         """Returns the class of each row, (n,) int, where each has one: what folds hold a share of each."""
         return None
 
+    def row_groups(self, rows: Rows) -> np.ndarray | None:
+        """Returns which rows belong together, (n,) int, where some do: no set and no fold has a part of them."""
+        return None
+
     def warnings(self, tokenizer: Any, training: Examples) -> list[str]:
         """Returns what a user should know of the training examples before the money is spent."""
         return []

@@ -67,6 +67,12 @@ class QuestionAnswering(Task):
         takes_types = model.pooling == FIRST
         return windows(questions, tokenizer, data.max_length, self.stride, self.question_length, takes_types)
 
+    def row_groups(self, rows: Rows) -> np.ndarray | None:
+        """Returns the number of each row's context, (n,) int: who has read it knows more of the other questions on it."""
+        if "context" not in rows.dataset.column_names:
+            return None  # `examples` says so
+        return np.unique([str(context) for context in rows.dataset["context"]], return_inverse=True)[1]
+
     def warnings(self, tokenizer: Any, training: Examples) -> list[str]:
         """Returns which questions are cut, which answers are in no window, and that a setting doesn't fit the questions."""
         assert isinstance(training, Windows)

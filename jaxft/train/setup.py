@@ -133,12 +133,13 @@ NONE, FORMATS = "none", ("nf4", "fp4", "int8")  # of model.quantization
 
 def load_rows(experiment: Experiment, wanted: Collection[str] = SPLITS) -> dict[str, Rows]:
     """Returns the rows of those of "train", "validation" and "test" that are `wanted`, with folds those of one of them."""
-    data, seed = experiment.data, experiment.train.seed
-    if not data.folds:
-        return load_splits(data, seed, wanted)
-    rows = load_splits(data, seed, {"train" if name == "validation" else name for name in wanted})
+    data, seed, task = experiment.data, experiment.train.seed, experiment.task
+    if not data.folds or data.fold == folds.ALL:
+        return load_splits(data, seed, wanted, task.row_groups)
+    rows = load_splits(data, seed, {"train" if name == "validation" else name for name in wanted}, task.row_groups)
     if "train" in rows:
-        rows |= folds.cut_fold(rows["train"], data, seed, experiment.task.row_classes(rows["train"], data))
+        classes, groups = task.row_classes(rows["train"], data), task.row_groups(rows["train"])
+        rows |= folds.cut_fold(rows["train"], data, seed, classes, groups)
     return {name: rows[name] for name in SPLITS if name in rows and name in wanted}
 
 

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxft.config import DataConfig
-from jaxft.data.folds import check, cut_fold, folds_of
+from jaxft.data.folds import check, cut_fold, folds_of, folds_of_groups
 from jaxft.data.sources import Rows, load_splits
 from jaxft.errors import UserError
+from jaxft.tasks import QuestionAnswering
 
 
 def rows(count):
@@ -34,6 +35,36 @@ def test_each_row_is_held_out_once_and_trained_on_otherwise(classes):
         assert sorted([*parts[0], *parts[1]]) == list(range(17))
         held += parts[1]
     assert sorted(held) == list(range(17))
+
+
+@given(st.integers(2, 5), st.lists(st.integers(0, 9), min_size=8, max_size=60), st.integers(0, 5))
+def test_a_group_of_rows_stays_in_one_fold_and_no_fold_is_larger_than_the_largest_group_makes_it(folds, groups, seed):
+    groups = np.array(groups)
+    found = folds_of_groups(groups, folds, seed)
+    assert all(len(set(found[groups == group].tolist())) == 1 for group in groups)
+    counts = np.bincount(found, minlength=folds)
+    assert counts.max() - counts.min() <= np.bincount(groups).max()
+
+
+def questions():
+    """Twelve questions on four contexts, those of one apart from each other."""
+    asked = [{"question": f"q{i}", "context": f"text {i % 4}", "answers": {"text": [], "answer_start": []}} for i in range(12)]
+    return Rows(datasets.Dataset.from_list(asked), "rows.jsonl", "line", np.arange(1, 13))
+
+
+def test_questions_on_one_context_stay_together_in_folds_and_sets(tmp_path):
+    task, rows = QuestionAnswering(), questions()
+    for fold in range(3):
+        sets = cut_fold(rows, DataConfig(folds=3, fold=fold), 0, None, task.row_groups(rows))
+        assert not set(sets["train"].dataset["context"]) & set(sets["validation"].dataset["context"])
+        assert len(sets["train"]) + len(sets["validation"]) == 12
+    with pytest.raises(UserError, match="rows.jsonl has 4 groups of rows that belong together.* too few for 5 folds"):
+        cut_fold(rows, DataConfig(folds=5, fold=0), 0, None, task.row_groups(rows))
+    rows.dataset.to_json(tmp_path / "rows.jsonl")
+    sets = load_splits(DataConfig(train=str(tmp_path / "rows.jsonl"), split=(0.5, 0.25, 0.25)), 0, grouped=task.row_groups)
+    contexts = [set(found.dataset["context"]) for found in sets.values()]
+    assert sum(map(len, contexts)) == 4
+    assert sum(map(len, sets.values())) == 12
 
 
 def test_the_seed_draws_the_folds():
