@@ -17,6 +17,7 @@ import transformers
 
 from jaxft.config import DataConfig
 from jaxft.data.conversations import Conversation, Message, conversation
+from jaxft.data.encode import check_fast
 from jaxft.data.examples import Examples, NextTokens
 from jaxft.data.rows import Rows
 from jaxft.data.template import ChatTemplate, Span, chat_template
@@ -41,8 +42,7 @@ def tokenize(rows: Rows, tokenizer: Any, config: DataConfig) -> NextTokens:
     """
     if config.max_length < 2:
         raise UserError(f"config.data.max_length is {config.max_length}: a row needs at least 2 tokens, one to predict the other.")
-    if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"{type(tokenizer).__name__} is no fast tokenizer. Save it with its tokenizer.json (`tokenizers` library).")
+    check_fast(tokenizer)
     found = [conversation(row, config, rows.place(i)) for i, row in enumerate(rows.dataset)]
     template = chat_template(tokenizer, config.template)
     path = _cache_folder() / f"{_key(found, tokenizer, template, config.max_length)}.safetensors"

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxft.config import DataConfig
+from jaxft.data.encode import check_fast
 from jaxft.data.questions import Question
 from jaxft.data.template import ChatTemplate, Span, chat_template
 from jaxft.data.tokenize import CHUNK, scored_tokens, turn_tokens, unscored
@@ -63,8 +64,7 @@ def encode(texts: Texts, tokenizer: Any, config: DataConfig) -> Encoded:
     Raises:
         UserError: every row is refused: the template is at fault.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"{type(tokenizer).__name__} is no fast tokenizer. Save it with its tokenizer.json (`tokenizers` library).")
+    check_fast(tokenizer)
     if texts.kind == TAGGING:
         return _tagging(texts, tokenizer, config)
     if texts.kind == ANSWERS:

@@ -212,17 +212,14 @@ def judge(texts: Sequence[str], labels: Sequence[str], seed: int = 0) -> Judgeme
 def _out_of_fold(texts: Sequence[str], given: np.ndarray, seed: int) -> np.ndarray:
     """Returns (rows, classes) probabilities of the classes present, each row's from a model that hasn't seen it."""
     # scikit-learn takes a second to import, which only this needs.
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline
     from threadpoolctl import threadpool_limits
 
-    words = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+", max_features=50_000)
-    model = make_pipeline(words, LogisticRegression(C=10.0, class_weight="balanced", max_iter=100, tol=1e-3))
+    from jaxft.tasks.word_counts import word_model
+
     folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)
     with threadpool_limits(1):  # products this small are slower, up to thirty times, on several threads
-        return cross_val_predict(model, texts, given, cv=folds, method="predict_proba")
+        return cross_val_predict(word_model(1, balanced=True), texts, given, cv=folds, method="predict_proba")
 
 
 def _judged(rows: np.ndarray, given: np.ndarray, probabilities: np.ndarray, names: Sequence[str]) -> Judgement:

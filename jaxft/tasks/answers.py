@@ -40,10 +40,10 @@ class AnswerFormat:
         return {name: value.strip() for name, value in found.groupdict().items()} if found else {}
 
 
-def exact_match(made: Sequence[str], true: Sequence[str], answer_format: AnswerFormat) -> dict[str, float]:
+def equal_answers(made: Sequence[str], true: Sequence[str], answer_format: AnswerFormat) -> dict[str, float]:
     """Returns the share of answers that equal the true one, surrounding space aside; also by field, where the format has several.
 
-    >>> exact_match(["a"], ["b"], AnswerFormat(""))
+    >>> equal_answers(["a"], ["b"], AnswerFormat(""))
     {'exact_match': 0.0}
     """
     scores = {"exact_match": sum(one.strip() == other.strip() for one, other in zip(made, true, strict=True)) / len(true)}
@@ -88,7 +88,7 @@ def majority_match(training: Sequence[str], true: Sequence[str], answer_format: 
     """Returns the exact match of always giving the majority answer."""
     most = majority(training, answer_format)
     if not isinstance(most, dict):
-        return exact_match(list(most) * len(true), true, answer_format)
+        return equal_answers(list(most) * len(true), true, answer_format)
     read = [answer_format.read(text) for text in true]
     scores = {"exact_match": sum(found == most for found in read) / len(true)}
     return scores | {f"exact_match_{name}": sum(found.get(name) == value for found in read) / len(true) for name, value in most.items()}

@@ -219,13 +219,14 @@ class Task(abc.ABC):
         return {}
 
     def linear_baseline(
-        self, model: nn.Module, data: DataConfig, training: tuple[Rows, Examples], test: tuple[Rows, Examples]
+        self, model: nn.Module, data: DataConfig, seed: int, training: tuple[Rows, Examples], test: tuple[Rows, Examples]
     ) -> dict[str, float]:
         """Returns the metrics of a linear model of word counts, which takes a second; {} where that makes no sense.
 
         Args:
           model: of it the configuration.
           data: which columns are read.
+          seed: of what is drawn.
           training: the training set.
           test: the set that is measured.
         """

@@ -11,16 +11,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 from sklearn import metrics as sk
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
 from threadpoolctl import threadpool_limits
 
 from jaxft.models.heads import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from jaxft.tasks.base import Report, by_class
+from jaxft.tasks.word_counts import MOST_TEXTS, WORD, word_model
 
-_WORD = r"\w+"
-_MOST_TEXTS = 20_000  # that the linear baseline reads
 _MOST = 30  # labels whose numbers can still be read
 
 
@@ -51,20 +47,22 @@ def confusion_picture(counts: np.ndarray, names: Sequence[str]) -> bytes:
     return file.getvalue()
 
 
-def word_logits(texts: Sequence[str], classes: np.ndarray, held_out: Sequence[str], count: int) -> np.ndarray:
+def word_logits(texts: Sequence[str], classes: np.ndarray, held_out: Sequence[str], count: int, seed: int = 0) -> np.ndarray:
     """Returns the log-probabilities, (held_out, count) float32, of logistic regression on TF-IDF of words and pairs of words.
 
     Args:
-      texts: to train on; of more than 20,000 the first so many are taken.
+      texts: to train on; of more than 20,000 so many are drawn.
       classes: (texts,) int.
       held_out: to classify.
       count: of the classes; one that training lacks gets the probability of a single row. Where training has no word, all are alike.
+      seed: of the draw.
     """
-    texts, classes = texts[:_MOST_TEXTS], classes[:_MOST_TEXTS]
-    words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), token_pattern=_WORD, max_features=200_000)
-    model = make_pipeline(words, LogisticRegression(C=10.0, max_iter=300, tol=1e-3))
+    if len(texts) > MOST_TEXTS:
+        drawn = np.random.default_rng((seed, *b"words")).choice(len(texts), MOST_TEXTS, replace=False)
+        texts, classes = [texts[i] for i in drawn], classes[drawn]
+    model = word_model(2, balanced=False)
     found = np.full((len(held_out), count), 1 / len(texts))
-    if len(np.unique(classes)) > 1 and any(re.search(_WORD, text) for text in texts):
+    if len(np.unique(classes)) > 1 and any(re.search(WORD, text) for text in texts):
         with threadpool_limits(1):  # products this small are slower, up to thirty times, on several threads
             model.fit(texts, classes)
             found[:, model.classes_] = model.predict_proba(held_out)

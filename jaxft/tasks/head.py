@@ -6,7 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
+
+from jaxft.errors import UserError
 
 
 @jax.tree_util.register_dataclass
@@ -18,6 +21,25 @@ class Sums:
     nll: jax.Array  # negative log-likelihood, nats; of numbers, half the squared error
     correct: jax.Array | None  # slots whose likeliest target is the true one; None where nothing is right or wrong
     weight: jax.Array  # the slots' weights
+
+
+def check_label_smoothing(share: float) -> None:
+    """Raises `UserError` for a share that isn't one."""
+    if not 0.0 <= share < 1.0:
+        raise UserError(f"task.label_smoothing is a share from 0 up to, not including, 1, not {share}.")
+
+
+def check_head_chunk(tokens: int) -> None:
+    """Raises `UserError` for a number of tokens that isn't one."""
+    if tokens < 1:
+        raise UserError(f"task.head_chunk is a number of tokens, 1 or more, not {tokens}.")
+
+
+def language_scores(sums: Sums) -> dict[str, float]:
+    """Returns mean negative log-likelihood (nats a scored token), perplexity, and the share of tokens told right."""
+    loss = float(sums.nll / sums.weight)
+    assert sums.correct is not None
+    return {"loss": loss, "perplexity": float(np.exp(loss)), "accuracy": float(sums.correct / sums.weight)}
 
 
 def gather(hidden: jax.Array, scored: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ from jaxft.data.rows import Rows
 from jaxft.data.texts import texts_of
 from jaxft.errors import UserError
 from jaxft.tasks.base import Batch, Task
-from jaxft.tasks.head import Sums, cross_entropy
+from jaxft.tasks.head import Sums, check_head_chunk, cross_entropy, language_scores
 
 MASK = "mask"  # the purpose of the key that hides tokens
 _OF_THE_TOKENIZER = -1
@@ -58,8 +58,7 @@ class MaskedLM(Task):
             raise UserError(f"task.rate is a share between 0 and 1, not {self.rate}.")
         if min(self.masked, self.random) < 0.0 or self.masked + self.random > 1.0:
             raise UserError(f"task.masked and task.random are shares with a sum of 1 or less, not {self.masked} and {self.random}.")
-        if self.head_chunk < 1:
-            raise UserError(f"task.head_chunk is a number of tokens, 1 or more, not {self.head_chunk}.")
+        check_head_chunk(self.head_chunk)
         if self.mask_token_id < _OF_THE_TOKENIZER:
             raise UserError(f"task.mask_token_id is a token's number, or -1 for the tokenizer's mask token, not {self.mask_token_id}.")
         self.policy  # noqa: B018  # refuses what it can't be made of
@@ -161,9 +160,7 @@ class MaskedLM(Task):
 
     def scores(self, model: nn.Module, examples: Examples, sums: Sums, outputs: np.ndarray | None) -> dict[str, float]:
         """Returns mean negative log-likelihood (nats a hidden token), perplexity, and the share of hidden tokens told right."""
-        loss = float(sums.nll / sums.weight)
-        assert sums.correct is not None
-        return {"loss": loss, "perplexity": float(np.exp(loss)), "accuracy": float(sums.correct / sums.weight)}
+        return language_scores(sums)
 
     def majority(self, model: nn.Module, training: Examples, examples: Examples) -> dict[str, float]:
         """Returns the metrics of the tokens' frequencies in training, over all tokens that may be hidden: each is as often as others."""

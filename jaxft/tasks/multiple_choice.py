@@ -15,8 +15,7 @@ from jaxft.data.examples import Examples, Labelled, NextTokens, Slots
 from jaxft.data.rows import Rows
 from jaxft.errors import UserError, unknown
 from jaxft.tasks.base import Batch, Task
-from jaxft.tasks.head import Sums, cross_entropy, log_likelihoods
-from jaxft.tasks.sft import check_label_smoothing
+from jaxft.tasks.head import Sums, check_head_chunk, check_label_smoothing, cross_entropy, log_likelihoods
 
 TOKENS, BYTES = "tokens", "bytes"
 
@@ -80,8 +79,7 @@ class MultipleChoice(Task):
         check_label_smoothing(self.label_smoothing)
         if self.normalize not in (TOKENS, BYTES):
             raise unknown("task.normalize", self.normalize, (TOKENS, BYTES))
-        if self.head_chunk < 1:
-            raise UserError(f"task.head_chunk is a number of tokens, 1 or more, not {self.head_chunk}.")
+        check_head_chunk(self.head_chunk)
 
     @property
     def chunk(self) -> int:  # type: ignore[override]  # a setting here

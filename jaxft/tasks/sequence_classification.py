@@ -19,8 +19,7 @@ from jaxft.errors import UserError, unknown
 from jaxft.models.heads import FIRST, MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
 from jaxft.tasks.base import Batch, Of, Report, Task
 from jaxft.tasks.class_weights import check_named, check_weights, log_shares, weighted
-from jaxft.tasks.head import Sums, cross_entropy
-from jaxft.tasks.sft import check_label_smoothing
+from jaxft.tasks.head import Sums, check_label_smoothing, cross_entropy
 
 AUTO = "auto"
 
@@ -180,14 +179,14 @@ class SequenceClassification(Task):
         sums = self.loss(model, jnp.asarray(outputs), jnp.asarray(true), jnp.ones(len(true)))
         return self.scores(model, examples, jax.device_get(sums), outputs)
 
-    def linear_baseline(self, model: nn.Module, data: DataConfig, training: Of, test: Of) -> dict[str, float]:
+    def linear_baseline(self, model: nn.Module, data: DataConfig, seed: int, training: Of, test: Of) -> dict[str, float]:
         """Returns the metrics of logistic regression on TF-IDF of words and pairs of words, by scikit-learn; {} but for single labels."""
         from jaxft.tasks.class_figures import word_logits  # as above
 
         if model.config.problem_type != SINGLE_LABEL:
             return {}
         texts, held_out = (["\n".join(parts) for parts in zip(*columns_of(rows, data), strict=True)] for rows, _ in (training, test))
-        outputs = word_logits(texts, training[1].slots.targets, held_out, len(model.config.labels))
+        outputs = word_logits(texts, training[1].slots.targets, held_out, len(model.config.labels), seed)
         true = test[1].slots.targets
         sums = self.loss(model, jnp.asarray(outputs), jnp.asarray(true), jnp.ones(len(true)))
         return self.scores(model, test[1], jax.device_get(sums), outputs)

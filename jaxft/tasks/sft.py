@@ -12,7 +12,7 @@ from jaxft.data.examples import Examples, NextTokens, answer_end
 from jaxft.data.rows import Rows
 from jaxft.errors import UserError
 from jaxft.tasks.base import Task
-from jaxft.tasks.head import Sums, cross_entropy
+from jaxft.tasks.head import Sums, check_head_chunk, check_label_smoothing, cross_entropy, language_scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +35,7 @@ class SFT(Task):
         check_label_smoothing(self.label_smoothing)
         if self.z_loss < 0.0:
             raise UserError(f"task.z_loss is a weight of 0 or more, not {self.z_loss}.")
-        if self.head_chunk < 1:
-            raise UserError(f"task.head_chunk is a number of tokens, 1 or more, not {self.head_chunk}.")
+        check_head_chunk(self.head_chunk)
 
     @property
     def chunk(self) -> int:  # type: ignore[override]  # a setting here
@@ -69,12 +68,4 @@ class SFT(Task):
 
     def scores(self, model: nn.Module, examples: Examples, sums: Sums, outputs: np.ndarray | None) -> dict[str, float]:
         """Returns mean negative log-likelihood (nats a scored token), perplexity and token accuracy."""
-        loss = float(sums.nll / sums.weight)
-        assert sums.correct is not None
-        return {"loss": loss, "perplexity": float(np.exp(loss)), "accuracy": float(sums.correct / sums.weight)}
-
-
-def check_label_smoothing(share: float) -> None:
-    """Raises `UserError` for a share that isn't one."""
-    if not 0.0 <= share < 1.0:
-        raise UserError(f"task.label_smoothing is a share from 0 up to, not including, 1, not {share}.")
+        return language_scores(sums)

@@ -34,8 +34,7 @@ from jaxft.errors import UserError, unknown
 from jaxft.models.heads import FIRST
 from jaxft.tasks.base import Batch, Report, Task
 from jaxft.tasks.class_weights import check_named, check_weights, log_shares, weighted
-from jaxft.tasks.head import Sums, cross_entropy
-from jaxft.tasks.sft import check_label_smoothing
+from jaxft.tasks.head import Sums, check_label_smoothing, cross_entropy
 
 _ROW = "row"
 _SHOWN = 12  # plain tags of a text

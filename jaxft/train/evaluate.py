@@ -16,7 +16,7 @@ from jaxft.errors import UserError
 from jaxft.generation import Sampling, generate
 from jaxft.methods.partition import partition
 from jaxft.models.heads import LAST
-from jaxft.tasks.answers import AnswerFormat, exact_match, majority_match, overlap
+from jaxft.tasks.answers import AnswerFormat, equal_answers, majority_match, overlap
 from jaxft.train import placement
 from jaxft.train.gap import sample
 from jaxft.train.setup import Setup, end_tokens, pad_token
@@ -130,7 +130,7 @@ class Evaluator:
         assert isinstance(examples, NextTokens)
         answers = self.answers(state, examples, title)
         true = [examples.answer(i) for i in range(len(examples))]
-        return Evaluation(measured.metrics | exact_match(answers, true, self.answer_format) | overlap(answers, true), answers)
+        return Evaluation(measured.metrics | equal_answers(answers, true, self.answer_format) | overlap(answers, true), answers)
 
     @property
     def generates(self) -> bool:
@@ -156,7 +156,8 @@ class Evaluator:
         setup, examples = self._setup, self.chosen(name)
         rows = setup.rows[name].select(range(len(set(examples.rows.tolist()))))
         training = (setup.rows["train"], setup.examples["train"])
-        return setup.experiment.task.linear_baseline(setup.model, setup.experiment.data, training, (rows, examples))
+        data, seed = setup.experiment.data, setup.experiment.train.seed
+        return setup.experiment.task.linear_baseline(setup.model, data, seed, training, (rows, examples))
 
     def answers(self, state: State, examples: NextTokens, title: str) -> list[str]:
         """Returns the model's answer to each example's prompt."""

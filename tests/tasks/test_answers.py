@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from jaxft.tasks.answers import AnswerFormat, exact_match, majority, majority_match, overlap
+from jaxft.tasks.answers import AnswerFormat, equal_answers, majority, majority_match, overlap
 
 REVIEW = AnswerFormat("Condition: {condition}. Experience: {experience}")
 TRUE = ["Condition: Acne. Experience: positive", "Condition: Back pain. Experience: negative", "Condition: Acne. Experience: negative"]
@@ -16,7 +16,7 @@ TRUE = ["Condition: Acne. Experience: positive", "Condition: Back pain. Experien
 
 def test_the_whole_answer_and_each_field_are_matched():
     made = ["Condition: Acne. Experience: positive", "Condition: Back pain. Experience: positive", "I don't know."]
-    assert exact_match(made, TRUE, REVIEW) == {
+    assert equal_answers(made, TRUE, REVIEW) == {
         "exact_match": 1 / 3,
         "exact_match_condition": 2 / 3,
         "exact_match_experience": 1 / 3,
@@ -24,7 +24,7 @@ def test_the_whole_answer_and_each_field_are_matched():
 
 
 def test_surrounding_space_is_left_aside():
-    assert exact_match([f" {TRUE[0]}\n"], TRUE[:1], REVIEW) == {
+    assert equal_answers([f" {TRUE[0]}\n"], TRUE[:1], REVIEW) == {
         "exact_match": 1.0,
         "exact_match_condition": 1.0,
         "exact_match_experience": 1.0,
@@ -32,8 +32,8 @@ def test_surrounding_space_is_left_aside():
 
 
 def test_without_fields_or_with_one_only_the_whole_answer_is_matched():
-    assert exact_match(["a", "b"], ["a", "c"], AnswerFormat("")) == {"exact_match": 0.5}
-    assert exact_match(["Label: a"], ["Label: a"], AnswerFormat("Label: {label}")) == {"exact_match": 1.0}
+    assert equal_answers(["a", "b"], ["a", "c"], AnswerFormat("")) == {"exact_match": 0.5}
+    assert equal_answers(["Label: a"], ["Label: a"], AnswerFormat("Label: {label}")) == {"exact_match": 1.0}
 
 
 @pytest.mark.parametrize("text", ["Condition Acne. Experience: positive", "Well. Condition: Acne. Experience: positive", ""])

@@ -22,7 +22,7 @@ from jaxft.data.labels import label_column
 from jaxft.data.sources import Rows, load_rows
 from jaxft.errors import UserError
 from jaxft.models.heads import MULTI_LABEL, REGRESSION, SINGLE_LABEL
-from jaxft.tasks import SequenceClassification
+from jaxft.tasks import SequenceClassification, class_figures
 from jaxft.tasks.class_figures import figures, word_logits
 
 WORDS = [f"w{number}" for number in range(80)]
@@ -204,6 +204,15 @@ def test_the_linear_baseline_knows_words_and_does_without():
     texts, classes = ["good pill", "bad pill", "good day", "bad day"] * 5, np.array([0, 1, 0, 1] * 5)
     assert word_logits(texts, classes, ["good night", "bad night"], 2).argmax(1).tolist() == [0, 1]
     assert np.ptp(word_logits(["!!", "??"], np.array([0, 1]), ["!"], 2)) == 0
+
+
+def test_the_linear_baseline_draws_from_all_rows_where_there_are_many(monkeypatch):
+    monkeypatch.setattr(class_figures, "MOST_TEXTS", 20)
+    texts, classes = [*["good pill"] * 30, *["bad pill"] * 30], np.repeat([0, 1], 30)  # sorted by their label, as files often are
+    one, again, other = (word_logits(texts, classes, ["good", "bad"], 2, seed) for seed in (0, 0, 1))
+    assert one.argmax(1).tolist() == [0, 1]
+    np.testing.assert_array_equal(one, again)
+    assert (one != other).any()
 
 
 def test_the_report_counts_each_label():
