@@ -117,8 +117,8 @@ def initial_parameters(job: Job, source: str, batches: Any) -> tuple[Any, Any, A
     from jaxft.hub.load import OriginalKernels
     from jaxft.hub.tokenizer import load_tokenizer
     from jaxft.methods.base import Material
+    from jaxft.train.data import micro_batches
     from jaxft.train.scores import gradient_scores
-    from jaxft.train.setup import micro_batches
     from jaxft.train.state import key_for
 
     config = experiment(job)

@@ -12,14 +12,14 @@ from tqdm import tqdm
 
 from jaxft.data.batches import Layout, each_once, lay_out
 from jaxft.data.examples import Examples, NextTokens
-from jaxft.errors import UserError
 from jaxft.generation import Sampling, generate
 from jaxft.methods.partition import partition
 from jaxft.models.heads import LAST
 from jaxft.tasks.answers import AnswerFormat, equal_answers, majority_match, overlap
 from jaxft.train import placement
+from jaxft.train.data import check_split, pad_token
 from jaxft.train.gap import sample
-from jaxft.train.setup import Setup, end_tokens, pad_token
+from jaxft.train.setup import Setup, end_tokens
 from jaxft.train.state import State
 from jaxft.train.step import make_evaluation
 
@@ -52,8 +52,7 @@ class Evaluator:
     def chosen(self, name: str) -> Examples:
         """Returns the set of this name, of `eval.limit` of its rows; raises `UserError` where there is none."""
         found = self._setup.examples
-        if name not in found:
-            raise UserError(f"There is no {name} set. Give config.data.{name}, or a share of the training rows by config.data.split.")
+        check_split(name, found)
         limit = self._setup.experiment.eval.limit
         return found[name].first(limit) if limit else found[name]
 

@@ -12,10 +12,11 @@ from jaxft.config import Experiment
 from jaxft.methods.partition import combine, distinct, partition, size
 from jaxft.models.registry import family_of
 from jaxft.train import placement
+from jaxft.train.data import TrainingData, load_training_data
 from jaxft.train.folds import is_cross_validation, one_fold
 from jaxft.train.loop import jitted_step
 from jaxft.train.programs import operations
-from jaxft.train.setup import Described, TrainingData, describe_run, is_averaged, load_training_data, make_optimizer, print_trainable
+from jaxft.train.setup import Described, describe_run, is_averaged, make_optimizer, print_trainable
 from jaxft.train.state import State, new_state
 
 
@@ -44,7 +45,7 @@ def plan(experiment: Experiment) -> Plan:
     method that looks at training batches before it begins, isn't in it.
     """
     run, rows = describe_run(one_fold(experiment, 0) if is_cross_validation(experiment) else experiment)  # folds are alike
-    data = load_training_data(run, rows)
+    data = load_training_data(run.experiment, run.model, run.tokenizer, run.shapes, rows)
     mask = run.method.mask(run.shapes)
     print_trainable(run.shapes, mask)
     found = _of_step(run, data, mask)

@@ -3,12 +3,11 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -18,32 +17,28 @@ from jaxft.config import Experiment, ModelConfig
 from jaxft.data import folds
 from jaxft.data.batches import Batches
 from jaxft.data.examples import Examples, NextTokens, answer_end
-from jaxft.data.sources import SPLITS, Rows, load_splits
+from jaxft.data.sources import Rows
 from jaxft.data.template import with_template
-from jaxft.data.tokenize import COLUMNS, describe
 from jaxft.errors import UserError, unknown
 from jaxft.hub.load import OriginalKernels, compute_type, describe_pretrained, load_pretrained
 from jaxft.hub.peft import adapter_format, has_form
 from jaxft.hub.tokenizer import load_tokenizer
-from jaxft.inspect.look import look_quickly
 from jaxft.methods.base import Compose, Material, Method
 from jaxft.methods.head import with_head
 from jaxft.methods.kernels import is_kernel
 from jaxft.methods.partition import combine, listing, partition, size, trainable_leaves
 from jaxft.models import dropout
-from jaxft.models.heads import LAST
 from jaxft.models.layers import REMAT
 from jaxft.models.node import dense, is_node, virtual_tokens
 from jaxft.models.registry import family_of
 from jaxft.models.segments import Leaf, map_leaves
 from jaxft.quant.blockwise import Format
 from jaxft.tasks.base import Task
-from jaxft.tasks.head import Sums
 from jaxft.train import average as averages
 from jaxft.train import optimizer as optimizers
 from jaxft.train import placement
 from jaxft.train.checkpoint import Progress
-from jaxft.train.programs import draws
+from jaxft.train.data import check_positions, check_split, load_measured, load_rows, load_training_data, micro_batches
 from jaxft.train.scores import gradient_scores
 from jaxft.train.state import State, key_for, new_state
 
@@ -131,48 +126,6 @@ _BETTER_BELOW = ("loss", "perplexity")  # metrics of which less is better; of al
 NONE, FORMATS = "none", ("nf4", "fp4", "int8")  # of model.quantization
 
 
-def load_rows(experiment: Experiment, wanted: Collection[str] = SPLITS) -> dict[str, Rows]:
-    """Returns the rows of those of "train", "validation" and "test" that are `wanted`, with folds those of one of them."""
-    data, seed, task = experiment.data, experiment.train.seed, experiment.task
-    if not data.folds or data.fold == folds.ALL:
-        return load_splits(data, seed, wanted, task.row_groups)
-    rows = load_splits(data, seed, {"train" if name == "validation" else name for name in wanted}, task.row_groups)
-    if "train" in rows:
-        classes, groups = task.row_classes(rows["train"], data), task.row_groups(rows["train"])
-        rows |= folds.cut_fold(rows["train"], data, seed, classes, groups)
-    return {name: rows[name] for name in SPLITS if name in rows and name in wanted}
-
-
-def load_examples(experiment: Experiment, rows: dict[str, Rows], tokenizer: Any, model: nn.Module) -> dict[str, Examples]:
-    """Returns the rows of each set as tokens; prints their lengths, and what is wrong with them."""
-    task = experiment.task
-    examples = {name: task.examples(found, tokenizer, experiment.data, model) for name, found in rows.items()}
-    console.table("Data", COLUMNS, [describe(found, name) for name, found in examples.items()])
-    look_quickly(rows, examples, experiment)
-    for warning in task.warnings(tokenizer, examples["train"]):
-        console.say(f"Warning: {warning}\n")
-    return examples
-
-
-def load_measured(experiment: Experiment, tokenizer: Any, model: nn.Module) -> tuple[dict[str, Rows], dict[str, Examples]]:
-    """Returns the one set that a trained model is measured on, and the same, tokenized; prints its lengths.
-
-    No other set is tokenized, nor read where this one isn't cut from it.
-    """
-    split = experiment.eval.split
-    rows = load_rows(experiment, (split,))
-    _check_split(experiment, rows)
-    examples = experiment.task.examples(rows[split], tokenizer, experiment.data, model)
-    console.table("Data", COLUMNS, [describe(examples, split)])
-    return rows, {split: examples}
-
-
-def _check_split(experiment: Experiment, rows: Mapping[str, Rows]) -> None:
-    split = experiment.eval.split
-    if split not in rows:
-        raise UserError(f"There is no {split} set. Give config.data.{split}, or a share of the training rows by config.data.split.")
-
-
 @dataclasses.dataclass(frozen=True)
 class Described:
     """A run's model with its method as files describe it: all but the weights."""
@@ -187,21 +140,11 @@ class Described:
     kernels: OriginalKernels  # of the model's files
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainingData:
-    """What a run trains on and is measured on."""
-
-    rows: dict[str, Rows]
-    examples: dict[str, Examples]
-    batches: Batches
-    steps: int
-
-
 def describe_run(experiment: Experiment) -> tuple[Described, dict[str, Rows]]:
     """Loads the rows, and of the model its configuration alone; raises `UserError` for what can be found without tokens and weights."""
     mesh = _check_given(experiment)
     rows = load_rows(experiment)
-    _check_split(experiment, rows)
+    check_split(experiment.eval.split, rows)
     return _described(experiment, mesh, experiment.task.model_options(rows["train"], experiment.data)), rows
 
 
@@ -232,55 +175,10 @@ def _described(experiment: Experiment, mesh: Mesh, options: dict[str, Any]) -> D
     return Described(experiment, mesh, model, options, tokenizer, method, shapes, kernels)
 
 
-def load_training_data(run: Described, rows: dict[str, Rows]) -> TrainingData:
-    """Tokenizes the data, and cuts the training set into batches; raises `UserError` for what is wrong with it."""
-    experiment, train, pad = run.experiment, run.experiment.train, pad_token(run.tokenizer)
-    examples = load_examples(experiment, rows, run.tokenizer, run.model)
-    check_positions(examples, experiment, run.model, virtual_tokens(run.shapes))
-    share_prefix = run.model.pooling == LAST and not train.neftune_alpha  # its noise follows each example's length
-    training = experiment.task.for_training(run.model, examples["train"])
-    classes = balanced_classes(experiment, run.model, examples["train"])
-    batches = Batches(training, experiment.data, train.batch_size, train.accumulation, train.seed, share_prefix, pad, classes)
-    steps = train.steps or max(round(train.epochs * batches.steps_per_epoch), 1)
-    check_r_drop(experiment, run.model, run.shapes, batches)
-    return TrainingData(rows, examples, batches, steps)
-
-
-def balanced_classes(experiment: Experiment, model: nn.Module, training: Examples) -> np.ndarray | None:
-    """Returns the class of each training example where classes are to come alike often; raises `UserError` where they have none."""
-    if not experiment.data.balanced:
-        return None
-    found: np.ndarray | None = experiment.task.classes(model, training)
-    if found is None:
-        name = type(experiment.task).__name__
-        raise UserError(f"config.data.balanced draws each class alike often; the examples of {name} have no single class. Leave it out.")
-    return found
-
-
-def check_r_drop(experiment: Experiment, model: nn.Module, shapes: Any, batches: Batches) -> None:
-    """Raises `UserError` where R-Drop would compare two equal passes: where neither the model nor the method drops, nor noise is added."""
-    if not experiment.train.r_drop or experiment.train.neftune_alpha:
-        return
-    batch = {name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for name, array in batches.batch(0).items()}
-
-    def places(rngs: dict[str, jax.Array]) -> int:
-        def loss(params: Any, batch: Any, rngs: dict[str, jax.Array]) -> jax.Array:
-            sums: Sums = experiment.task.sums(model, params, batch, rngs)
-            return sums.loss
-
-        return draws(jax.make_jaxpr(loss)(shapes, batch, rngs).jaxpr)
-
-    if places({"dropout": jax.random.key(0)}) == places({}):  # a task may draw something of its own, as what it hides
-        raise UserError(
-            "train.r_drop compares two passes with different dropout, and nothing drops here: both would be equal. Set "
-            f"{', '.join(f'config.model.{kind}' for kind in model.config.dropouts)}, or a method's dropout, or leave train.r_drop out."
-        )
-
-
 def set_up(experiment: Experiment) -> TrainingSetup:
     """Loads data and model, adds the method, places everything, and prints what trains."""
     run, rows = describe_run(experiment)
-    data = load_training_data(run, rows)
+    data = load_training_data(run.experiment, run.model, run.tokenizer, run.shapes, rows)
     params = _begin(run, lambda: data.batches)
     mask = run.method.mask(params)
     print_trainable(params, mask)
@@ -324,7 +222,7 @@ def set_up_trained(experiment: Experiment, progress: Progress, measured: bool) -
     rows, examples = load_measured(run.experiment, run.tokenizer, run.model) if measured else ({}, {})
     if examples:
         check_positions(examples, experiment, run.model, virtual_tokens(run.shapes))
-    params = _begin(run, lambda: load_training_data(run, load_rows(trained)).batches)
+    params = _begin(run, lambda: load_training_data(run.experiment, run.model, run.tokenizer, run.shapes, load_rows(trained)).batches)
     trainable, frozen, _ = _placed(run, params, run.method.mask(params))
     made = Setup(run.experiment, run.mesh, run.model, run.tokenizer, run.options, rows, examples, progress.answer_end, frozen)
     return made, trainable
@@ -459,32 +357,6 @@ def can_merge(method: Method, model: Any, params: Any) -> bool:
     except UserError:
         return False
     return True
-
-
-def micro_batches(batches: Batches) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the micro-batches that training sees, (batch, length), from the first step on."""
-    for step in itertools.count():
-        batch = batches.batch(step)
-        for index in range(len(batch["tokens"])):
-            yield {name: array[index] for name, array in batch.items()}
-
-
-def check_positions(examples: dict[str, Examples], experiment: Experiment, model: Any, before: int = 0) -> None:
-    """Raises `UserError` where the longest row, after so many virtual tokens, has more tokens than the model has positions."""
-    longest, positions = max(int(found.lengths.max()) for found in examples.values()), model.config.max_position_embeddings
-    if longest + before <= positions:
-        return
-    after = f" after {before} virtual tokens" if before else ""
-    fewer = ", or the method's virtual_tokens" if before else ""
-    raise UserError(
-        f"The longest row has {longest} tokens{after}; {experiment.model.source} has {positions} positions. "
-        f"Lower config.data.max_length{fewer}."
-    )
-
-
-def pad_token(tokenizer: Any) -> int:
-    """Returns the id that fills rows; it is never attended to and never scored."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
 
 def print_trainable(params: Any, mask: Any) -> None:

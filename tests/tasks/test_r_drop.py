@@ -14,7 +14,7 @@ from jaxft.data.batches import Batches
 from jaxft.errors import UserError
 from jaxft.models.dropout import with_dropout
 from jaxft.tasks import SFT, SequenceClassification
-from jaxft.train.setup import check_r_drop
+from jaxft.train.data import check_r_drop
 
 WEIGHT = 0.7
 PLAIN = SFT()

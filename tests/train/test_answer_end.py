@@ -9,7 +9,7 @@ from tiny_models import make_examples
 
 import experiments
 from jaxft.data import tokenize
-from jaxft.train import setup
+from jaxft.train import data, setup
 
 END = 3
 TOKENIZER = types.SimpleNamespace(eos_token_id=2, all_special_ids=[2, END])
@@ -32,7 +32,7 @@ def test_the_last_scored_token_ends_an_answer_if_it_is_special(examples, end, st
 @pytest.mark.parametrize(("examples", "warned"), [(ending_with(END), False), (ending_with(50), True), (ending_with(50, cut=1), False)])
 def test_a_template_that_ends_no_answer_is_told(monkeypatch, capsys, examples, warned):
     monkeypatch.setattr(tokenize, "tokenize", lambda *_: examples)
-    monkeypatch.setattr(setup, "look_quickly", lambda *_: None)
-    setup.load_examples(experiments.load("lora_llama2"), {"train": "rows", "validation": "rows"}, TOKENIZER, None)
+    monkeypatch.setattr(data, "look_quickly", lambda *_: None)
+    data.load_examples(experiments.load("lora_llama2"), {"train": "rows", "validation": "rows"}, TOKENIZER, None)
     said = " ".join(capsys.readouterr().out.split())
     assert ("the model won't learn where to stop. Put {{ eos_token }} behind the answer" in said) == warned

@@ -12,7 +12,8 @@ from jaxft.config import ModelConfig
 from jaxft.errors import UserError
 from jaxft.methods.prefix import KeysValues
 from jaxft.methods.prompt import Embeddings
-from jaxft.train.setup import check_positions, virtual_tokens
+from jaxft.models.node import virtual_tokens
+from jaxft.train.data import check_positions
 
 MODEL = types.SimpleNamespace(config=types.SimpleNamespace(max_position_embeddings=20))
 EXPERIMENT = dataclasses.replace(experiments.load("lora_llama2"), model=ModelConfig(source="owner/model"))

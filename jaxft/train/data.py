@@ -1,0 +1,155 @@
+"""A run's rows, from their sources to the batches that it trains on."""
+
+import dataclasses
+import itertools
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from jaxft import console
+from jaxft.config import Experiment
+from jaxft.data import folds
+from jaxft.data.batches import Batches
+from jaxft.data.examples import Examples
+from jaxft.data.sources import SPLITS, Rows, load_splits
+from jaxft.data.tokenize import COLUMNS, describe
+from jaxft.errors import UserError
+from jaxft.inspect.look import look_quickly
+from jaxft.models.heads import LAST
+from jaxft.models.node import virtual_tokens
+from jaxft.tasks.head import Sums
+from jaxft.train.programs import draws
+
+
+def load_rows(experiment: Experiment, wanted: Collection[str] = SPLITS) -> dict[str, Rows]:
+    """Returns the rows of those of "train", "validation" and "test" that are `wanted`, with folds those of one of them."""
+    data, seed, task = experiment.data, experiment.train.seed, experiment.task
+    if not data.folds or data.fold == folds.ALL:
+        return load_splits(data, seed, wanted, task.row_groups)
+    rows = load_splits(data, seed, {"train" if name == "validation" else name for name in wanted}, task.row_groups)
+    if "train" in rows:
+        classes, groups = task.row_classes(rows["train"], data), task.row_groups(rows["train"])
+        rows |= folds.cut_fold(rows["train"], data, seed, classes, groups)
+    return {name: rows[name] for name in SPLITS if name in rows and name in wanted}
+
+
+def load_examples(experiment: Experiment, rows: dict[str, Rows], tokenizer: Any, model: nn.Module) -> dict[str, Examples]:
+    """Returns the rows of each set as tokens; prints their lengths, and what is wrong with them."""
+    task = experiment.task
+    examples = {name: task.examples(found, tokenizer, experiment.data, model) for name, found in rows.items()}
+    console.table("Data", COLUMNS, [describe(found, name) for name, found in examples.items()])
+    look_quickly(rows, examples, experiment)
+    for warning in task.warnings(tokenizer, examples["train"]):
+        console.say(f"Warning: {warning}\n")
+    return examples
+
+
+def load_measured(experiment: Experiment, tokenizer: Any, model: nn.Module) -> tuple[dict[str, Rows], dict[str, Examples]]:
+    """Returns the one set that a trained model is measured on, and the same, tokenized; prints its lengths.
+
+    No other set is tokenized, nor read where this one isn't cut from it.
+    """
+    split = experiment.eval.split
+    rows = load_rows(experiment, (split,))
+    check_split(split, rows)
+    examples = experiment.task.examples(rows[split], tokenizer, experiment.data, model)
+    console.table("Data", COLUMNS, [describe(examples, split)])
+    return rows, {split: examples}
+
+
+def check_split(name: str, sets: Collection[str]) -> None:
+    """Raises `UserError` where the set that is to be measured isn't among those that there are."""
+    if name not in sets:
+        raise UserError(f"There is no {name} set. Give config.data.{name}, or a share of the training rows by config.data.split.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """What a run trains on and is measured on."""
+
+    rows: dict[str, Rows]
+    examples: dict[str, Examples]
+    batches: Batches
+    steps: int
+
+
+def load_training_data(experiment: Experiment, model: Any, tokenizer: Any, shapes: Any, rows: dict[str, Rows]) -> TrainingData:
+    """Tokenizes the data, and cuts the training set into batches; raises `UserError` for what is wrong with it.
+
+    Args:
+      experiment: of it `data`, `train`, `eval` and the task.
+      model: as it is described.
+      tokenizer: of the model, as the task reads with it.
+      shapes: of the whole model with the method's leaves.
+      rows: of each set.
+    """
+    train, pad = experiment.train, pad_token(tokenizer)
+    examples = load_examples(experiment, rows, tokenizer, model)
+    check_positions(examples, experiment, model, virtual_tokens(shapes))
+    share_prefix = model.pooling == LAST and not train.neftune_alpha  # its noise follows each example's length
+    training = experiment.task.for_training(model, examples["train"])
+    classes = balanced_classes(experiment, model, examples["train"])
+    batches = Batches(training, experiment.data, train.batch_size, train.accumulation, train.seed, share_prefix, pad, classes)
+    steps = train.steps or max(round(train.epochs * batches.steps_per_epoch), 1)
+    check_r_drop(experiment, model, shapes, batches)
+    return TrainingData(rows, examples, batches, steps)
+
+
+def balanced_classes(experiment: Experiment, model: nn.Module, training: Examples) -> np.ndarray | None:
+    """Returns the class of each training example where classes are to come alike often; raises `UserError` where they have none."""
+    if not experiment.data.balanced:
+        return None
+    found: np.ndarray | None = experiment.task.classes(model, training)
+    if found is None:
+        name = type(experiment.task).__name__
+        raise UserError(f"config.data.balanced draws each class alike often; the examples of {name} have no single class. Leave it out.")
+    return found
+
+
+def check_r_drop(experiment: Experiment, model: nn.Module, shapes: Any, batches: Batches) -> None:
+    """Raises `UserError` where R-Drop would compare two equal passes: where neither the model nor the method drops, nor noise is added."""
+    if not experiment.train.r_drop or experiment.train.neftune_alpha:
+        return
+    batch = {name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for name, array in batches.batch(0).items()}
+
+    def places(rngs: dict[str, jax.Array]) -> int:
+        def loss(params: Any, batch: Any, rngs: dict[str, jax.Array]) -> jax.Array:
+            sums: Sums = experiment.task.sums(model, params, batch, rngs)
+            return sums.loss
+
+        return draws(jax.make_jaxpr(loss)(shapes, batch, rngs).jaxpr)
+
+    if places({"dropout": jax.random.key(0)}) == places({}):  # a task may draw something of its own, as what it hides
+        raise UserError(
+            "train.r_drop compares two passes with different dropout, and nothing drops here: both would be equal. Set "
+            f"{', '.join(f'config.model.{kind}' for kind in model.config.dropouts)}, or a method's dropout, or leave train.r_drop out."
+        )
+
+
+def micro_batches(batches: Batches) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the micro-batches that training sees, (batch, length), from the first step on."""
+    for step in itertools.count():
+        batch = batches.batch(step)
+        for index in range(len(batch["tokens"])):
+            yield {name: array[index] for name, array in batch.items()}
+
+
+def check_positions(examples: dict[str, Examples], experiment: Experiment, model: Any, before: int = 0) -> None:
+    """Raises `UserError` where the longest row, after so many virtual tokens, has more tokens than the model has positions."""
+    longest, positions = max(int(found.lengths.max()) for found in examples.values()), model.config.max_position_embeddings
+    if longest + before <= positions:
+        return
+    after = f" after {before} virtual tokens" if before else ""
+    fewer = ", or the method's virtual_tokens" if before else ""
+    raise UserError(
+        f"The longest row has {longest} tokens{after}; {experiment.model.source} has {positions} positions. "
+        f"Lower config.data.max_length{fewer}."
+    )
+
+
+def pad_token(tokenizer: Any) -> int:
+    """Returns the id that fills rows; it is never attended to and never scored."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
