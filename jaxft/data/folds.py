@@ -1,9 +1,11 @@
 """Cross-validation: the training rows in parts of one size, each held out once (Stone 1974; stratified as in Kohavi 1995)."""
 
+from collections.abc import Collection
+
 import numpy as np
 
-from jaxft.config import DataConfig
-from jaxft.data.sources import Rows
+from jaxft.config import DataConfig, Experiment
+from jaxft.data.sources import SPLITS, Rows, load_splits
 from jaxft.errors import UserError
 
 ALL = -1  # of `DataConfig.fold`: each in its turn
@@ -25,6 +27,18 @@ def check(config: DataConfig) -> None:
             "config.data.folds holds out parts of the training rows, and config.data.validation gives a set to hold out. Leave one of them "
             "out (--config.data.validation=)."
         )
+
+
+def load_sets(experiment: Experiment, wanted: Collection[str] = SPLITS) -> dict[str, Rows]:
+    """Returns the rows of those of "train", "validation" and "test" that are `wanted`, with a fold those of that one."""
+    data, seed, task = experiment.data, experiment.train.seed, experiment.task
+    if not data.folds or data.fold == ALL:
+        return load_splits(data, seed, wanted, task.row_groups)
+    rows = load_splits(data, seed, {"train" if name == "validation" else name for name in wanted}, task.row_groups)
+    if "train" in rows:
+        classes, groups = task.row_classes(rows["train"], data), task.row_groups(rows["train"])
+        rows |= cut_fold(rows["train"], data, seed, classes, groups)
+    return {name: rows[name] for name in SPLITS if name in rows and name in wanted}
 
 
 def cut_fold(train: Rows, config: DataConfig, seed: int, classes: np.ndarray | None, groups: np.ndarray | None = None) -> dict[str, Rows]:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,15 +74,26 @@ class LabelColumn:
         """Returns which classes each row has, (n, classes) float32 of 0 and 1."""
         found = np.zeros((len(self.values), len(names)), np.float32)
         for i, value in enumerate(self.values):
-            if not isinstance(value, (list, tuple)):
-                raise UserError(f"{self._place(i)}: column '{self.column}' is no list of labels, as other rows have, but {value!r}.")
-            for part in value:
-                found[i, self._class(part, i, names, named)] = 1
+            found[i, self._classes(value, i, names, named)] = 1
         return found
 
     def numbers(self, count: int) -> np.ndarray:
         """Returns each row's values, (n, count) float32."""
         return np.asarray([self._numbers(value, i, count) for i, value in enumerate(self.values)], np.float32)
+
+    def faults(self, problem: str, names: Sequence[str], named: bool) -> dict[int, str]:
+        """Returns the rows whose labels aren't of this kind or not among these names, and why; arguments as of `classes`."""
+        read: Callable[[int], Any] = {
+            REGRESSION: lambda i: self._numbers(self.values[i], i, len(names)),
+            MULTI_LABEL: lambda i: self._classes(self.values[i], i, names, named),
+            SINGLE_LABEL: lambda i: self._class(self.values[i], i, names, named),
+        }[problem]
+        return self.rows.faults(read)
+
+    def _classes(self, value: Any, i: int, names: Sequence[str], named: bool) -> list[int]:
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{self._place(i)}: column '{self.column}' is no list of labels, as other rows have, but {value!r}.")
+        return [self._class(part, i, names, named) for part in value]
 
     def _numbers(self, value: Any, i: int, count: int) -> list[float]:
         try:

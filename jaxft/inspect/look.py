@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,15 +9,18 @@ import numpy as np
 
 from jaxft import console
 from jaxft.config import DataConfig, Experiment
+from jaxft.data import folds
 from jaxft.data.examples import Examples
-from jaxft.data.sources import Rows, load_splits
+from jaxft.data.folds import load_sets
+from jaxft.data.sources import Rows
+from jaxft.errors import UserError
 from jaxft.inspect.characters import debris
 from jaxft.inspect.copies import copies, equal_texts
 from jaxft.inspect.encoded import Encoded, cut_rows, encode, refused_rows
-from jaxft.inspect.findings import WEIGHTS, Finding
+from jaxft.inspect.findings import WEIGHTS, Case, Finding, finding, raw_spot
 from jaxft.inspect.labels import label_findings, suspicious_labels
 from jaxft.inspect.shown import Shown, three_rows
-from jaxft.inspect.texts import TAGGING, Refused, Texts, kind_of, read_sets
+from jaxft.inspect.texts import Refused, Texts, kind_of, read_sets
 
 MOST_TEXTS = 100_000  # searched for near-duplicates
 # Before training, where 600 rows take 0.2 s and the most a second or two: rows of each set, and texts searched for near-duplicates.
@@ -44,13 +46,14 @@ def look(experiment: Experiment, tokenizer: Any) -> Look:
     Raises:
         UserError: a source that can't be read, or a configuration that every row is refused with.
     """
-    data, seed = experiment.data, experiment.train.seed
-    rows = load_splits(data, seed)
-    sets = read_sets(rows, data, kind_of(experiment.task.model_task))
+    data, seed, task = experiment.data, experiment.train.seed, experiment.task
+    folds.check(data)
+    task.check(data)
+    sets = read_sets(load_sets(experiment), data, kind_of(task.model_task))
     encoded = [encode(texts, tokenizer, data) for texts in sets]
     texts = equal_texts(sets)
     found = [
-        *refused_rows(sets, [(*one.refused, *_faults(part, experiment)) for part, one in zip(sets, encoded, strict=True)]),
+        *_refused(sets, encoded, tokenizer, experiment),
         *cut_rows(sets, [one.cut for one in encoded], data.max_length, [one.scored for one in encoded]),
         *copies(sets, texts, MOST_TEXTS, seed),
         *label_findings(sets),
@@ -61,14 +64,25 @@ def look(experiment: Experiment, tokenizer: Any) -> Look:
     return Look(experiment.name, data, tuple(sets), tuple(encoded), _sorted(found), tuple(shown), _sampled(len(texts), MOST_TEXTS))
 
 
-def _faults(texts: Texts, experiment: Experiment) -> list[Refused]:
-    """The rows whose tags, of which each row has several in one column, the task refuses."""
-    if texts.kind != TAGGING or not texts.labels:
-        return []
-    [labels] = texts.labels
-    starts = np.searchsorted(labels.rows, np.arange(len(texts) + 1))
-    tags = [labels.values[start:stop] for start, stop in itertools.pairwise(starts)]
-    return [Refused(texts.numbers[i], reason) for i, reason in experiment.task.faults(tags).items()]
+def _refused(sets: Sequence[Texts], encoded: Sequence[Encoded], tokenizer: Any, experiment: Experiment) -> list[Finding]:
+    """What training would refuse: rows, by the task's own checks of each; and the training set as a whole."""
+    data, task, error = experiment.data, experiment.task, None
+    try:
+        options = task.model_options(_readable(sets[0]), data)
+    except UserError as refusal:
+        options, error = {}, refusal
+    further = []
+    for texts, one in zip(sets, encoded, strict=True):
+        faults = task.faults(_readable(texts), tokenizer, data, options)
+        further.append([*one.refused, *(Refused(texts.numbers[i], reason) for i, reason in faults.items())])
+    found = refused_rows(sets, further)
+    if error is None or further[0]:
+        return found
+    return [finding("refused_set", "error", "training refuses the training set", str(error), [Case((raw_spot(sets[0], 0),))]), *found]
+
+
+def _readable(texts: Texts) -> Rows:
+    return texts.rows.select(texts.numbers)
 
 
 def look_quickly(rows: Mapping[str, Rows], examples: Mapping[str, Examples], experiment: Experiment) -> None:

@@ -99,11 +99,14 @@ class Task(abc.ABC):
           UserError: a row that isn't of this task, by its place.
         """
 
-    def faults(self, labels: Sequence[Sequence[str]]) -> dict[int, str]:
-        """Returns which rows training would refuse by their labels alone, and why: for a look at the data, without a model.
+    def faults(self, rows: Rows, tokenizer: Any, data: DataConfig, options: Mapping[str, Any]) -> dict[int, str]:
+        """Returns which rows `examples` would refuse, by their number, and why: for a look at the data, without a model.
 
         Args:
-          labels: of each row, by name.
+          rows: of a set, those alone that can be read.
+          tokenizer: a fast tokenizer of transformers.
+          data: which columns are read, and how long an example may be.
+          options: of `model_options`; empty where the training rows give none.
         """
         return {}
 

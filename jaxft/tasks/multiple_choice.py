@@ -1,7 +1,7 @@
 """Multiple choice by likelihood: of several answers to a question a causal model gives the one that it finds likeliest."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -18,6 +18,7 @@ from jaxft.tasks.base import Batch, Task
 from jaxft.tasks.head import Sums, check_head_chunk, check_label_smoothing, cross_entropy, log_likelihoods
 
 TOKENS, BYTES = "tokens", "bytes"
+_LONGEST = 2**31 - 1  # tokens: more than any choice has
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,24 +89,22 @@ class MultipleChoice(Task):
 
     def examples(self, rows: Rows, tokenizer: Any, data: DataConfig, model: nn.Module) -> Answers:
         """Returns each choice of a set's questions as tokens, those of the choice scored."""
-        from jaxft.data.template import chat_template
-        from jaxft.data.tokenize import tokenize
-
         found = [choices_of(row, rows.place(i)) for i, row in enumerate(rows.dataset)]
-        own = "{choice}" if chat_template(tokenizer, data.template) else " {choice}"  # a text goes on after a space
-        pattern = dataclasses.replace(data, prompt=data.prompt or "{question}", completion=data.completion or own)
-        made = tokenize(_one_each(rows, found), tokenizer, pattern)
-        numbers = np.repeat(np.arange(len(found)), [len(one.texts) for one in found])
-        if made.cut.any():
-            place = rows.place(int(numbers[np.flatnonzero(made.cut)[0]]))
-            longest = int((made.lengths + made.cut).max())
-            raise UserError(f"{place}: config.data.max_length is {data.max_length}, which cuts a choice. Raise it to {longest}.")
+        made, numbers = _uncut(rows, found, tokenizer, data)
+        if (long := made.lengths > data.max_length).any():
+            raise UserError(f"{rows.place(int(numbers[np.flatnonzero(long)[0]]))}: {_too_long(made, data)}")
         right = np.concatenate([np.arange(len(one.texts)) == one.right for one in found])
         weights = np.repeat(right, made.slots.counts).astype(np.float32)
         slots = dataclasses.replace(made.slots, weights=weights)
         sizes = np.asarray([len(text.encode()) for one in found for text in one.texts])
         said = _said(made, tokenizer.all_special_ids)
         return Answers(made.tokens, made.offsets, made.cut, slots, numbers, right=right, sizes=sizes, said=said)
+
+    def faults(self, rows: Rows, tokenizer: Any, data: DataConfig, options: Mapping[str, Any]) -> dict[int, str]:
+        """Returns the questions with a choice that is too long."""
+        found = [choices_of(row, rows.place(i)) for i, row in enumerate(rows.dataset)]
+        made, numbers = _uncut(rows, found, tokenizer, data)
+        return {int(i): _too_long(made, data) for i in np.unique(numbers[made.lengths > data.max_length])}
 
     def for_training(self, model: nn.Module, examples: Examples) -> Examples:
         """Returns the right choices alone."""
@@ -155,6 +154,22 @@ class MultipleChoice(Task):
         place = int(np.bincount(_place(training)[training.right]).argmax())
         accuracy = float((_place(examples)[examples.right] == place).mean())
         return {"accuracy": accuracy, "accuracy_normalized": accuracy}
+
+
+def _uncut(rows: Rows, found: Sequence[Choices], tokenizer: Any, data: DataConfig) -> tuple[NextTokens, np.ndarray]:
+    """Every choice as tokens, whole, and the number of its row."""
+    from jaxft.data.template import chat_template
+    from jaxft.data.tokenize import tokenize
+
+    own = "{choice}" if chat_template(tokenizer, data.template) else " {choice}"  # a text goes on after a space
+    prompt, completion = data.prompt or "{question}", data.completion or own
+    whole = dataclasses.replace(data, prompt=prompt, completion=completion, max_length=_LONGEST)
+    made = tokenize(_one_each(rows, found), tokenizer, whole)
+    return made, np.repeat(np.arange(len(found)), [len(one.texts) for one in found])
+
+
+def _too_long(made: NextTokens, data: DataConfig) -> str:
+    return f"config.data.max_length is {data.max_length}, which cuts a choice. Raise it to {int(made.lengths.max())}."
 
 
 def _one_each(rows: Rows, found: Sequence[Choices]) -> Rows:

@@ -61,11 +61,19 @@ class QuestionAnswering(Task):
     def examples(self, rows: Rows, tokenizer: Any, data: DataConfig, model: nn.Module) -> Windows:
         """Returns a set's rows as windows, with a slot for each token of the context and one for the first token."""
         questions = questions_of(rows)
-        without = next((i for i, one in enumerate(questions) if not one.answers), None)
-        if without is not None and not self.no_answer:
-            raise UserError(f"{rows.place(without)}: the question has no answer, and config.task.no_answer is off. Turn it on.")
+        for i, one in enumerate(questions):
+            self._check_answered(one, rows.place(i))
         takes_types = model.pooling == FIRST
         return windows(questions, tokenizer, data.max_length, self.stride, self.question_length, takes_types)
+
+    def _check_answered(self, question: Question, place: str) -> None:
+        if not question.answers and not self.no_answer:
+            raise UserError(f"{place}: the question has no answer, and config.task.no_answer is off. Turn it on.")
+
+    def faults(self, rows: Rows, tokenizer: Any, data: DataConfig, options: Mapping[str, Any]) -> dict[int, str]:
+        """Returns the questions without an answer, where that isn't allowed."""
+        questions = questions_of(rows)
+        return rows.faults(lambda i: self._check_answered(questions[i], rows.place(i)))
 
     def row_groups(self, rows: Rows) -> np.ndarray | None:
         """Returns the number of each row's context, (n,) int: who has read it knows more of the other questions on it."""

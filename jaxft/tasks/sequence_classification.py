@@ -1,7 +1,7 @@
 """One answer for a whole text, or a pair of texts: a class, several classes, or numbers."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -99,6 +99,13 @@ class SequenceClassification(Task):
             return column.numbers(len(names))
         named = bool(self.labels) or column.is_named
         return column.indicators(names, named) if problem == MULTI_LABEL else column.classes(names, named)
+
+    def faults(self, rows: Rows, tokenizer: Any, data: DataConfig, options: Mapping[str, Any]) -> dict[int, str]:
+        """Returns the rows with a label that the training rows lack, or that is of another kind."""
+        if not options:
+            return {}
+        column = label_column(rows, data.label)
+        return column.faults(options["problem_type"], options["labels"], bool(self.labels) or column.is_named)
 
     def for_training(self, model: nn.Module, examples: Examples) -> Examples:
         """Returns the examples with the weights of their labels."""

@@ -1,7 +1,7 @@
 """One answer for each word of a text: a tag, which with others marks entities, or stands for itself as a part of speech."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -36,7 +36,6 @@ from jaxft.tasks.base import Batch, Report, Task
 from jaxft.tasks.class_weights import check_named, check_weights, log_shares, weighted
 from jaxft.tasks.head import Sums, check_label_smoothing, cross_entropy
 
-_ROW = "row"
 _SHOWN = 12  # plain tags of a text
 
 
@@ -111,29 +110,29 @@ class TokenClassification(Task):
     def _classes(self, found: Sequence[Tagged], named: bool, model: Any, places: Sequence[str]) -> np.ndarray:
         names = model.config.labels
         scheme = scheme_of(names, self.scheme)
-        classes: list[int] = []
-        for row, place in zip(found, places, strict=True):
-            tags = row.tags
-            if self.mend_tags:
-                tags = mended([names[class_of(tag, names, True, place)] if named else str(tag) for tag in tags], scheme)
-            own = [class_of(tag, names, named, f"{place}: tag {number}") for number, tag in enumerate(tags, start=1)]
-            if scheme != PLAIN:
-                check_scheme([names[one] for one in own], scheme, place)
-            classes += own
-        return np.asarray(classes, np.int32)
+        rows = zip(found, places, strict=True)
+        return np.asarray([one for row, place in rows for one in self._own_classes(row, names, named, scheme, place)], np.int32)
 
-    def faults(self, labels: Sequence[Sequence[str]]) -> dict[int, str]:
-        """Returns the rows whose tags don't follow their scheme."""
-        scheme = scheme_like({tag for tags in labels for tag in tags}) if self.scheme == AUTO else self.scheme
-        found = {}
-        for i, tags in enumerate(labels if scheme != PLAIN else ()):
-            try:
-                check_names(tags, scheme)
-                if not self.mend_tags:
-                    check_scheme(tags, scheme, _ROW)
-            except UserError as error:
-                found[i] = str(error).removeprefix(f"{_ROW}: ")
-        return found
+    def _own_classes(self, row: Tagged, names: Sequence[str], named: bool, scheme: str, place: str) -> list[int]:
+        tags = row.tags
+        if self.mend_tags:
+            tags = mended([names[class_of(tag, names, True, place)] if named else str(tag) for tag in tags], scheme)
+        own = [class_of(tag, names, named, f"{place}: tag {number}") for number, tag in enumerate(tags, start=1)]
+        if scheme != PLAIN:
+            check_scheme([names[one] for one in own], scheme, place)
+        return own
+
+    def faults(self, rows: Rows, tokenizer: Any, data: DataConfig, options: Mapping[str, Any]) -> dict[int, str]:
+        """Returns the rows with a tag that the training rows lack, or with tags that don't follow their scheme."""
+        found, given = tagged_rows(rows, data), self.labels or feature_names(rows, data)
+        names = options.get("labels") or given or tag_names(found)
+        scheme = scheme_like(names) if self.scheme == AUTO else self.scheme
+
+        def read(i: int) -> None:
+            check_names([str(tag) for tag in found[i].tags if not given], scheme)
+            self._own_classes(found[i], names, bool(given), scheme, rows.place(i))
+
+        return rows.faults(read)
 
     def for_training(self, model: nn.Module, examples: Examples) -> Examples:
         """Returns the examples with the weights of their tags."""

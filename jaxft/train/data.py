@@ -11,10 +11,10 @@ from flax import linen as nn
 
 from jaxft import console
 from jaxft.config import Experiment
-from jaxft.data import folds
 from jaxft.data.batches import Batches
 from jaxft.data.examples import Examples
-from jaxft.data.sources import SPLITS, Rows, load_splits
+from jaxft.data.folds import load_sets
+from jaxft.data.sources import Rows
 from jaxft.data.tokenize import COLUMNS, describe
 from jaxft.errors import UserError
 from jaxft.inspect.look import look_quickly
@@ -22,18 +22,6 @@ from jaxft.models.heads import LAST
 from jaxft.models.node import virtual_tokens
 from jaxft.tasks.head import Sums
 from jaxft.train.programs import draws
-
-
-def load_rows(experiment: Experiment, wanted: Collection[str] = SPLITS) -> dict[str, Rows]:
-    """Returns the rows of those of "train", "validation" and "test" that are `wanted`, with folds those of one of them."""
-    data, seed, task = experiment.data, experiment.train.seed, experiment.task
-    if not data.folds or data.fold == folds.ALL:
-        return load_splits(data, seed, wanted, task.row_groups)
-    rows = load_splits(data, seed, {"train" if name == "validation" else name for name in wanted}, task.row_groups)
-    if "train" in rows:
-        classes, groups = task.row_classes(rows["train"], data), task.row_groups(rows["train"])
-        rows |= folds.cut_fold(rows["train"], data, seed, classes, groups)
-    return {name: rows[name] for name in SPLITS if name in rows and name in wanted}
 
 
 def load_examples(experiment: Experiment, rows: dict[str, Rows], tokenizer: Any, model: nn.Module) -> dict[str, Examples]:
@@ -53,7 +41,7 @@ def load_measured(experiment: Experiment, tokenizer: Any, model: nn.Module) -> t
     No other set is tokenized, nor read where this one isn't cut from it.
     """
     split = experiment.eval.split
-    rows = load_rows(experiment, (split,))
+    rows = load_sets(experiment, (split,))
     check_split(split, rows)
     examples = experiment.task.examples(rows[split], tokenizer, experiment.data, model)
     console.table("Data", COLUMNS, [describe(examples, split)])

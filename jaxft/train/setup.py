@@ -17,6 +17,7 @@ from jaxft.config import Experiment, ModelConfig
 from jaxft.data import folds
 from jaxft.data.batches import Batches
 from jaxft.data.examples import Examples, NextTokens, answer_end
+from jaxft.data.folds import load_sets
 from jaxft.data.sources import Rows
 from jaxft.data.template import with_template
 from jaxft.errors import UserError, unknown
@@ -38,7 +39,7 @@ from jaxft.train import average as averages
 from jaxft.train import optimizer as optimizers
 from jaxft.train import placement
 from jaxft.train.checkpoint import Progress
-from jaxft.train.data import check_positions, check_split, load_measured, load_rows, load_training_data, micro_batches
+from jaxft.train.data import check_positions, check_split, load_measured, load_training_data, micro_batches
 from jaxft.train.scores import gradient_scores
 from jaxft.train.state import State, key_for, new_state
 
@@ -143,7 +144,7 @@ class Described:
 def describe_run(experiment: Experiment) -> tuple[Described, dict[str, Rows]]:
     """Loads the rows, and of the model its configuration alone; raises `UserError` for what can be found without tokens and weights."""
     mesh = _check_given(experiment)
-    rows = load_rows(experiment)
+    rows = load_sets(experiment)
     check_split(experiment.eval.split, rows)
     return _described(experiment, mesh, experiment.task.model_options(rows["train"], experiment.data)), rows
 
@@ -222,7 +223,7 @@ def set_up_trained(experiment: Experiment, progress: Progress, measured: bool) -
     rows, examples = load_measured(run.experiment, run.tokenizer, run.model) if measured else ({}, {})
     if examples:
         check_positions(examples, experiment, run.model, virtual_tokens(run.shapes))
-    params = _begin(run, lambda: load_training_data(run.experiment, run.model, run.tokenizer, run.shapes, load_rows(trained)).batches)
+    params = _begin(run, lambda: load_training_data(run.experiment, run.model, run.tokenizer, run.shapes, load_sets(trained)).batches)
     trainable, frozen, _ = _placed(run, params, run.method.mask(params))
     made = Setup(run.experiment, run.mesh, run.model, run.tokenizer, run.options, rows, examples, progress.answer_end, frozen)
     return made, trainable

@@ -5,6 +5,7 @@ import html.parser
 import json
 import re
 import time
+import types
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ from jaxft.inspect.page import page
 from jaxft.inspect.report import as_json, say
 from jaxft.inspect.shown import CUT, GIVEN, SCORED, pieces
 from jaxft.methods import LoRA
-from jaxft.tasks import SFT, QuestionAnswering, SequenceClassification, TokenClassification
+from jaxft.models.heads import SINGLE_LABEL
+from jaxft.tasks import SFT, MultipleChoice, QuestionAnswering, SequenceClassification, TokenClassification
 from jaxft.train import run
 
 SIGNS = {"Acne": "skin spots face", "Asthma": "breath lungs cough", "Migraine": "head light nausea"}
@@ -258,6 +260,76 @@ def test_an_answer_that_is_not_where_it_should_be(tmp_path, tokenizer):
     assert found["refused"].cases[0].note == (
         "the answer 'was' isn't what stands at answer_start, 5, in its context. It stands at 3: correct answer_start."
     )
+
+
+def asked(i, answer):
+    """A row of question answering, and of multiple choice where it has an answer."""
+    return {"question": f"What is {i}?", "context": f"It was {i}.", "answers": {"text": ["was"] * answer, "answer_start": [3] * answer}}
+
+
+def chosen(other):
+    return {"question": "Well?", "choices": ["yes", other], "answer": "0"}
+
+
+REFUSED = {
+    "a label that train lacks": (
+        SequenceClassification(),
+        ([{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(8)], [{"text": "one", "label": "a"}, {"text": "two", "label": "c"}]),
+        "test.jsonl, line 2",
+        "label 'c' is none of the model's",
+    ),
+    "a tag that train lacks": (
+        TokenClassification(),
+        ([{"tokens": ["a", str(i)], "tags": ["O", "B-X"]} for i in range(8)], [{"tokens": ["b"], "tags": ["B-Y"]}]),
+        "test.jsonl, line 1",
+        "tag 1 'B-Y' is none of the model's",
+    ),
+    "a question without an answer": (
+        QuestionAnswering(no_answer=False),
+        ([asked(i, i != 3) for i in range(8)], [asked(9, 1)]),
+        "train.jsonl, line 4",
+        "the question has no answer, and config.task.no_answer is off",
+    ),
+    "a choice that is too long": (
+        MultipleChoice(),
+        ([chosen("no " * (300 if i == 2 else 1)) for i in range(8)], [chosen("no")]),
+        "train.jsonl, line 3",
+        "config.data.max_length is 128, which cuts a choice. Raise it to ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_training_refuses_is_found_by_its_own_checks(name, tmp_path, tokenizer):
+    task, sets, place, reason = REFUSED[name]
+    given = dataclasses.replace(experiment(tmp_path, *sets, prompt="", completion="", max_length=128), task=task)
+    found = {one.kind: one for one in look(given, tokenizer).findings}
+    assert places(found["refused"]) == [[place]]
+    assert found["refused"].cases[0].note.startswith(reason)
+    rows = load_splits(given.data, 0)
+    config = types.SimpleNamespace(vocab_size=9, **({"problem_type": SINGLE_LABEL} | task.model_options(rows["train"], given.data)))
+    with pytest.raises(UserError) as refused:
+        task.examples(rows[place.split(".")[0]], tokenizer, given.data, types.SimpleNamespace(pooling="last", config=config))
+    assert str(refused.value).endswith(f"{place}: {found['refused'].cases[0].note}")
+
+
+def test_a_training_set_that_is_refused_as_a_whole_is_told(tmp_path, tokenizer):
+    records = [{"text": f"text {i}", "label": "a"} for i in range(8)]
+    given = dataclasses.replace(experiment(tmp_path, records, records[:1], prompt="", completion=""), task=SequenceClassification())
+    found = {one.kind: one for one in look(given, tokenizer).findings}
+    assert found["refused_set"].weight == "error"
+    assert "one label only, 'a'" in found["refused_set"].advice
+
+
+def test_settings_that_training_refuses_are_refused_and_a_fold_is_looked_at_as_it_is_trained(tmp_path, tokenizer):
+    records = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(8)]
+    given = dataclasses.replace(experiment(tmp_path, records, records[:1], prompt="", completion=""), task=SequenceClassification())
+    with pytest.raises(UserError, match="config.data.tags has no effect with the task SequenceClassification"):
+        look(dataclasses.replace(given, data=dataclasses.replace(given.data, tags="ner")), tokenizer)
+    with pytest.raises(UserError, match="config.data.folds is 1"):
+        look(dataclasses.replace(given, data=dataclasses.replace(given.data, folds=1)), tokenizer)
+    found = look(dataclasses.replace(given, data=dataclasses.replace(given.data, folds=2, fold=1)), tokenizer)
+    assert {texts.name: len(texts) for texts in found.sets} == {"train": 4, "validation": 4, "test": 1}
 
 
 def test_a_mistake_in_the_configuration_is_no_finding(tmp_path, tokenizer):

@@ -417,12 +417,18 @@ def test_settings_that_make_no_sense_are_refused(options, message):
 
 def test_of_a_scheme_the_rows_that_are_not_are_told_without_a_model():
     tags = [["B-X", "I-X"], ["O", "X"], ["O", "I-X"], ["B-X", "O"]]
-    assert {i: reason[:25] for i, reason in TokenClassification().faults(tags).items()} == {
+    found = Rows(datasets.Dataset.from_dict({"tokens": [["a", "b"]] * 4, "tags": tags}), "train.jsonl", "line", np.arange(1, 5))
+
+    def faults(task, options=None):
+        return task.faults(found, None, DataConfig(), options or {})
+
+    assert {i: reason[:25] for i, reason in faults(TokenClassification()).items()} == {
         1: "The tag 'X' isn't one of ",
         2: "tag 2 is 'I-X' after O, w",
     }
-    assert list(TokenClassification(mend_tags=True).faults(tags)) == [1]
-    assert TokenClassification(scheme="plain").faults(tags) == {}
+    assert list(faults(TokenClassification(mend_tags=True))) == [1]
+    assert faults(TokenClassification(scheme="plain")) == {}
+    assert list(faults(TokenClassification(scheme="plain"), {"labels": ("B-X", "I-X", "O")})) == [1]
 
 
 def test_columns_have_other_names_where_that_is_said():

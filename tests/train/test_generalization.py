@@ -16,8 +16,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import experiments
 from jaxft import overrides
+from jaxft.data.folds import load_sets
 from jaxft.errors import UserError
-from jaxft.train import data, run, setup
+from jaxft.train import run, setup
 from jaxft.train.evaluate import Evaluator
 from jaxft.train.logs import Logs
 
@@ -188,7 +189,7 @@ def test_folds_are_runs_of_their_own_and_go_on_where_they_were_stopped(reviews, 
 
 
 def test_one_fold_alone_is_a_plain_run(reviews):
-    rows = data.load_rows(experiment(reviews, *FOLDS, "--config.data.fold=2"))
+    rows = load_sets(experiment(reviews, *FOLDS, "--config.data.fold=2"))
     assert {name: len(found) for name, found in rows.items()} == {"train": 32, "validation": 16}
 
 
