@@ -49,7 +49,7 @@ class DataConfig:
     balanced: bool = False  # each class as often as any other in each epoch, by repeating examples of the rarer ones
     packing: bool = True  # several examples a row; attention never crosses them
     share_prefix: bool = True  # with packing: tokens that all examples begin with stand once a row
-    cache: bool = True  # keep tokenized rows on disk, by content
+    cache: bool = True  # keep tokenized rows on disk, by content: those of SFT and multiple choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ class OptimizerConfig:
 class EvalConfig:
     """What is measured before and after training, and how text is generated for it."""
 
-    split: str = "test"  # validation or test
+    split: str = "test"  # validation, test or train; of folds, each in its turn, the part held out
     limit: int = 0  # examples; 0 is all
     batch_size: int = 16  # rows a batch
     gap: bool = True  # at each evaluation in training, also measure the loss on as many training rows as validation has

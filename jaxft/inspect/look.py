@@ -49,6 +49,7 @@ def look(experiment: Experiment, tokenizer: Any) -> Look:
     data, seed, task = experiment.data, experiment.train.seed, experiment.task
     folds.check(data)
     task.check(data)
+    task.check_evaluation(experiment.eval)
     sets = read_sets(load_sets(experiment), data, kind_of(task.model_task))
     encoded = [encode(texts, tokenizer, data) for texts in sets]
     texts = equal_texts(sets)

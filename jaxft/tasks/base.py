@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxft.config import DataConfig
+from jaxft.config import DataConfig, EvalConfig
 from jaxft.data.examples import Examples
 from jaxft.data.rows import Rows
 from jaxft.errors import UserError
@@ -19,7 +19,8 @@ from jaxft.tasks.head import Sums, gather, head_sums
 Batch = Mapping[str, jax.Array]
 Of = tuple[Rows, Examples]  # a set, as rows and as examples
 _OF_THE_HEAD = ("scored", "targets", "weights")
-_FIELDS_OF_TASKS = {"system", "prompt", "completion", "template", "loss", "text", "text_pair", "label", "tokens", "tags"}
+_FIELDS_OF_TASKS = {"system", "prompt", "completion", "template", "loss", "text", "text_pair", "label", "tokens", "tags", "cache"}
+_OF_ANSWERS = ("max_new_tokens", "temperature", "top_k", "top_p")  # of config.eval
 _ARGUMENTS = {"tokens": "input_ids"}
 
 
@@ -68,6 +69,14 @@ class Task(abc.ABC):
             if getattr(data, name) != getattr(default, name):
                 reads = ", ".join(f"config.data.{field}" for field in self.data_fields) or "columns of fixed names"
                 raise UserError(f"config.data.{name} has no effect with the task {type(self).__name__}, which reads {reads}. Leave it out.")
+
+    def check_evaluation(self, evaluation: EvalConfig) -> None:
+        """Raises `UserError` for settings of generated answers where this task generates none."""
+        for name in _OF_ANSWERS if not self.generates else ():
+            if getattr(evaluation, name) != getattr(EvalConfig(), name):
+                raise UserError(
+                    f"config.eval.{name} has no effect with the task {type(self).__name__}, which generates no text. Leave it out."
+                )
 
     def tokenized(self, tokenizer: Any) -> "Task":
         """Returns the task with what it needs of the tokenizer; raises `UserError` where that hasn't it."""

@@ -74,7 +74,7 @@ class MultipleChoice(Task):
     head_chunk: int = 1024  # scored tokens whose logits exist at one time
 
     model_task: ClassVar[str] = "multiple_choice"
-    data_fields: ClassVar[tuple[str, ...]] = ("prompt", "completion", "template")
+    data_fields: ClassVar[tuple[str, ...]] = ("prompt", "completion", "template", "cache")
 
     def __post_init__(self) -> None:
         check_label_smoothing(self.label_smoothing)

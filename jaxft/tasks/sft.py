@@ -29,7 +29,7 @@ class SFT(Task):
 
     model_task: ClassVar[str] = "causal_lm"
     generates: ClassVar[bool] = True
-    data_fields: ClassVar[tuple[str, ...]] = ("system", "prompt", "completion", "template", "loss")
+    data_fields: ClassVar[tuple[str, ...]] = ("system", "prompt", "completion", "template", "loss", "cache")
 
     def __post_init__(self) -> None:
         check_label_smoothing(self.label_smoothing)

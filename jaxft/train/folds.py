@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxft import console
-from jaxft.config import Experiment
+from jaxft.config import EvalConfig, Experiment
 from jaxft.data import folds
+from jaxft.errors import UserError
 from jaxft.train.logs import number
 
 
@@ -23,7 +24,15 @@ def fold_folder(workdir: pathlib.Path, fold: int) -> pathlib.Path:
 
 
 def one_fold(experiment: Experiment, fold: int) -> Experiment:
-    """Returns the run of a fold: measured on the part that it holds out."""
+    """Returns the run of a fold: measured on the part that it holds out; raises `UserError` where another set is asked for.
+
+    The test set is what is measured where nothing is said; here that is the part held out.
+    """
+    if experiment.eval.split not in (EvalConfig().split, "validation"):
+        raise UserError(
+            f"config.eval.split is {experiment.eval.split}, but each of config.data.folds is measured on the part that it holds out. Leave "
+            "it out, or train one fold alone: --config.data.fold=0."
+        )
     data = dataclasses.replace(experiment.data, fold=fold)
     return dataclasses.replace(experiment, data=data, eval=dataclasses.replace(experiment.eval, split="validation"))
 

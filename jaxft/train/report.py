@@ -101,6 +101,7 @@ def print_report(report: Report, folder: pathlib.Path) -> None:
         console.table(table.title, table.columns, table.rows)
     for name, picture in report.pictures.items():
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(picture)
         except OSError as error:
             raise UserError(f"{folder / name} can't be written ({error.strerror}). Make room, or choose another --workdir.") from error

@@ -58,12 +58,12 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
 
 def _train_folds(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     """Trains the folds that aren't finished; returns the summary of all, or an empty one where a signal stopped it."""
-    resolved = overrides.to_dict(experiment)
+    resolved, runs = overrides.to_dict(experiment), [one_fold(experiment, fold) for fold in range(experiment.data.folds)]
     _check_workdir(workdir, resolved)
     _write_config(workdir, resolved)
     summaries = []
-    for fold in range(experiment.data.folds):
-        own, folder = one_fold(experiment, fold), fold_folder(workdir, fold)
+    for fold, own in enumerate(runs):
+        folder = fold_folder(workdir, fold)
         _check_workdir(folder, overrides.to_dict(own))
         console.say(f"Fold {fold} of {experiment.data.folds}, in {folder}{', is finished' if _summary_of(folder) else ''}.\n")
         if not (summary := _summary_of(folder) or _train_one(own, folder)):
@@ -98,7 +98,7 @@ def _train_one(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def evaluate(experiment: Experiment, workdir: pathlib.Path) -> dict[str, float]:
-    """Evaluates the best checkpoint of `workdir` on `eval.split`, and prints the figures."""
+    """Evaluates the best checkpoint of `workdir` on `eval.split`, and prints the figures; pictures go into a folder for that set."""
     setup, state = _load_best(experiment, workdir, measured=True)
     evaluator = Evaluator(setup)
     found = evaluator.full(state, experiment.eval.split, "Evaluating")
@@ -107,7 +107,8 @@ def evaluate(experiment: Experiment, workdir: pathlib.Path) -> dict[str, float]:
         ("metric", "value"),
         [(name, f"{value:.4f}") for name, value in found.metrics.items()],
     )
-    print_report(experiment.task.report(setup.model, evaluator.chosen(experiment.eval.split), found.outputs), workdir)
+    split = experiment.eval.split
+    print_report(experiment.task.report(setup.model, evaluator.chosen(split), found.outputs), workdir / f"eval-{split}")
     return found.metrics
 
 

@@ -156,6 +156,7 @@ def _check_given(experiment: Experiment) -> Mesh:
     if not experiment.model.source:
         raise UserError("There is no model: set config.model.source to a hub id, a local folder, a .gguf file, or bundled:NAME.")
     experiment.task.check(experiment.data)
+    experiment.task.check_evaluation(experiment.eval)
     return mesh
 
 

@@ -183,9 +183,24 @@ def test_folds_are_runs_of_their_own_and_go_on_where_they_were_stopped(reviews, 
         run.evaluate(experiment(reviews, *FOLDS), workdir)
     one = run.saved_experiment(workdir / "fold-1", "full_bert_sentiment")
     assert one.data.fold == 1
+    picture = (workdir / "fold-1" / "confusion.png").stat().st_mtime_ns
     np.testing.assert_allclose(run.evaluate(one, workdir / "fold-1")["loss"], each[1]["loss"], rtol=1e-6)
+    assert (workdir / "fold-1" / "confusion.png").stat().st_mtime_ns == picture  # the training's own
+    assert (workdir / "fold-1" / "eval-validation" / "confusion.png").exists()
     with pytest.raises(UserError, match="data.folds was 3 and is 0"):
         run.train(experiment(reviews), workdir)
+
+
+def test_another_set_than_the_part_held_out_is_not_measured(reviews, tmp_path):
+    with pytest.raises(UserError, match="config.eval.split is train, but each of config.data.folds is measured on the part"):
+        run.train(experiment(reviews, *FOLDS, "--config.eval.split=train"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flag", ["--config.eval.max_new_tokens=4", "--config.eval.temperature=0.5", "--config.data.cache=false"])
+def test_settings_without_effect_are_refused(reviews, flag):
+    with pytest.raises(UserError, match=f"{flag[2:].split('=')[0]} has no effect with the task SequenceClassification"):
+        setup.describe_run(experiment(reviews, flag))
 
 
 def test_one_fold_alone_is_a_plain_run(reviews):
