@@ -32,10 +32,10 @@ def make_step(
     """Returns step(state, frozen, batch, start=None) -> (state, metrics), to be jitted with the state donated.
 
     A batch's leaves have leading axes (accumulation, batch). The loss is the sum over every scored token of the step divided by their
-    weight, so how a step is cut into micro-batches, rows and devices changes nothing but rounding; `penalty`, a function of the whole
-    parameters, is added to that mean once. `average` follows the weights where the state has one. With
-    `mixout`, `start` is the trainable leaves before the first step. Where the loss, the gradient or the
-    update isn't finite, the state comes back as it was, and metrics["finite"] is False.
+    weight, so how a step is cut into micro-batches, rows and devices changes rounding, and what is drawn for each part: dropout, noise,
+    mixout and masking; without these nothing but rounding. `penalty`, a function of the whole parameters, is added to that mean once.
+    `average` follows the weights where the state has one. With `mixout`, `start` is the trainable leaves before the first step. Where the
+    loss, the gradient or the update isn't finite, the state comes back as it was, and metrics["finite"] is False.
     """
 
     def gradient(trainable: Any, frozen: Any, batch: Batch, key: jax.Array, start: Any) -> tuple[Any, Sums]:
