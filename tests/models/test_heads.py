@@ -140,7 +140,11 @@ def loss_of(logits, xp):
     return (xp.sin(logits) * logits).sum()
 
 
-GRADIENTS = ["bert sequence_classification", "bert masked_lm", "bert question_answering", "gpt2 sequence_classification"]
+GRADIENTS = [
+    *("bert sequence_classification", "bert masked_lm", "bert question_answering", "roberta sequence_classification"),
+    *("distilbert token_classification", "electra question_answering", "gpt2 sequence_classification"),
+    *("llama sequence_classification", "qwen3 question_answering"),
+]
 
 
 @pytest.mark.parametrize("case", GRADIENTS)
