@@ -5,13 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from evaluation_batches import evaluation_batches
 from jax.sharding import Mesh
 from lenient_optax import lenient, make_optimizer
 from tiny_models import VOCABULARY, largest_difference, make_examples, make_pair, moved, same_bits
 
 import jaxft
 from jaxft.config import DataConfig, OptimizerConfig, TrainConfig
-from jaxft.data.batches import evaluation_batches
 from jaxft.methods.partition import size
 from jaxft.models import segments
 from jaxft.models.node import is_node

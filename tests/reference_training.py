@@ -3,13 +3,13 @@
 import jax
 import numpy as np
 import torch
+from evaluation_batches import evaluation_batches
 from lenient_optax import lenient, make_optimizer
 from tiny_models import make_examples
 from torch_loss import torch_loss as reference_loss
 
 import jaxft
 from jaxft.config import DataConfig, OptimizerConfig
-from jaxft.data.batches import evaluation_batches
 from jaxft.tasks import SFT
 from jaxft.train.state import new_state
 from jaxft.train.step import make_step

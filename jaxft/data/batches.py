@@ -233,23 +233,6 @@ def _joined(layouts: Sequence[Layout]) -> Layout:
     return dataclasses.replace(layouts[0], rows=rows, length=length, slots=slots)
 
 
-def evaluation_batches(
-    examples: Examples, config: DataConfig, batch_size: int, share_prefix: bool, pad_token_id: int = 0
-) -> Iterator[Batch]:
-    """Yields batches of (B, L) and (B, S), as `Batches.batch`, that hold each example once; rows of padding fill the last one.
-
-    Args:
-        examples: the set to evaluate on.
-        config: of it `max_length`, `packing` and `share_prefix`.
-        batch_size: B, rows a batch.
-        share_prefix: whether the model can attend to a shared prefix.
-        pad_token_id: what fills the rows.
-    """
-    layout = lay_out(examples, np.arange(len(examples)), config, share_prefix, pad_token_id)
-    for _, batch in each_once(layout, batch_size):
-        yield batch
-
-
 def each_once(layout: Layout, batch_size: int) -> Iterator[tuple[range, Batch]]:
     """Yields the numbers of some rows, and their batch of `batch_size` rows, filled up with rows of padding; each row stands in one."""
     for start in range(0, len(layout.rows), batch_size):

@@ -3,11 +3,12 @@
 import chex
 import numpy as np
 import pytest
+from evaluation_batches import evaluation_batches
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxft.config import DataConfig
-from jaxft.data.batches import Batches, balanced, evaluation_batches
+from jaxft.data.batches import Batches, balanced
 from jaxft.data.examples import NextTokens
 from jaxft.models.attention import PADDING, SHARED
 

@@ -11,13 +11,13 @@ import peft
 import peft.optimizers
 import pytest
 import torch
+from evaluation_batches import evaluation_batches
 from lenient_optax import make_optimizer
 from tiny_models import VOCABULARY, largest_difference, make_examples, make_pair, moved, same_bits, with_adapter
 from torch_loss import torch_loss
 
 import jaxft
 from jaxft.config import DataConfig, OptimizerConfig
-from jaxft.data.batches import evaluation_batches
 from jaxft.errors import UserError
 from jaxft.methods import LoRA, lora_start
 from jaxft.methods.lora import LoRAKernel

@@ -9,6 +9,7 @@ import peft
 import pytest
 import safetensors.numpy
 import torch
+from evaluation_batches import evaluation_batches
 from lenient_optax import make_optimizer
 from reference_training import check_losses, our_losses, torch_losses
 from tiny_models import make_examples, make_pair, with_adapter
@@ -16,7 +17,6 @@ from torch_loss import torch_loss
 
 import jaxft
 from jaxft.config import DataConfig, OptimizerConfig
-from jaxft.data.batches import evaluation_batches
 from jaxft.tasks import SFT
 from jaxft.train.state import new_state
 from jaxft.train.step import make_step

@@ -9,13 +9,14 @@ import numpy as np
 import peft
 import pytest
 import torch
+from evaluation_batches import evaluation_batches
 from method_checks import IDS, base
 from program_shapes import shapes_of
 from tiny_models import VOCABULARY, largest_difference, load, make_examples, make_reference, moved, same_bits
 
 import jaxft
 from jaxft.config import DataConfig, TrainConfig
-from jaxft.data.batches import evaluation_batches, lay_out
+from jaxft.data.batches import lay_out
 from jaxft.errors import UserError
 from jaxft.generation import Sampling, generate
 from jaxft.methods import IA3, LoRA, Prefix

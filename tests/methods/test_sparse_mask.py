@@ -9,6 +9,7 @@ import numpy as np
 import peft
 import pytest
 import safetensors.numpy
+from evaluation_batches import evaluation_batches
 from method_checks import (
     EXAMPLES,
     base,
@@ -26,7 +27,6 @@ from tiny_models import largest_difference, moved, same_bits
 
 import jaxft
 from jaxft.config import DataConfig
-from jaxft.data.batches import evaluation_batches
 from jaxft.errors import UserError
 from jaxft.hub.peft import has_form
 from jaxft.methods import LoRA, SparseMask

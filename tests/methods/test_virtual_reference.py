@@ -7,13 +7,13 @@ import numpy as np
 import peft
 import pytest
 import torch
+from evaluation_batches import evaluation_batches
 from lenient_optax import make_optimizer
 from tiny_models import make_examples, make_pair, moved, same_bits
 from torch_loss import torch_loss
 
 import jaxft
 from jaxft.config import DataConfig, OptimizerConfig
-from jaxft.data.batches import evaluation_batches
 from jaxft.generation import Sampling, generate
 from jaxft.methods import Prefix, PTuning
 from jaxft.methods import Prompt as PromptTuning

@@ -11,11 +11,11 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from evaluation_batches import evaluation_batches
 from tiny_models import VOCABULARY, load, make_pair, make_reference
 
 import jaxft
 from jaxft.config import DataConfig, Experiment, ModelConfig
-from jaxft.data.batches import evaluation_batches
 from jaxft.data.examples import Labelled, Slots
 from jaxft.data.rows import Rows
 from jaxft.errors import UserError

@@ -16,12 +16,12 @@ import tokenizers
 import torch
 import torchmetrics.functional.text
 import transformers
+from evaluation_batches import evaluation_batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import largest_difference, make_pair
 
 from jaxft.config import DataConfig, Experiment, ModelConfig, TrainConfig
-from jaxft.data.batches import evaluation_batches
 from jaxft.data.questions import Answer, Question
 from jaxft.data.rows import Rows
 from jaxft.data.sources import load_rows

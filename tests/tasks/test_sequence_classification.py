@@ -12,12 +12,12 @@ import torch
 import torchmetrics.functional
 import torchmetrics.functional.classification as theirs_of
 import transformers
+from evaluation_batches import evaluation_batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import LABELS, make_pair
 
 from jaxft.config import DataConfig
-from jaxft.data.batches import evaluation_batches
 from jaxft.data.labels import label_column
 from jaxft.data.sources import Rows, load_rows
 from jaxft.errors import UserError

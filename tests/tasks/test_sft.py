@@ -7,13 +7,13 @@ import jax
 import numpy as np
 import pytest
 import torch
+from evaluation_batches import evaluation_batches
 from lenient_optax import make_optimizer
 from program_shapes import shapes_of
 from tiny_models import SMALL, VOCABULARY, make_examples, make_pair, moved
 
 import jaxft
 from jaxft.config import DataConfig, OptimizerConfig
-from jaxft.data.batches import evaluation_batches
 from jaxft.errors import UserError
 from jaxft.tasks import SFT
 from jaxft.train.state import new_state

@@ -15,13 +15,13 @@ import seqeval.metrics
 import tokenizers
 import torch
 import transformers
+from evaluation_batches import evaluation_batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from seqeval import scheme as schemes
 from tiny_models import LABELS, fields_of, make_pair
 
 from jaxft.config import DataConfig, Experiment, ModelConfig, OptimizerConfig, TrainConfig
-from jaxft.data.batches import evaluation_batches
 from jaxft.data.rows import Rows
 from jaxft.data.tags import check_scheme, entities_of, mended, scheme_of
 from jaxft.data.words import fit_to_words, pieces_of, windows_of

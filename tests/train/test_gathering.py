@@ -6,13 +6,13 @@ import re
 import jax
 import numpy as np
 import pytest
+from evaluation_batches import evaluation_batches
 from jax.sharding import Mesh
 from lenient_optax import make_optimizer
 from tiny_models import load, make_examples, make_reference, moved
 
 import jaxft
 from jaxft.config import DataConfig, OptimizerConfig
-from jaxft.data.batches import evaluation_batches
 from jaxft.hub.quantized import PATTERNS, chosen, in_formats
 from jaxft.methods import LoRA
 from jaxft.models.llama import PLACEMENT

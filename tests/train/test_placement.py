@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from evaluation_batches import evaluation_batches
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from lenient_optax import make_optimizer
@@ -12,7 +13,6 @@ from tiny_models import largest_difference, load, make_examples, make_reference,
 
 import jaxft
 from jaxft.config import DataConfig, OptimizerConfig, TrainConfig
-from jaxft.data.batches import evaluation_batches
 from jaxft.errors import UserError
 from jaxft.methods import AdaLoRA, LoRA
 from jaxft.models.llama import PLACEMENT

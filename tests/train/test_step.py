@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from evaluation_batches import evaluation_batches
 from lenient_optax import lenient, make_optimizer
 from program_shapes import shapes_of
 from tiny_models import largest_difference, load, make_examples, make_reference, moved, same_bits
 
 import jaxft
 from jaxft.config import DataConfig, OptimizerConfig
-from jaxft.data.batches import evaluation_batches
 from jaxft.methods.partition import size
 from jaxft.models.attention import Tokens
 from jaxft.models.layers import embedding_noise
