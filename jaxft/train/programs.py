@@ -33,16 +33,21 @@ def operations(program: Any) -> int:
     return total
 
 
+_DRAWS = ("random_bits", "random_unwrap")  # jax.random's own, and what reads a key's words
+
+
 def draws(program: Any) -> int:
-    """Returns at how many places a program, a jaxpr, draws random numbers.
+    """Returns at how many places a program, a jaxpr, draws random numbers, from a key or from a hash of its words.
 
     >>> import jax
     >>> draws(jax.make_jaxpr(lambda key: jax.random.uniform(key))(jax.random.key(0)).jaxpr)
     1
     >>> draws(jax.make_jaxpr(lambda key: jax.random.fold_in(key, 1))(jax.random.key(0)).jaxpr)
     0
+    >>> draws(jax.make_jaxpr(jax.random.key_data)(jax.random.key(0)).jaxpr)
+    1
     """
-    return sum((found.primitive.name == "random_bits") + sum(map(draws, _programs(found.params))) for found in program.eqns)
+    return sum((found.primitive.name in _DRAWS) + sum(map(draws, _programs(found.params))) for found in program.eqns)
 
 
 def _programs(parameters: dict[str, Any]) -> Iterator[Any]:
