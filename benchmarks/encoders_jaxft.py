@@ -5,6 +5,7 @@ import json
 import pathlib
 import sys
 import tempfile
+import time
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ import experiments
 from jaxft.methods import Full, LoRA
 from jaxft.train.checkpoint import Checkpoints, Progress
 from jaxft.train.evaluate import Evaluator
-from jaxft.train.logs import METRICS, peak_memory_bytes
+from jaxft.train.logs import Logs, peak_memory_bytes
 from jaxft.train.loop import Loop
 from jaxft.train.setup import set_up
 
@@ -33,22 +34,31 @@ def main(job_file: str, out_file: str) -> None:
         optimizer=dataclasses.replace(found.optimizer, learning_rate=RATES[job["method"]]),
     )
     setup = set_up(experiment)
-    evaluator = Evaluator(setup)
+    evaluator, ends = Evaluator(setup), step_ends()
     with tempfile.TemporaryDirectory() as folder:
         workdir = pathlib.Path(folder)
         checkpoints = Checkpoints(workdir / "checkpoints", 1)
         outcome = Loop(setup, workdir, checkpoints, evaluator, 0.0).run(setup.state, Progress({}, "", {}))
         checkpoints.close()
-        lines = [json.loads(line) for line in (workdir / METRICS).read_text().splitlines()]
-    steps = [line for line in lines if "tokens_per_second" in line][WARMUP:]
-    tokens = [setup.batches.real_tokens(line["step"] - 1) for line in steps]
-    seconds = sum(count / line["tokens_per_second"] for count, line in zip(tokens, steps, strict=True))
-    examples = sum(len(setup.batches.examples_of(line["step"] - 1)) for line in steps)
+    seconds, timed = ends[-1] - ends[WARMUP - 1], range(WARMUP, setup.steps)
+    examples, tokens = (sum(map(count, timed)) for count in (lambda step: len(setup.batches.examples_of(step)), setup.batches.real_tokens))
     metrics = evaluator.measure(outcome.state, setup.examples["test"]).metrics
-    figures = {"examples_per_second": examples / seconds, "tokens_per_second": sum(tokens) / seconds, "steps": len(lines)}
+    figures = {"examples_per_second": examples / seconds, "tokens_per_second": tokens / seconds, "steps": setup.steps}
     figures |= {"examples_a_step": float(np.mean([len(setup.batches.examples_of(step)) for step in range(setup.steps)]))}
     figures |= {"compile_seconds": outcome.compile_seconds, "peak_memory_bytes": peak_memory_bytes(), "device": jax.devices()[0].platform}
     pathlib.Path(out_file).write_text(json.dumps(figures | {name: metrics[name] for name in ("accuracy", "macro_f1", "loss")}))
+
+
+def step_ends() -> list[float]:
+    """Returns a list that gets the time of each step's end from now on, as the Trainer's callback gives it."""
+    ends, advance = [], Logs.advance
+
+    def noted(logs: Logs, loss: float, rate: float) -> None:
+        ends.append(time.perf_counter())
+        advance(logs, loss, rate)
+
+    Logs.advance = noted
+    return ends
 
 
 if __name__ == "__main__":
