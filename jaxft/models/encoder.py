@@ -281,7 +281,7 @@ class Encoder(nn.Module):
           token_type_ids: (batch, length) int32, the kind of each token; None is 0.
         """
         tokens = layers.token_places(input_ids.shape, attention_mask, segment_ids, positions, None)
-        hidden, states = self._run(input_ids, tokens, token_type_ids, 0.0)
+        hidden, states = self._run(input_ids, tokens, token_type_ids, 0.0, None)
         return heads.output(self, hidden, tokens.segments, (*states, hidden))
 
     def features(
@@ -292,13 +292,15 @@ class Encoder(nn.Module):
         positions: jax.Array | None = None,
         token_type_ids: jax.Array | None = None,
         neftune_alpha: jax.Array | float = 0.0,
+        embedding_offset: jax.Array | None = None,
     ) -> jax.Array:
         """Returns what the head reads, (batch, length, hidden_size); arguments as those of a call.
 
-        With rngs={"noise": key}, embeddings get NEFTune's noise of strength `neftune_alpha`.
+        With rngs={"noise": key}, embeddings get NEFTune's noise of strength `neftune_alpha`. `embedding_offset`, (batch, length,
+        embedding_size), is added to the tokens' embeddings.
         """
         tokens = layers.token_places(input_ids.shape, attention_mask, segment_ids, positions, None)
-        return self._run(input_ids, tokens, token_type_ids, neftune_alpha)[0]
+        return self._run(input_ids, tokens, token_type_ids, neftune_alpha, embedding_offset)[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Returns the head's outputs, (..., labels or vocabulary), of hidden (..., hidden_size): of any tokens, or of pooled ones."""
@@ -317,23 +319,31 @@ class Encoder(nn.Module):
         return self.classifier(dropped(x, config.classifier_dropout, layers.dropout_rng(self)))
 
     def _run(
-        self, input_ids: jax.Array, tokens: attention.Tokens, token_type_ids: jax.Array | None, neftune_alpha: jax.Array | float
+        self,
+        input_ids: jax.Array,
+        tokens: attention.Tokens,
+        token_type_ids: jax.Array | None,
+        neftune_alpha: jax.Array | float,
+        embedding_offset: jax.Array | None,
     ) -> tuple[jax.Array, list[jax.Array]]:
         """The last layer's output, (batch, length, hidden_size), and the states before it."""
         prefix = layers.prefix(self, self.dtype)
         tokens, keys, _ = layers.entered(tokens, None, prefix)
-        x = self._embedded(input_ids, tokens, token_type_ids, neftune_alpha)
+        x = self._embedded(input_ids, tokens, token_type_ids, neftune_alpha, embedding_offset)
         flat, _, outputs = self.layers(x.reshape(-1, self.config.hidden_size), prefix, None, Context(tokens, keys))
         return flat.reshape(x.shape), [x, *[out.reshape(x.shape) for group in outputs for out in group][:-1]]
 
     def _embedded(
-        self, input_ids: jax.Array, tokens: attention.Tokens, token_type_ids: jax.Array | None, neftune_alpha: jax.Array | float
+        self,
+        input_ids: jax.Array,
+        tokens: attention.Tokens,
+        token_type_ids: jax.Array | None,
+        neftune_alpha: jax.Array | float,
+        embedding_offset: jax.Array | None,
     ) -> jax.Array:
         """The first layer's input, (batch, length, hidden_size)."""
         config = self.config
-        x = self.embed(input_ids).astype(self.dtype)
-        if self.has_rng("noise"):
-            x += layers.embedding_noise(self.make_rng("noise"), neftune_alpha, tokens, config.embedding_size).astype(x.dtype)
+        x = layers.perturbed(self, self.embed(input_ids).astype(self.dtype), tokens, neftune_alpha, embedding_offset)
         positions = layers.placed(self.position_embed, tokens.positions, config.max_position_embeddings, config.position_offset)
         x += positions.astype(self.dtype)
         if config.type_vocab_size:

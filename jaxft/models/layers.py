@@ -404,3 +404,18 @@ def embedding_noise(rng: jax.Array, alpha: jax.Array | float, tokens: Tokens, fe
     length = jnp.sum(visible(tokens, tokens, None, causal=False), axis=-1, dtype=jnp.float32)
     noise = jax.random.uniform(rng, (*tokens.segments.shape, features), minval=-1.0, maxval=1.0)
     return noise * (alpha / jnp.sqrt(length * features))[:, :, None]
+
+
+def perturbed(module: nn.Module, x: jax.Array, tokens: Tokens, alpha: jax.Array | float, offset: jax.Array | None) -> jax.Array:
+    """Returns embeddings x (batch, length, features) with NEFTune's noise where the module has the key `noise`, and with `offset` added.
+
+    Args:
+      module: of it the keys.
+      x: of the tokens alone, without positions.
+      tokens: their places.
+      alpha: strength of the noise.
+      offset: (batch, length, features), or None; its gradient is that of the tokens' embeddings.
+    """
+    if module.has_rng("noise"):
+        x += embedding_noise(module.make_rng("noise"), alpha, tokens, x.shape[-1]).astype(x.dtype)
+    return x if offset is None else x + offset.astype(x.dtype)

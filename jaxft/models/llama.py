@@ -323,7 +323,7 @@ class Llama(nn.Module):
           cache: keys and values so far, from `new_cache`; the new one is returned.
         """
         tokens = layers.token_places(input_ids.shape, attention_mask, segment_ids, positions, cache)
-        hidden, cache, states = self._run(input_ids, tokens, cache, 0.0)
+        hidden, cache, states = self._run(input_ids, tokens, cache, 0.0, None)
         return heads.output(self, hidden, tokens.segments, (*states, hidden), cache)
 
     def features(
@@ -333,13 +333,15 @@ class Llama(nn.Module):
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
         neftune_alpha: jax.Array | float = 0.0,
+        embedding_offset: jax.Array | None = None,
     ) -> jax.Array:
         """Returns what the output head reads, (batch, length, hidden_size); arguments as those of a call.
 
-        With rngs={"noise": key}, embeddings get NEFTune's noise of strength `neftune_alpha`.
+        With rngs={"noise": key}, embeddings get NEFTune's noise of strength `neftune_alpha`. `embedding_offset`, (batch, length,
+        hidden_size), is added to the tokens' embeddings.
         """
         tokens = layers.token_places(input_ids.shape, attention_mask, segment_ids, positions, None)
-        return self._run(input_ids, tokens, None, neftune_alpha)[0]
+        return self._run(input_ids, tokens, None, neftune_alpha, embedding_offset)[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Returns the head's outputs, (..., vocabulary or labels), of hidden (..., hidden_size): of any tokens, or of pooled ones."""
@@ -375,10 +377,10 @@ class Llama(nn.Module):
         tokens: attention.Tokens,
         cache: Cache | None,
         neftune_alpha: jax.Array | float,
+        embedding_offset: jax.Array | None,
     ) -> tuple[jax.Array, Cache | None, list[jax.Array]]:
         x = self.embed(input_ids).astype(self.dtype)
-        if self.has_rng("noise"):
-            x += layers.embedding_noise(self.make_rng("noise"), neftune_alpha, tokens, self.config.hidden_size).astype(x.dtype)
+        x = layers.perturbed(self, x, tokens, neftune_alpha, embedding_offset)
         prompt = layers.prompt(self, self.dtype) if cache is None else None  # a cache has it already
         if prompt is None:
             return self._forward(x, tokens, cache)
