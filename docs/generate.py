@@ -12,6 +12,7 @@ import typing
 from typing import Any
 
 import jaxft.methods
+import jaxft.objectives
 import jaxft.tasks
 from jaxft import config, overrides
 
@@ -26,7 +27,8 @@ colons: `--config.method.targets=q_proj,v_proj`, `--config.method.rank_pattern=q
 stands alone: `--config.data.packing`, `--noconfig.data.packing`. Given twice, the last one holds.
 
 `--config.method="LoRA(rank=4)"` puts another method in the experiment's place, `--config.method="LoRA(rank=4) + BitFit()"` a sum of
-methods: all of them train, and what two of them would train is refused.
+methods: all of them train, and what two of them would train is refused. `--config.objective="NAME(FIELD=VALUE)"` does so with the
+objective, `--config.objective=none` leaves it out.
 """
 GROUPS = {
     "model": config.ModelConfig,
@@ -42,7 +44,7 @@ def page() -> str:
     parts = [HEAD]
     for name, kind in GROUPS.items():
         parts.append(_section(f"config.{name}", kind))
-    for name, module in (("method", jaxft.methods), ("task", jaxft.tasks)):
+    for name, module in (("method", jaxft.methods), ("task", jaxft.tasks), ("objective", jaxft.objectives)):
         for title in module.__all__:
             if title != "Compose" and dataclasses.is_dataclass(kind := getattr(module, title)):  # a sum has no fields that flags give
                 parts.append(_section(f"config.{name}, {title}", kind))

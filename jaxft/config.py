@@ -126,3 +126,4 @@ class Experiment:
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     eval: EvalConfig = EvalConfig()
+    objective: Any = None  # a value of jaxft.objectives; None: the task's own loss alone

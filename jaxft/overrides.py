@@ -23,7 +23,10 @@ from jaxft.config import Experiment
 from jaxft.errors import UserError, unknown
 
 _SHOWN = 80  # letters of a text in a message
-CLASS = "class"  # the key of a method's or task's class name: a word that no Python field can have
+CLASS = "class"  # the key of a class's name: a word that no Python field can have
+NONE = "none"  # no objective
+_GROUPS = ("method", "task", "objective")  # fields whose value is one of several classes
+_OPTIONAL = ("objective",)  # those that may have none
 _FLAG = re.compile(r"--?(?P<no>no)?config(\.(?P<path>[^=]*))?(=(?P<text>.*))?", re.DOTALL)
 _NOUNS = {str: ("text", "texts"), int: ("a whole number", "whole numbers"), float: ("a number", "numbers"), bool: ("true or false", "")}
 _T = TypeVar("_T")
@@ -35,7 +38,8 @@ def parse_flags(experiment: Experiment, arguments: Sequence[str]) -> Experiment:
     A tuple is written as its parts with commas between them, pairs with colons: `--config.method.targets=q_proj,v_proj`,
     `--config.method.rank_pattern=q_proj:16,v_proj:4`; Python's form, `("q_proj", "v_proj")`, is understood too. A switch may stand
     alone (`--config.data.packing`, `--noconfig.data.packing`). Given twice, the last one holds. `--config.method=LoRA(rank=4)+BitFit()`
-    puts another method, or a sum of methods, in the experiment's place, before the fields are read.
+    puts another method, or a sum of methods, in the experiment's place, before the fields are read; so `--config.objective=NAME()`, or
+    none.
 
     Raises:
         UserError: no such field, a value of another type, or something that is no flag of the configuration.
@@ -47,7 +51,7 @@ def parse_flags(experiment: Experiment, arguments: Sequence[str]) -> Experiment:
     >>> parse_flags(experiment, ["--config.method.targets=q_proj,v_proj"]).method.targets
     ('q_proj', 'v_proj')
     """
-    experiment, arguments = _with_method(experiment, arguments)
+    experiment, arguments = _with_named(experiment, arguments)
     known = fields_of(experiment)
     for argument in arguments:
         if match := _FLAG.fullmatch(argument):
@@ -77,13 +81,13 @@ def to_dict(value: Any) -> dict[str, Any]:
     """
     found = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Experiment):
-        for name in ("method", "task"):
-            found[name] = _named(getattr(value, name))
+        for name in _GROUPS:
+            found[name] = None if name in _OPTIONAL and getattr(value, name) is None else _named(getattr(value, name))
     return found
 
 
 def _named(value: Any) -> dict[str, Any]:
-    """A method or task as JSON holds it, with its class's name; so each part of a sum of methods."""
+    """A method, task or objective as JSON holds it, with its class's name; so each part of a sum of methods."""
     found = to_dict(value)
     for name, inner in ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value)):
         if isinstance(inner, tuple) and inner and dataclasses.is_dataclass(inner[0]):
@@ -99,7 +103,11 @@ def from_dict(found: Mapping[str, Any]) -> Experiment:
     """
     found = dict(found)
     classes = _classes()
-    parts = {name: _instance(found.pop(name, None), known, f"config.{name}") for name, known in classes.items()}
+    given = {name: found.pop(name, None) for name in classes}
+    parts = {
+        name: None if name in _OPTIONAL and given[name] is None else _instance(given[name], known, f"config.{name}")
+        for name, known in classes.items()
+    }
     return _build(Experiment, {**found, **parts}, "config")
 
 
@@ -128,13 +136,13 @@ def describe(annotation: Any) -> str:
 # ---------------------------------------------------------------- flags
 
 
-def _with_method(experiment: Experiment, arguments: Sequence[str]) -> tuple[Experiment, list[str]]:
-    """The experiment with the method that --config.method=... names, and the other arguments."""
+def _with_named(experiment: Experiment, arguments: Sequence[str]) -> tuple[Experiment, list[str]]:
+    """The experiment with the method that --config.method=... names, and the objective of --config.objective=..., and the other flags."""
     rest = []
     for argument in arguments:
         match = _FLAG.fullmatch(argument)
-        if match and match["path"] == "method" and match["text"] is not None and not match["no"]:
-            experiment = dataclasses.replace(experiment, method=method_from_text(match["text"]))
+        if match and match["path"] in _FROM_TEXT and match["text"] is not None and not match["no"]:
+            experiment = dataclasses.replace(experiment, **{match["path"]: _FROM_TEXT[match["path"]](match["text"])})
         else:
             rest.append(argument)
     return experiment, rest
@@ -146,24 +154,36 @@ def method_from_text(text: str) -> Any:
     >>> method_from_text("LoRA(rank=4, targets=('q_proj',))").rank
     4
     """
+    return _from_expression("method", text, "as LoRA(rank=8), or a sum of such, in quotes")
+
+
+def objective_from_text(text: str) -> Any:
+    """Returns the objective that an expression names, or None of `none`.
+
+    >>> objective_from_text("none")
+    """
+    if text.strip().lower() == NONE:
+        return None
+    return _from_expression("objective", text, f"in quotes, or {NONE}")
+
+
+def _from_expression(group: str, text: str, forms: str) -> Any:
     try:
-        return _method_of(ast.parse(text.strip(), mode="eval").body)
+        return _value_of(group, ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: of Python's parser, where a text is too deep
         shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-        raise UserError(
-            f"config.method: '{shown}' is no method. Write NAME(FIELD=VALUE, ...), as LoRA(rank=8), or a sum of such, in quotes."
-        ) from error
+        raise UserError(f"config.{group}: '{shown}' is no {group}. Write NAME(FIELD=VALUE, ...), {forms}.") from error
 
 
-def _method_of(tree: ast.expr) -> Any:
+def _value_of(group: str, tree: ast.expr) -> Any:
     terms = []
-    while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
+    while group == "method" and isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
         terms.append(tree.right)
         tree = tree.left
     if terms:
-        return functools.reduce(operator.add, map(_method_of, (tree, *reversed(terms))))
+        return functools.reduce(operator.add, (_value_of(group, term) for term in (tree, *reversed(terms))))
     if isinstance(tree, ast.Name):
-        return _instance({CLASS: tree.id}, _classes()["method"], "config.method")
+        return _instance({CLASS: tree.id}, _classes()[group], f"config.{group}")
     if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name) or tree.args:
         raise ValueError(ast.dump(tree))
     given = {}
@@ -171,9 +191,12 @@ def _method_of(tree: ast.expr) -> Any:
         if keyword.arg is None:
             raise ValueError("a field without a name")
         if keyword.arg in given:
-            raise UserError(f"config.method.{keyword.arg} is given twice.")
+            raise UserError(f"config.{group}.{keyword.arg} is given twice.")
         given[keyword.arg] = ast.literal_eval(keyword.value)
-    return _instance({CLASS: tree.func.id, **given}, _classes()["method"], "config.method")
+    return _instance({CLASS: tree.func.id, **given}, _classes()[group], f"config.{group}")
+
+
+_FROM_TEXT: dict[str, Callable[[str], Any]] = {"method": method_from_text, "objective": objective_from_text}
 
 
 def _texts(known: Mapping[str, tuple[Any, Any]], arguments: Sequence[str]) -> dict[str, Any]:
@@ -294,7 +317,9 @@ def _walk(value: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
         inner, path = getattr(value, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(inner):
             yield from _walk(inner, f"{path}.")
-        elif not (isinstance(inner, tuple) and inner and dataclasses.is_dataclass(inner[0])):  # a sum of methods is given as a whole
+        elif path in _OPTIONAL and inner is None:  # given as a whole
+            continue
+        elif not (isinstance(inner, tuple) and inner and dataclasses.is_dataclass(inner[0])):  # so is a sum of methods
             yield path, annotations[field.name], inner
 
 
@@ -307,10 +332,10 @@ def _plain(value: Any) -> Any:
 
 
 def _classes() -> dict[str, types.ModuleType]:
-    """Where a name of a method or a task is looked up."""
-    from jaxft import methods, tasks  # they import jax, which takes a second that a mistyped flag needn't wait for
+    """Where a name of a method, a task or an objective is looked up."""
+    from jaxft import methods, objectives, tasks  # they import jax, which takes a second that a mistyped flag needn't wait for
 
-    return {"method": methods, "task": tasks}
+    return dict(zip(_GROUPS, (methods, tasks, objectives), strict=True))
 
 
 def _instance(found: Any, module: types.ModuleType, field: str) -> Any:

@@ -20,6 +20,7 @@ from jaxft.errors import UserError
 from jaxft.inspect.look import look_quickly
 from jaxft.models.heads import LAST
 from jaxft.models.node import virtual_tokens
+from jaxft.objectives.base import objective_of
 from jaxft.tasks.head import Sums
 from jaxft.train.programs import draws
 
@@ -79,6 +80,7 @@ def load_training_data(experiment: Experiment, model: Any, tokenizer: Any, shape
     check_positions(examples, experiment, model, virtual_tokens(shapes))
     share_prefix = model.pooling == LAST and not train.neftune_alpha  # its noise follows each example's length
     training = experiment.task.for_training(model, examples["train"])
+    training = objective_of(experiment).for_training(experiment.task, model, tokenizer, training)
     classes = balanced_classes(experiment, model, examples["train"])
     batches = Batches(training, experiment.data, train.batch_size, train.accumulation, train.seed, share_prefix, pad, classes)
     steps = train.steps or max(round(train.epochs * batches.steps_per_epoch), 1)

@@ -5,6 +5,7 @@ import math
 import pathlib
 import signal
 import time
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
@@ -14,6 +15,7 @@ from flax import linen as nn
 
 from jaxft.config import Experiment
 from jaxft.errors import UserError
+from jaxft.objectives.base import objective_of
 from jaxft.train import placement
 from jaxft.train.average import make_average
 from jaxft.train.checkpoint import Checkpoints, Progress
@@ -32,7 +34,19 @@ def jitted_step(experiment: Experiment, model: nn.Module, optimizer: optax.Gradi
     """
     train, penalty = experiment.train, experiment.method.penalty
     average = make_average(train, steps)
-    function = make_step(model, experiment.task, optimizer, train.seed, train.neftune_alpha, train.r_drop, penalty, average, train.mixout)
+    function = make_step(
+        model,
+        experiment.task,
+        optimizer,
+        train.seed,
+        train.neftune_alpha,
+        train.r_drop,
+        penalty,
+        average,
+        train.mixout,
+        objective_of(experiment),
+        steps,
+    )
     if experiment.optimizer.offload:
         function = _with_fetched(function, placement.in_device_memory(sharding.optimizer))
     mesh = jax.tree.leaves(sharding)[0].mesh
@@ -136,7 +150,7 @@ class Loop:
         if timed:  # the first one also pays for what starts only once
             progress = dataclasses.replace(progress, seconds=progress.seconds + seconds, tokens=progress.tokens + tokens)
         self._log(logs, index + 1, metrics, tokens, seconds)
-        return state, *self._evaluate(state, progress, index + 1, logs)
+        return self._evaluate(state, progress, index + 1, logs)
 
     def _compile(self, state: State) -> Any:
         """The step's one program: compiled ahead, so that it can't be compiled again."""
@@ -174,21 +188,29 @@ class Loop:
             f"Lower optimizer.learning_rate, set optimizer.clip_norm, or look at the rows of its batch: {places}."
         )
 
-    def _evaluate(self, state: State, progress: Progress, step: int, logs: Logs) -> tuple[Progress, bool]:
-        """Measures on validation where it is time, and says whether it was."""
+    def _evaluate(self, state: State, progress: Progress, step: int, logs: Logs) -> tuple[State, Progress, bool]:
+        """Measures on validation where it is time, and says whether it was; the objective hears of it."""
         examples = self._setup.examples.get("validation")
         every = self._train.eval_every
         if examples is None or not (step == self._setup.steps or (every and step % every == 0)):
-            return progress, False
+            return state, progress, False
         found = self._evaluator.measure(state, examples).metrics
         logs.say(f"Step {step}: validation {', '.join(figure(name, value) for name, value in found.items())}")
         apart, progress = self._measure_gap(state, progress, step, found["loss"], logs)
         logs.write(step, {f"validation_{name}": value for name, value in found.items()} | apart)
+        state = self._told(state, found)
         metric = found[self._train.best_metric]
         sign = 1 if self._train.best_mode == "min" else -1
         if progress.best is None or sign * metric < sign * progress.best:
-            return dataclasses.replace(progress, best=metric, best_step=step, stale=0), True
-        return dataclasses.replace(progress, stale=progress.stale + 1), True
+            return state, dataclasses.replace(progress, best=metric, best_step=step, stale=0), True
+        return state, dataclasses.replace(progress, stale=progress.stale + 1), True
+
+    def _told(self, state: State, found: Mapping[str, float]) -> State:
+        """The state with the objective's arrays after an evaluation, where the step expects them."""
+        if state.objective is None:
+            return state
+        arrays = objective_of(self._setup.experiment).evaluated(state.objective, found)
+        return dataclasses.replace(state, objective=jax.device_put(arrays, self._setup.state_sharding.objective))
 
     def _measure_gap(self, state: State, progress: Progress, step: int, validation: float, logs: Logs) -> tuple[dict[str, float], Progress]:
         """The loss on training examples measured as on validation, how far they are apart, and what is remembered of it."""

@@ -16,6 +16,7 @@ from jaxft.models import segments
 from jaxft.models.layers import HOST_MEMORY
 from jaxft.models.mesh import AXES, ROWS
 from jaxft.models.node import Shared, is_node, is_shared, is_site
+from jaxft.objectives.base import Objective
 from jaxft.train.moments import is_8bit
 from jaxft.train.state import State
 
@@ -100,8 +101,16 @@ def _divides(mesh: Mesh, axis: Any, size: int) -> bool:
     return axis is not None and size % mesh.shape[axis] == 0
 
 
-def state_shardings(state: State, trainable: Any, mesh: Mesh, optimizer: optax.GradientTransformation, offload: bool = False) -> Any:
-    """Returns the state's shardings: moments and average lie where their parameters do, everything else is on every device.
+def state_shardings(
+    state: State,
+    trainable: Any,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    offload: bool = False,
+    objective: Objective | None = None,
+) -> Any:
+    """Returns the state's shardings: moments and average lie where their parameters do, the objective's arrays where it says, everything
+    else is on every device.
 
     With `offload` the optimizer's arrays lie in the memory of each device's host.
     """
@@ -116,7 +125,8 @@ def state_shardings(state: State, trainable: Any, mesh: Mesh, optimizer: optax.G
     moments = jax.tree.map(lambda sharding, leaf: sharding if len(sharding.spec) <= leaf.ndim else everywhere, moments, state.optimizer)
     if offload:
         moments = jax.tree.map(lambda place, leaf: place.with_memory_kind(HOST_MEMORY) if leaf.ndim else place, moments, state.optimizer)
-    return State(everywhere, trainable, moments, None if state.average is None else trainable)
+    own = None if objective is None else objective.places(state.objective, trainable, everywhere)
+    return State(everywhere, trainable, moments, None if state.average is None else trainable, own)
 
 
 def in_device_memory(places: Any) -> Any:
@@ -136,7 +146,7 @@ def check_host_memory(field: str) -> None:
         raise UserError(f"{field}: {device.device_kind} ({device.platform}) can't hold arrays in its host's memory. Leave it out.")
 
 
-def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, spec: P) -> dict[str, jax.Array]:
+def place_batch(batch: Mapping[str, Any], mesh: Mesh, spec: P) -> dict[str, Any]:
     """Returns the batch on the devices; each process hands over its own part of the same global arrays."""
     sharding = NamedSharding(mesh, spec)
-    return {name: jax.make_array_from_callback(value.shape, sharding, value.__getitem__) for name, value in batch.items()}
+    return jax.tree.map(lambda value: jax.make_array_from_callback(value.shape, sharding, value.__getitem__), dict(batch))

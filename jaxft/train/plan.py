@@ -5,19 +5,21 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxft import console
 from jaxft.config import Experiment
-from jaxft.methods.partition import combine, distinct, partition, size
+from jaxft.methods.partition import distinct, partition, size
 from jaxft.models.registry import family_of
+from jaxft.objectives.base import Step, objective_of
 from jaxft.train import placement
 from jaxft.train.data import TrainingData, load_training_data
 from jaxft.train.folds import is_cross_validation, one_fold
 from jaxft.train.loop import jitted_step
 from jaxft.train.programs import operations
-from jaxft.train.setup import Described, describe_run, is_averaged, make_optimizer, print_trainable
-from jaxft.train.state import State, new_state
+from jaxft.train.setup import Described, begin_state, describe_run, make_optimizer, print_trainable, shardings_of
+from jaxft.train.state import State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,24 +76,25 @@ def _of_step(run: Described, data: TrainingData, mask: Any) -> Plan:
     optimizer, table = make_optimizer(run, data.steps), family_of(run.model.config.architecture).module.PLACEMENT
     places = placement.shardings(run.shapes, table, run.mesh)
     trainable, frozen = partition(_placed(run.shapes, places), mask)
-    state = jax.eval_shape(lambda trainable: new_state(trainable, optimizer, is_averaged(run.experiment)), trainable)
-    sharding = placement.state_shardings(state, partition(places, mask)[0], run.mesh, optimizer, run.experiment.optimizer.offload)
+    state = jax.eval_shape(lambda trainable: begin_state(run, trainable, optimizer), trainable)
+    sharding = shardings_of(run, state, partition(places, mask)[0], optimizer)
     state = _placed(state, sharding)
     start = state.trainable if run.experiment.train.mixout else None
-    batch = {
-        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=jax.NamedSharding(run.mesh, placement.BATCH))
-        for name, value in data.batches.batch(0).items()
-    }
+    rows_over_devices = jax.NamedSharding(run.mesh, placement.BATCH)
+    batch = jax.tree.map(
+        lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=rows_over_devices), dict(data.batches.batch(0))
+    )
     traced = jitted_step(run.experiment, run.model, optimizer, sharding, data.steps).trace(state, frozen, batch, start)
     used = traced.lower().compile().memory_analysis()
     rows = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
-    kept, offloaded = (count // rows for count in _kept_for_backward(run, state, frozen, batch))
+    kept, offloaded = (count // rows for count in _kept_for_backward(run, state, frozen, batch, data.steps))
     on_host, on_device = partition(state.optimizer, jax.tree.map(placement.is_in_host_memory, state.optimizer))
     memory = {
         "frozen weights": _bytes(frozen),
         "trainable weights": _bytes(state.trainable),
         **({} if state.average is None else {"average of the weights": _bytes(state.average)}),
         **({} if start is None else {"weights before training": _bytes(start)}),
+        **({} if state.objective is None else {"the objective's arrays": _bytes(state.objective)}),
         "optimizer": _bytes(on_device),
         "batch": _bytes(batch),
         "activations": min(kept, used.temp_size_in_bytes),
@@ -116,17 +119,20 @@ def _bytes(shapes: Any) -> int:
     return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * np.dtype(leaf.dtype).itemsize for leaf in distinct(shapes))
 
 
-def _kept_for_backward(run: Described, state: State, frozen: Any, batch: Any) -> tuple[int, int]:
+def _kept_for_backward(run: Described, state: State, frozen: Any, batch: Any, steps: int) -> tuple[int, int]:
     """Bytes of what the forward pass of one micro-batch keeps for the backward pass, on all devices and their hosts; without weights."""
+    objective, task, number = objective_of(run.experiment), run.experiment.task, jnp.int32(0)
+    rngs = dict.fromkeys(("mask", "objective"), jax.random.key(0))
 
-    def loss(trainable: Any, frozen: Any, micro: Any) -> Any:
-        return run.experiment.task.sums(run.model, combine(trainable, frozen), micro, {}).loss
+    def loss(trainable: Any, frozen: Any, micro: Any, arrays: Any) -> Any:
+        shared = objective.shared(jax.tree.map(lambda leaf: leaf[None], micro), arrays, number, steps)
+        return objective.sums(Step(task, run.model, frozen, rngs, {}, number, steps, shared), trainable, micro, arrays)[0].loss
 
-    def backward(trainable: Any, frozen: Any, micro: Any) -> Callable[..., Any]:
-        return jax.vjp(lambda trainable: loss(trainable, frozen, micro), trainable)[1]
+    def backward(trainable: Any, *others: Any) -> Callable[..., Any]:
+        return jax.vjp(lambda trainable: loss(trainable, *others), trainable)[1]
 
-    micro = {name: jax.ShapeDtypeStruct(value.shape[1:], value.dtype) for name, value in batch.items()}
-    program = jax.make_jaxpr(backward)(state.trainable, frozen, micro).jaxpr
+    micro = jax.tree.map(lambda value: jax.ShapeDtypeStruct(value.shape[1:], value.dtype), batch)
+    program = jax.make_jaxpr(backward)(state.trainable, frozen, micro, state.objective).jaxpr
     given = set(map(id, program.invars))
     kept = {id(value): value.aval for value in program.outvars if id(value) not in given}
     counts = {jax.memory.Space.Device: 0, jax.memory.Space.Host: 0}

@@ -33,6 +33,7 @@ from jaxft.models.layers import REMAT
 from jaxft.models.node import dense, is_node, virtual_tokens
 from jaxft.models.registry import family_of
 from jaxft.models.segments import Leaf, map_leaves
+from jaxft.objectives.base import objective_of
 from jaxft.quant.blockwise import Format
 from jaxft.tasks.base import Task
 from jaxft.train import average as averages
@@ -157,6 +158,7 @@ def _check_given(experiment: Experiment) -> Mesh:
         raise UserError("There is no model: set config.model.source to a hub id, a local folder, a .gguf file, or bundled:NAME.")
     experiment.task.check(experiment.data)
     experiment.task.check_evaluation(experiment.eval)
+    objective_of(experiment).check(experiment)
     return mesh
 
 
@@ -170,7 +172,8 @@ def _described(experiment: Experiment, mesh: Mesh, options: dict[str, Any]) -> D
         raise UserError(f"train.best_mode={train.best_mode} would keep the worst {train.best_metric}. Set train.best_mode={wanted}.")
     kernels = OriginalKernels(config.source, config.revision, task.model_task, seed=train.seed, **options)
     tokenizer = task.fit_tokenizer(with_template(load_tokenizer(config.source, config.revision), experiment.data.template))
-    experiment = dataclasses.replace(experiment, task=task.tokenized(tokenizer))
+    objective = objective_of(experiment).fitted(task, model, tokenizer)
+    experiment = dataclasses.replace(experiment, task=task.tokenized(tokenizer), objective=objective)
     method, shapes = fit_method(experiment.method.tokenized(tokenizer), model, shapes, train.seed, kernels)
     experiment = dataclasses.replace(experiment, method=with_head(experiment.method, model, shapes))
     model = model.clone(remat=train.remat)
@@ -186,8 +189,8 @@ def set_up(experiment: Experiment) -> TrainingSetup:
     print_trainable(params, mask)
     optimizer = make_optimizer(run, data.steps)
     trainable, frozen, places = _placed(run, params, mask)
-    state = new_state(trainable, optimizer, is_averaged(run.experiment))
-    sharding = placement.state_shardings(state, places, run.mesh, optimizer, experiment.optimizer.offload)
+    state = begin_state(run, trainable, optimizer)
+    sharding = shardings_of(run, state, places, optimizer)
     state = jax.device_put(state, sharding)
     training = data.examples["train"]
     return TrainingSetup(
@@ -253,6 +256,20 @@ def _placed(run: Described, params: Any, mask: Any) -> tuple[Any, Any, Any]:
 def is_averaged(experiment: Experiment) -> bool:
     """Returns whether a run keeps an average of its weights."""
     return experiment.train.average != averages.NONE
+
+
+def begin_state(run: Described, trainable: Any, optimizer: optax.GradientTransformation) -> State:
+    """Returns the state before the first step."""
+    state = new_state(trainable, optimizer, is_averaged(run.experiment))
+    own = objective_of(run.experiment).init(run.experiment.task, run.model, state.trainable)
+    return dataclasses.replace(state, objective=own)
+
+
+def shardings_of(run: Described, state: State, trainable: Any, optimizer: optax.GradientTransformation) -> State:
+    """Returns the shardings of a run's state, of those of its trainable leaves."""
+    objective = objective_of(run.experiment)
+    found: State = placement.state_shardings(state, trainable, run.mesh, optimizer, run.experiment.optimizer.offload, objective)
+    return found
 
 
 def make_optimizer(run: Described, steps: int) -> optax.GradientTransformation:

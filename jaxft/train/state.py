@@ -18,6 +18,7 @@ class State:
     trainable: Any  # float32 leaves, None where the leaf is frozen
     optimizer: Any  # optax state
     average: Any = None  # of the trainable leaves over the steps, as they; None where the run has none
+    objective: Any = None  # arrays of the objective's own; None where it has none
 
     @property
     def weights(self) -> Any:

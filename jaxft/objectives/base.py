@@ -1,0 +1,147 @@
+"""What an objective is: the loss of a step around the task's own, with arrays of its own that a step changes."""
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxft.data.examples import Examples
+from jaxft.methods.partition import combine
+from jaxft.tasks.head import Sums
+
+Batch = Mapping[str, Any]
+Logged = dict[str, tuple[jax.Array, jax.Array]]  # name -> (numerator, denominator), () float32 each: added up over a step, divided once
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What the loss of one micro-batch is made with, beside the trainable leaves and the batch."""
+
+    task: Any
+    model: nn.Module
+    frozen: Any  # leaves, None where they train
+    rngs: Mapping[str, jax.Array]  # dropout, mask, objective; noise where NEFTune is on: this micro-batch's own
+    options: Mapping[str, Any]  # of `task.sums`: neftune_alpha, r_drop
+    number: jax.Array  # () int32, optimizer steps done before this one
+    steps: int  # of the whole run
+    shared: Any = None  # of `Objective.shared`, the same in all micro-batches of a step
+
+    def params(self, trainable: Any) -> Any:
+        """Returns the whole model's parameters with these trainable leaves: the step's own, or a teacher's."""
+        return combine(trainable, self.frozen)
+
+    def supervised(self, trainable: Any, batch: Batch, **options: Any) -> Sums:
+        """Returns the task's own sums over a batch; `options` are more of `task.sums`, as embedding_offset (batch, length, features)."""
+        found: Sums = self.task.sums(self.model, self.params(trainable), batch, self.rngs, **self.options, **options)
+        return found
+
+
+class Objective(abc.ABC):
+    """An objective: a frozen dataclass of its settings, `config.objective.*`, with pure functions; neither a step nor a task knows which.
+
+    In the order of a run: `check`, `fitted`, `for_training`, `init`; in each step `shared`, `sums` (differentiated in the trainable
+    leaves), `update`; after each evaluation `evaluated`. All shapes are static, and nothing is compiled twice: what changes over the steps
+    is an array of the state, or follows from `Step.number`.
+
+    Its arrays are `State.objective`: in checkpoints, given up to each step for new ones, and as they were where a step isn't finite.
+    """
+
+    def check(self, experiment: Any) -> None:
+        """Raises `UserError` for what this objective can't be joined with: a task, a method, settings; before anything is loaded."""
+        return None
+
+    def fitted(self, task: Any, model: nn.Module, tokenizer: Any) -> "Objective":
+        """Returns the objective with what it needs of model and tokenizer; raises `UserError` where the family hasn't that."""
+        return self
+
+    def for_training(self, task: Any, model: nn.Module, tokenizer: Any, examples: Examples) -> Examples:
+        """Returns the training set with what this objective needs beside each token (`Examples.per_token`); `sums` takes it out again."""
+        return examples
+
+    def init(self, task: Any, model: nn.Module, trainable: Any) -> Any:
+        """Returns the arrays before the first step, a pytree on buffers of its own (a step gives `trainable` up), or None.
+
+        Args:
+          task: whose loss it is around.
+          model: of it the configuration.
+          trainable: float32 leaves, None where a leaf is frozen.
+        """
+        return None
+
+    def places(self, state: Any, trainable: Any, everywhere: Any) -> Any:
+        """Returns the shardings of `init`'s arrays: on every device, where it doesn't say otherwise.
+
+        Args:
+          state: the arrays, or their shapes.
+          trainable: the shardings of the trainable leaves.
+          everywhere: the sharding of what each device has.
+        """
+        return jax.tree.map(lambda _: everywhere, state)
+
+    def shared(self, batch: Batch, state: Any, number: jax.Array, steps: int) -> Any:
+        """Returns what all micro-batches of a step share, made once before them: the denominators of its own losses.
+
+        A step divides its gradient once, by `Sums.weight` of the task. A loss with another denominator is scaled by the quotient of both,
+        which therefore follow from the whole batch, never from a micro-batch: so 1 x 32 rows give the gradient of 4 x 8.
+
+        Args:
+          batch: of the step, leaves (accumulation, batch, ...).
+          state: of `init`.
+          number: optimizer steps done.
+          steps: of the whole run.
+        """
+        return None
+
+    @abc.abstractmethod
+    def sums(self, step: Step, trainable: Any, batch: Batch, state: Any) -> tuple[Sums, Logged]:
+        """Returns the loss of a micro-batch as sums with the task's weight, and what is logged beside.
+
+        Args:
+          step: the rest of what it is made with.
+          trainable: the leaves that the gradient is taken in.
+          batch: leaves (batch, ...); other rows than the labelled ones stand under a name of their own, as a batch.
+          state: of `init`; no gradient flows to it.
+        """
+
+    def update(self, state: Any, trainable: Any, logged: Logged, number: jax.Array) -> Any:
+        """Returns the arrays after a step, inside it.
+
+        Args:
+          state: before it.
+          trainable: the leaves after the optimizer's update.
+          logged: of `sums`, added up over the step.
+          number: optimizer steps done, this one among them.
+        """
+        return state
+
+    def evaluated(self, state: Any, metrics: Mapping[str, float]) -> Any:
+        """Returns the arrays after an evaluation on validation, outside of a step; of the same shapes and types."""
+        return state
+
+
+@dataclasses.dataclass(frozen=True)
+class Supervised(Objective):
+    """The task's own loss alone: what a run without an objective has."""
+
+    def sums(self, step: Step, trainable: Any, batch: Batch, state: Any) -> tuple[Sums, Logged]:
+        """Returns the task's sums."""
+        return step.supervised(trainable, batch), {}
+
+
+def divided(logged: Logged) -> dict[str, jax.Array]:
+    """Returns each figure, 0 where nothing was counted.
+
+    >>> float(divided({"hidden": (jnp.float32(3), jnp.float32(12))})["hidden"])
+    0.25
+    """
+    return {name: above / jnp.maximum(below, 1e-9) for name, (above, below) in logged.items()}
+
+
+def objective_of(experiment: Any) -> Objective:
+    """Returns the objective of an experiment, which may have none of its own."""
+    found: Objective = experiment.objective or Supervised()
+    return found
