@@ -84,7 +84,7 @@ def load_pretrained(
     (30, 576, 576)
     """
     wanted = _checked(task, labels, problem_type, seed, new_head, dtype, quantization)
-    opened = _open(source, dtype, revision, wanted)
+    opened = open_for(source, dtype, revision, wanted)
     formats = _formats(opened.shapes, quantization, quantized, opened.formats, opened.name)
     return opened.model, fill(opened, placing, formats)
 
@@ -114,12 +114,22 @@ def _describe(
     source: str, task: Task, dtype: Any, revision: str, quantization: Format | None = None, quantized: Sequence[str] = PATTERNS
 ) -> tuple[nn.Module, Params]:
     found = sources.find(source, revision, sources.CONFIG_FILES)
-    config = GGUFFile(found.gguf).config if found.gguf else read_config(found)
+    config = _config_of(found)
     model, _ = _model(config, found.name, dtype, task)
     shapes = _shapes(model)
     block_size = BLOCK_SIZE if quantization is None else quantization.block_size
     held = configured(model, shapes, config[QUANTIZATION], block_size) if QUANTIZATION in config else {}
     return model, shapes_in_formats(shapes, _formats(shapes, quantization, quantized, held, found.name))
+
+
+def describe_for(source: str, task: Task, dtype: Any, revision: str) -> tuple[nn.Module, Aim]:
+    """Returns the model of a task, and what its files have of its head, from the configuration alone."""
+    found = sources.find(source, revision, sources.CONFIG_FILES)
+    return _model(_config_of(found), found.name, dtype, task)
+
+
+def _config_of(found: sources.Source) -> dict[str, Any]:
+    return GGUFFile(found.gguf).config if found.gguf else read_config(found)
 
 
 class OriginalKernels:
@@ -166,8 +176,8 @@ class OriginalKernels:
         return {name: leaf for leaf in leaves(shapes, is_leaf=is_node) for name in leaf.names}
 
     @functools.cached_property
-    def _opened(self) -> tuple["_Opened", dict[str, Entry]]:
-        opened = _open(self._source, "float32", self._revision, self._task)
+    def _opened(self) -> tuple["Opened", dict[str, Entry]]:
+        opened = open_for(self._source, "float32", self._revision, self._task)
         return opened, {entry.path: entry for entry in opened.entries(opened.shapes)}
 
 
@@ -179,7 +189,7 @@ def _checked(task: str, labels: Sequence[str], problem_type: str, seed: int, new
 
 
 @dataclasses.dataclass(frozen=True)
-class _Opened:
+class Opened:
     """A model, and the files that hold it."""
 
     model: nn.Module
@@ -224,11 +234,12 @@ class _Opened:
         return quantize(self.read(entry).astype(like.dtype), like.format)
 
 
-def _open(source: str, dtype: Any, revision: str, task: Task) -> _Opened:
+def open_for(source: str, dtype: Any, revision: str, task: Task) -> Opened:
+    """Returns the model of a task, and its files, opened."""
     found = sources.find(source, revision, sources.CONFIG_FILES + sources.WEIGHT_FILES + sources.TOKENIZER_FILES)
     checkpoint: Any = GGUFFile(found.gguf) if found.gguf else _folder(found)
     model, aimed = _model(checkpoint.config, found.name, dtype, task)
-    return _Opened(model, checkpoint, found.name, task, aimed)
+    return Opened(model, checkpoint, found.name, task, aimed)
 
 
 def _folder(found: sources.Source) -> Any:
@@ -275,14 +286,14 @@ def compute_type(dtype: Any) -> Any:
     return jnp.dtype(DTYPES[name])
 
 
-def fill(opened: _Opened, placing: Placing | None, formats: Mapping[str, Format]) -> Params:
+def fill(opened: Opened, placing: Placing | None, formats: Mapping[str, Format]) -> Params:
     """Returns the model's parameters, read leaf by leaf, kernels in `formats` by our names.
 
     Raises `UserError` where the checkpoint isn't exactly this model's.
     """
     shapes = shapes_in_formats(opened.shapes, formats)
     wanted = opened.entries(shapes)
-    _check([entry for entry in wanted if entry.path not in opened.drawn], opened)
+    check_whole([entry for entry in wanted if entry.path not in opened.drawn], opened)
     _check_tied(opened)
     by_leaf: dict[tuple[str, ...], list[Entry]] = {}
     for entry in wanted:
@@ -298,7 +309,7 @@ def fill(opened: _Opened, placing: Placing | None, formats: Mapping[str, Format]
     return params
 
 
-def _read_leaf(leaf: Leaf, parts: list[Entry], opened: _Opened, place: Any) -> Any:
+def _read_leaf(leaf: Leaf, parts: list[Entry], opened: Opened, place: Any) -> Any:
     """One leaf, or one quantized kernel, its layers written where they belong; on its devices before the next one is read."""
     host = jax.tree.map(lambda part: _empty(part.shape, np.dtype(part.dtype)), leaf.value)
     for entry in parts:
@@ -320,8 +331,8 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _check(wanted: list[Entry], opened: _Opened) -> None:
-    """Every tensor is where it belongs; what the files have of other heads may be left over."""
+def check_whole(wanted: list[Entry], opened: Opened) -> None:
+    """Raises `UserError` unless every tensor is where it belongs; what the files have of other heads may be left over."""
     have, names = opened.checkpoint.shapes, {entry.name for entry in wanted}
     others = "|".join(family_of(opened.model.config.architecture).module.OTHER_HEADS)
     left = [other for other in have if other not in names and not re.fullmatch(others, other)]
@@ -339,7 +350,7 @@ def _check(wanted: list[Entry], opened: _Opened) -> None:
         raise UserError(f"'{opened.name}' isn't the model that its configuration describes: {'; '.join(problems)}.")
 
 
-def _check_tied(opened: _Opened) -> None:
+def _check_tied(opened: Opened) -> None:
     """A file may hold a tensor of a tied model under its second name too; then the two must be the same."""
     if not opened.model.config.tie_word_embeddings:
         return
