@@ -2,17 +2,19 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from jaxft.data.examples import Examples
 from jaxft.methods.partition import combine
 from jaxft.tasks.head import Sums
 
+OWN = "objective"  # the parameters' branch of an objective's own leaves: in checkpoints, in no export
 Batch = Mapping[str, Any]
 Logged = dict[str, tuple[jax.Array, jax.Array]]  # name -> (numerator, denominator), () float32 each: added up over a step, divided once
 
@@ -40,15 +42,21 @@ class Step:
         return found
 
 
+# (the model) -> what it lacks of its family's language model, parameters or their shapes; and whether they are drawn, not the files' own
+LanguageHead = Callable[[nn.Module], tuple[dict[str, Any], bool]]
+
+
 class Objective(abc.ABC):
     """An objective: a frozen dataclass of its settings, `config.objective.*`, with pure functions; neither a step nor a task knows which.
 
-    In the order of a run: `check`, `fitted`, `for_training`, `init`; in each step `shared`, `sums` (differentiated in the trainable
-    leaves), `update`; after each evaluation `evaluated`. All shapes are static, and nothing is compiled twice: what changes over the steps
-    is an array of the state, or follows from `Step.number`.
+    In the order of a run: `check`, `fitted`, `leaves`, `for_training`, `init`; in each step `shared`, `sums` (differentiated in the
+    trainable leaves), `update`; after each evaluation `evaluated`. All shapes are static, and nothing is compiled twice: what changes over
+    the steps is an array of the state, or follows from `Step.number`.
 
     Its arrays are `State.objective`: in checkpoints, given up to each step for new ones, and as they were where a step isn't finite.
     """
+
+    observes: ClassVar[bool] = False  # whether `observe` has something to see
 
     def check(self, experiment: Any) -> None:
         """Raises `UserError` for what this objective can't be joined with: a task, a method, settings; before anything is loaded."""
@@ -57,6 +65,18 @@ class Objective(abc.ABC):
     def fitted(self, task: Any, model: nn.Module, tokenizer: Any) -> "Objective":
         """Returns the objective with what it needs of model and tokenizer; raises `UserError` where the family hasn't that."""
         return self
+
+    def leaves(self, model: nn.Module, language_head: LanguageHead) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns parameters of its own, and which of them train, of one structure; in a step they are `params["objective"]`.
+
+        They train beside the method's: with the same optimizer, counted, in checkpoints. The model that is measured and exported hasn't
+        them.
+
+        Args:
+          model: of the task.
+          language_head: reads the head of words where it is called.
+        """
+        return {}, {}
 
     def for_training(self, task: Any, model: nn.Module, tokenizer: Any, examples: Examples) -> Examples:
         """Returns the training set with what this objective needs beside each token (`Examples.per_token`); `sums` takes it out again."""
@@ -117,6 +137,23 @@ class Objective(abc.ABC):
           number: optimizer steps done, this one among them.
         """
         return state
+
+    def observe(self, step: Step, trainable: Any, batch: Batch, state: Any) -> dict[str, jax.Array]:
+        """Returns what is to see of a few training rows, now and then through a run: arrays by name, of the same shapes each time.
+
+        Arguments are those of `sums`; of random numbers there are those of `objective`.
+        """
+        return {}
+
+    def pictures(self, looks: Sequence[tuple[int, Mapping[str, np.ndarray]]], batch: Batch, tokenizer: Any) -> dict[str, bytes]:
+        """Returns PNGs by their files' names.
+
+        Args:
+          looks: the step of each, and what `observe` gave then.
+          batch: the rows.
+          tokenizer: of their tokens.
+        """
+        return {}
 
     def evaluated(self, state: Any, metrics: Mapping[str, float]) -> Any:
         """Returns the arrays after an evaluation on validation, outside of a step; of the same shapes and types."""

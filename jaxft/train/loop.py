@@ -21,6 +21,7 @@ from jaxft.train.average import make_average
 from jaxft.train.checkpoint import Checkpoints, Progress
 from jaxft.train.evaluate import Evaluator
 from jaxft.train.logs import Logs, figure
+from jaxft.train.observed import Observed
 from jaxft.train.optimizer import make_schedule
 from jaxft.train.setup import TrainingSetup
 from jaxft.train.state import State
@@ -105,6 +106,7 @@ class Loop:
         self._workdir = workdir
         self._train = setup.experiment.train
         self._schedule = make_schedule(setup.experiment.optimizer, setup.steps)
+        self._observed = Observed(setup, workdir)
         self._prepared: dict[int, dict[str, jax.Array]] = {}  # the next step's batch
 
     def run(self, state: State, progress: Progress) -> Outcome:
@@ -114,6 +116,7 @@ class Loop:
         step = self._compile(state)
         compile_seconds = time.perf_counter() - began
         logs = Logs(self._workdir, start, self._setup.steps)
+        self._observed.look(state)
         try:
             with StopRequest() as request:
                 for index in range(start, self._setup.steps):
@@ -150,6 +153,7 @@ class Loop:
         if timed:  # the first one also pays for what starts only once
             progress = dataclasses.replace(progress, seconds=progress.seconds + seconds, tokens=progress.tokens + tokens)
         self._log(logs, index + 1, metrics, tokens, seconds)
+        self._observed.look(state)
         return self._evaluate(state, progress, index + 1, logs)
 
     def _compile(self, state: State) -> Any:

@@ -18,7 +18,7 @@ from jaxft.train.data import TrainingData, load_training_data
 from jaxft.train.folds import is_cross_validation, one_fold
 from jaxft.train.loop import jitted_step
 from jaxft.train.programs import operations
-from jaxft.train.setup import Described, begin_state, describe_run, make_optimizer, print_trainable, shardings_of
+from jaxft.train.setup import Described, begin_state, describe_run, make_optimizer, print_trainable, shardings_of, with_own
 from jaxft.train.state import State
 
 
@@ -48,9 +48,9 @@ def plan(experiment: Experiment) -> Plan:
     """
     run, rows = describe_run(one_fold(experiment, 0) if is_cross_validation(experiment) else experiment)  # folds are alike
     data = load_training_data(run.experiment, run.model, run.tokenizer, run.shapes, rows)
-    mask = run.method.mask(run.shapes)
-    print_trainable(run.shapes, mask)
-    found = _of_step(run, data, mask)
+    shapes, mask = with_own(run, run.shapes, run.language_head.shapes)
+    print_trainable(shapes, mask)
+    found = _of_step(run, data, shapes, mask)
     parts = [(part, gibibytes(count)) for part, count in found.memory.items()]
     devices = f" on each of {run.mesh.size} devices" if run.mesh.size > 1 else ""
     console.table(f"Memory of a step{devices}", ("part", "GiB"), [*parts, ("in all", gibibytes(found.memory_bytes))])
@@ -72,10 +72,10 @@ def gibibytes(count: int) -> str:
     return f"{count / 2**30:,.3f}"
 
 
-def _of_step(run: Described, data: TrainingData, mask: Any) -> Plan:
+def _of_step(run: Described, data: TrainingData, shapes: Any, mask: Any) -> Plan:
     optimizer, table = make_optimizer(run, data.steps), family_of(run.model.config.architecture).module.PLACEMENT
-    places = placement.shardings(run.shapes, table, run.mesh)
-    trainable, frozen = partition(_placed(run.shapes, places), mask)
+    places = placement.shardings(shapes, table, run.mesh)
+    trainable, frozen = partition(_placed(shapes, places), mask)
     state = jax.eval_shape(lambda trainable: begin_state(run, trainable, optimizer), trainable)
     sharding = shardings_of(run, state, partition(places, mask)[0], optimizer)
     state = _placed(state, sharding)
@@ -101,7 +101,7 @@ def _of_step(run: Described, data: TrainingData, mask: Any) -> Plan:
         "workspace": max(used.temp_size_in_bytes - kept, 0) + used.output_size_in_bytes - used.alias_size_in_bytes,
     }
     host = {name: count for name, count in {"optimizer": _bytes(on_host), "activations": offloaded}.items() if count}
-    return Plan(size(trainable), size(run.shapes), memory, host, operations(traced.jaxpr.jaxpr), data.batches.real_tokens(0), data.steps)
+    return Plan(size(trainable), size(shapes), memory, host, operations(traced.jaxpr.jaxpr), data.batches.real_tokens(0), data.steps)
 
 
 def _placed(shapes: Any, places: Any) -> Any:

@@ -30,12 +30,14 @@ from jaxft.inspect.look import Look, look
 from jaxft.inspect.page import page
 from jaxft.methods.base import Compose, Method
 from jaxft.methods.partition import size
+from jaxft.tasks.base import Report
 from jaxft.train import requantize
 from jaxft.train.checkpoint import Checkpoints, Progress, check_same, fingerprint, newest_step
 from jaxft.train.evaluate import Evaluation, Evaluator, make_sampling
 from jaxft.train.folds import fold_folder, is_cross_validation, one_fold, print_folds, together
 from jaxft.train.logs import peak_memory_bytes
 from jaxft.train.loop import Loop, Outcome
+from jaxft.train.observed import Observed
 from jaxft.train.report import adapter_command, card, model_command, print_answers, print_comparison, print_report
 from jaxft.train.setup import Setup, TrainingSetup, can_merge, is_averaged, on_host, set_up, set_up_trained
 from jaxft.train.state import State
@@ -397,6 +399,7 @@ def _finish(
     fields = evaluator.answer_format.names if evaluator.generates else ()
     print_comparison(summary, fields, f"On {len(set(chosen.rows.tolist())):,} rows of {split}")
     print_report(setup.experiment.task.report(setup.model, chosen, after.outputs), workdir)
+    print_report(Report(pictures=Observed(setup, workdir).pictures()), workdir)
     print_answers(chosen, after, setup)
     console.say(
         f"{summary['seconds']:.0f} s in all, {summary['compile_seconds']:.1f} s of them compiling; "

@@ -21,6 +21,7 @@ from jaxft.data.folds import load_sets
 from jaxft.data.sources import Rows
 from jaxft.data.template import with_template
 from jaxft.errors import UserError, unknown
+from jaxft.hub.language_head import LanguageHead
 from jaxft.hub.load import OriginalKernels, compute_type, describe_pretrained, load_pretrained
 from jaxft.hub.peft import adapter_format, has_form
 from jaxft.hub.tokenizer import load_tokenizer
@@ -33,7 +34,7 @@ from jaxft.models.layers import REMAT
 from jaxft.models.node import dense, is_node, virtual_tokens
 from jaxft.models.registry import family_of
 from jaxft.models.segments import Leaf, map_leaves
-from jaxft.objectives.base import objective_of
+from jaxft.objectives.base import OWN, objective_of
 from jaxft.quant.blockwise import Format
 from jaxft.tasks.base import Task
 from jaxft.train import average as averages
@@ -61,7 +62,7 @@ class Setup:
 
     def params(self, state: State) -> Any:
         """Returns the whole model, as it is measured and exported."""
-        return combine(state.weights, self.frozen)
+        return without_own(combine(state.weights, self.frozen))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +141,7 @@ class Described:
     method: Method  # with the tokens of what it has as text
     shapes: Any  # of the whole model with the method's leaves
     kernels: OriginalKernels  # of the model's files
+    language_head: LanguageHead  # the same
 
 
 def describe_run(experiment: Experiment) -> tuple[Described, dict[str, Rows]]:
@@ -177,7 +179,8 @@ def _described(experiment: Experiment, mesh: Mesh, options: dict[str, Any]) -> D
     method, shapes = fit_method(experiment.method.tokenized(tokenizer), model, shapes, train.seed, kernels)
     experiment = dataclasses.replace(experiment, method=with_head(experiment.method, model, shapes))
     model = model.clone(remat=train.remat)
-    return Described(experiment, mesh, model, options, tokenizer, method, shapes, kernels)
+    words = LanguageHead(config.source, config.revision, config.dtype, train.seed)
+    return Described(experiment, mesh, model, options, tokenizer, method, shapes, kernels, words)
 
 
 def set_up(experiment: Experiment) -> TrainingSetup:
@@ -185,7 +188,7 @@ def set_up(experiment: Experiment) -> TrainingSetup:
     run, rows = describe_run(experiment)
     data = load_training_data(run.experiment, run.model, run.tokenizer, run.shapes, rows)
     params = _begin(run, lambda: data.batches)
-    mask = run.method.mask(params)
+    params, mask = with_own(run, params, run.language_head.read)
     print_trainable(params, mask)
     optimizer = make_optimizer(run, data.steps)
     trainable, frozen, places = _placed(run, params, mask)
@@ -228,7 +231,7 @@ def set_up_trained(experiment: Experiment, progress: Progress, measured: bool) -
     if examples:
         check_positions(examples, experiment, run.model, virtual_tokens(run.shapes))
     params = _begin(run, lambda: load_training_data(run.experiment, run.model, run.tokenizer, run.shapes, load_sets(trained)).batches)
-    trainable, frozen, _ = _placed(run, params, run.method.mask(params))
+    trainable, frozen, _ = _placed(run, *with_own(run, params, run.language_head.read))
     made = Setup(run.experiment, run.mesh, run.model, run.tokenizer, run.options, rows, examples, progress.answer_end, frozen)
     return made, trainable
 
@@ -244,6 +247,24 @@ def _begin(run: Described, batches: Callable[[], Batches]) -> Any:
         return gradient_scores(run.model, experiment.task, first, params, chosen, kind)
 
     return run.method.begin(key_for(seed, "method"), run.model, params, Material(scores, run.kernels))
+
+
+def with_own(run: Described, params: Any, language_head: Callable[[nn.Module], Any]) -> tuple[Any, Any]:
+    """Returns parameters with the objective's own leaves, and which leaves train.
+
+    Args:
+      run: what runs.
+      params: with the method's leaves, or their shapes.
+      language_head: of `run.language_head`, what reads it or its shapes.
+    """
+    own, trains = objective_of(run.experiment).leaves(run.model, language_head)
+    mask = run.method.mask(params)
+    return ({**params, OWN: own}, {**mask, OWN: trains}) if own else (params, mask)
+
+
+def without_own(params: Any) -> Any:
+    """Returns the model's parameters alone."""
+    return {name: part for name, part in params.items() if name != OWN}
 
 
 def _placed(run: Described, params: Any, mask: Any) -> tuple[Any, Any, Any]:
