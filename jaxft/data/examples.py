@@ -115,11 +115,13 @@ class Words(Labelled):
     """Examples whose slots are words, each at its first token. A long row is several examples, its words in order over them."""
 
     words: tuple[str, ...] = ()  # one a slot
+    token_words: np.ndarray | None = None  # (total,) int32: the number in its row of each token's word, from 1; 0 of special tokens
 
     def first(self, count: int) -> Self:
         """Returns the examples of the first `count` rows, or all where there are fewer."""
         found = super().first(count)
-        return dataclasses.replace(found, words=self.words[: len(found.slots.reads)])
+        numbers = None if self.token_words is None else self.token_words[: len(found.tokens)]
+        return dataclasses.replace(found, words=self.words[: len(found.slots.reads)], token_words=numbers)
 
     @property
     def texts(self) -> list[slice]:
@@ -165,6 +167,35 @@ class NextTokens(Examples):
     def answer(self, i: int) -> str:
         """Returns the true text of the last scored turn."""
         return self.answers[i]
+
+
+@dataclasses.dataclass(frozen=True)
+class NotedTokens(NextTokens):
+    """The same, with more beside each token."""
+
+    beside: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    @property
+    def per_token(self) -> Mapping[str, np.ndarray]:
+        """What stands beside each token."""
+        return self.beside
+
+    def first(self, count: int) -> "NotedTokens":
+        """Returns the first `count` examples, or all where there are fewer."""
+        found = super().first(count)
+        return _noted(found, {name: values[: len(found.tokens)] for name, values in self.beside.items()})
+
+
+def noted(examples: Examples, beside: Mapping[str, np.ndarray]) -> Examples:
+    """Returns examples with more beside each token: (total,) int32 by name."""
+    if isinstance(examples, Labelled):
+        return dataclasses.replace(examples, beside={**examples.beside, **beside})
+    assert isinstance(examples, NextTokens)
+    return _noted(examples, {**examples.per_token, **beside})
+
+
+def _noted(examples: NextTokens, beside: Mapping[str, np.ndarray]) -> NotedTokens:
+    return NotedTokens(**{field.name: getattr(examples, field.name) for field in dataclasses.fields(NextTokens)}, beside=beside)
 
 
 def answer_end(tokenizer: Any, examples: NextTokens) -> int | None:

@@ -58,7 +58,9 @@ class Replacement:
     random: float = 0.1  # share that become random tokens; the rest is kept as it is
 
 
-def hidden_groups(rng: jax.Array, batch: Mapping[str, jax.Array], counts: jax.Array, policy: Policy) -> jax.Array:
+def hidden_groups(
+    rng: jax.Array, batch: Mapping[str, jax.Array], counts: jax.Array, policy: Policy, preferences: jax.Array | None = None
+) -> jax.Array:
     """Returns which tokens are hidden: (batch, length) int32, the number of a token's group in its row, or -1 where it stays.
 
     Groups are drawn evenly, one after the other, until a row's count is reached; of the last span what is beyond it stays, and a word with
@@ -69,12 +71,43 @@ def hidden_groups(rng: jax.Array, batch: Mapping[str, jax.Array], counts: jax.Ar
       batch: tokens, segment_ids and words, (batch, length) int32.
       counts: (batch,) int32, the tokens to hide in each row.
       policy: what is hidden together.
+      preferences: (batch, length) float32, 0 or more: a group that isn't drawn yet is the next one in proportion to the sum of its first
+        unit's; None: evenly.
     """
 
-    def row(tokens: jax.Array, segments: jax.Array, words: jax.Array, count: jax.Array) -> jax.Array:
-        return _row(_key(rng, tokens), segments, words, count, policy)
+    def row(tokens: jax.Array, segments: jax.Array, words: jax.Array, count: jax.Array, own: jax.Array | None) -> jax.Array:
+        return _row(row_key(rng, tokens), segments, words, count, policy, own)
 
-    return jax.vmap(row)(batch["tokens"], batch["segment_ids"], batch[WORDS], counts)
+    return jax.vmap(row)(batch["tokens"], batch["segment_ids"], batch[WORDS], counts, preferences)
+
+
+def hidden_words(rng: jax.Array, batch: Mapping[str, jax.Array], rates: jax.Array) -> jax.Array:
+    """Returns which tokens are hidden, as `hidden_groups` does, each word by a draw of its own.
+
+    Args:
+      rng: a key.
+      batch: as of `hidden_groups`.
+      rates: (batch, length) float32, how likely the word is hidden, at its first token.
+    """
+
+    def row(tokens: jax.Array, segments: jax.Array, words: jax.Array, rates: jax.Array) -> jax.Array:
+        drawn = jax.random.uniform(row_key(rng, tokens), tokens.shape) < rates
+        first = word_starts(segments, words)
+        return jnp.where((words > 0) & drawn[first], first, _OPEN)
+
+    return jax.vmap(row)(batch["tokens"], batch["segment_ids"], batch[WORDS], rates)
+
+
+def word_starts(segments: jax.Array, words: jax.Array) -> jax.Array:
+    """Returns where the word of each token of a row begins, (length,) int32; of a token without a word, somewhere before it."""
+    starts = (words > 0) & _changes(segments, words)
+    return jax.lax.cummax(jnp.where(starts, jnp.arange(len(words), dtype=jnp.int32), 0))
+
+
+def _changes(segments: jax.Array, words: jax.Array) -> jax.Array:
+    """Which tokens of a row are of another word than the one before, (length,) bool."""
+    key = jnp.stack([segments, words])
+    return jnp.concatenate([jnp.ones(1, bool), (key[:, 1:] != key[:, :-1]).any(axis=0)])
 
 
 def replaced(rng: jax.Array, tokens: jax.Array, groups: jax.Array, replacement: Replacement) -> jax.Array:
@@ -88,7 +121,7 @@ def replaced(rng: jax.Array, tokens: jax.Array, groups: jax.Array, replacement: 
     """
 
     def row(tokens: jax.Array, groups: jax.Array) -> jax.Array:
-        kinds, words = jax.random.split(_key(rng, tokens))
+        kinds, words = jax.random.split(row_key(rng, tokens))
         drawn = jax.random.uniform(kinds, tokens.shape)[groups]  # a number for each group
         random = jax.random.randint(words, tokens.shape, 0, replacement.vocabulary, tokens.dtype)
         other = jnp.where(drawn < replacement.masked, jnp.full_like(tokens, replacement.token), random)
@@ -110,24 +143,29 @@ def hidden_slots(groups: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
     return places, jnp.take_along_axis(groups, places, axis=1) != _OPEN
 
 
-def _key(rng: jax.Array, tokens: jax.Array) -> jax.Array:
-    """A row's key, of the shared one and of what the row holds."""
+def row_key(rng: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Returns a row's key, of the shared one and of what the row holds, (length,) int32, wherever it stands in a batch."""
     odd = 2 * jnp.arange(tokens.shape[0], dtype=jnp.uint32) + jnp.uint32(1)
     return jax.random.fold_in(rng, jnp.sum((tokens.astype(jnp.uint32) + jnp.uint32(1)) * odd * jnp.uint32(_MULTIPLIER)))
 
 
-def _row(rng: jax.Array, segments: jax.Array, words: jax.Array, count: jax.Array, policy: Policy) -> jax.Array:
+def _row(
+    rng: jax.Array, segments: jax.Array, words: jax.Array, count: jax.Array, policy: Policy, preferences: jax.Array | None
+) -> jax.Array:
     """The groups of one row, (length,): units are tokens or words, in the row's order; a group has the number of its first unit."""
     length = segments.shape[0]
     order, lengths = jax.random.split(rng)
     hideable = words > 0
     starts = hideable
     if policy.whole_words:
-        key = jnp.stack([segments, words])
-        starts &= jnp.concatenate([jnp.ones(1, bool), (key[:, 1:] != key[:, :-1]).any(axis=0)])
+        starts &= _changes(segments, words)
     unit = jnp.where(hideable, jnp.cumsum(starts) - 1, length)  # past the end: dropped
     sizes = jnp.zeros(length, jnp.int32).at[unit].add(1, mode="drop")
-    place = jax.random.permutation(order, length)
+    if preferences is None:
+        place = jax.random.permutation(order, length)
+    else:  # the largest of log(weight) + Gumbel noise come first: draws without replacement, each in proportion to the weights left
+        weights = jnp.zeros(length, jnp.float32).at[unit].add(preferences, mode="drop")
+        place = jnp.argsort(jnp.argsort(-jnp.log(weights) - jax.random.gumbel(order, (length,))))
     group = jnp.arange(length)
     if policy.spans:
         group = _spans(lengths, place, jnp.zeros_like(segments).at[unit].set(segments, mode="drop"), policy)
@@ -135,6 +173,11 @@ def _row(rng: jax.Array, segments: jax.Array, words: jax.Array, count: jax.Array
     taken = jnp.zeros(length, bool).at[drawn].set(_fitting(sizes[drawn], count))
     held = jnp.minimum(unit, length - 1)
     return jnp.where(hideable & taken[held], group[held], _OPEN).astype(jnp.int32)
+
+
+def is_hidden(groups: jax.Array) -> jax.Array:
+    """Returns which tokens are hidden, (batch, length) bool, of `hidden_groups`."""
+    return groups != _OPEN
 
 
 def _spans(rng: jax.Array, place: jax.Array, segments: jax.Array, policy: Policy) -> jax.Array:

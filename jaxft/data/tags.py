@@ -128,6 +128,15 @@ class Entity(NamedTuple):
     last: int
 
 
+def kind_of(tag: str, scheme: str) -> str | None:
+    """Returns the type of the entity that a tag is of, empty for one without types; None of what is outside of all.
+
+    >>> kind_of("B-DRUG", "IOB2"), kind_of("O", "IOB2")
+    ('DRUG', None)
+    """
+    return None if scheme == PLAIN or tag == OUTSIDE else tag.partition("-")[2]
+
+
 def as_seqeval(tags: Sequence[str], scheme: str) -> list[str]:
     """Returns tags with the letters that seqeval knows."""
     return [f"{tag[0].translate(_TO_IOBES)}{tag[1:]}" for tag in tags] if scheme == BILOU else list(tags)

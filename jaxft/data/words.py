@@ -28,6 +28,7 @@ class Window(NamedTuple):
     token_types: np.ndarray | None  # (length,) int32
     words: np.ndarray  # (scored,) int: the words that are scored here, none of which is in another window
     reads: np.ndarray  # (scored,) int: where in the window each one's first sub-word stands
+    numbers: np.ndarray  # (length,) int: the number in the row of each token's word, from 1; 0 of special tokens
 
 
 def fit_to_words(tokenizer: Any) -> Any:
@@ -111,9 +112,11 @@ def windows_of(row: Pieces, max_length: int, stride: int) -> list[Window]:
       UserError: windows that have no room for more than the stride.
     """
     special = row.before + row.after
+    numbers = np.searchsorted(row.begins, np.arange(len(row.tokens)), side="right")
+    numbers[len(numbers) - row.after :] = 0
     total, room = len(row.tokens) - special, max_length - special
     if total <= room:
-        return [Window(row.tokens, row.token_types, np.arange(len(row.begins)), row.begins)]
+        return [Window(row.tokens, row.token_types, np.arange(len(row.begins)), row.begins, numbers)]
     if room <= stride:
         raise UserError(
             f"config.data.max_length is {max_length}: a window of it holds {max(room, 0)} sub-words, and the next one shares {stride} of "
@@ -130,7 +133,7 @@ def windows_of(row: Pieces, max_length: int, stride: int) -> list[Window]:
         if len(words):
             part = _part(row.tokens, row, start, room)
             kinds = None if row.token_types is None else _part(row.token_types, row, start, room)
-            found.append(Window(part, kinds, words, row.begins[words] - start))
+            found.append(Window(part, kinds, words, row.begins[words] - start, _part(numbers, row, start, room)))
     return found
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ import numpy as np
 from flax import linen as nn
 
 from jaxft.errors import UserError
+
+_T = TypeVar("_T")
 
 
 @jax.tree_util.register_dataclass
@@ -71,10 +73,10 @@ def head_sums(
     hidden: Sequence[jax.Array],
     targets: jax.Array,
     weights: jax.Array,
-    loss: Callable[[Sequence[jax.Array], jax.Array, jax.Array], Sums],
+    loss: Callable[[Sequence[jax.Array], jax.Array, jax.Array], _T],
     chunk: int,
     rngs: Mapping[str, jax.Array],
-) -> Sums:
+) -> _T:
     """Returns the sums over all slots, holding the outputs of `chunk` slots at a time, in the backward pass too.
 
     Args:
@@ -83,7 +85,7 @@ def head_sums(
       hidden: of each pass over the batch, (slots, features), what the head reads.
       targets: (slots,) int32 or (slots, outputs) float32.
       weights: (slots,) float32, 0 for fill.
-      loss: (logits of each pass, targets, weights) -> sums.
+      loss: (logits of each pass, targets, weights) -> sums, or another pytree of what adds up.
       chunk: slots whose outputs exist at one time; 0 is all.
       rngs: keys of `dropout`.
     """
@@ -94,7 +96,7 @@ def head_sums(
         made: Any = model.apply({"params": params}, rows, method="logits", rngs=own)
         return made
 
-    def one(hidden: Sequence[jax.Array], targets: jax.Array, weights: jax.Array) -> Sums:
+    def one(hidden: Sequence[jax.Array], targets: jax.Array, weights: jax.Array) -> _T:
         return loss([logits(index, rows) for index, rows in enumerate(hidden)], targets, weights)
 
     given = (tuple(hidden), targets, weights)
@@ -102,11 +104,12 @@ def head_sums(
         return one(*given)
     chunks = _chunks(given, chunk)
 
-    def add(total: Sums, piece: Any) -> tuple[Sums, None]:
+    def add(total: _T, piece: Any) -> tuple[_T, None]:
         return jax.tree.map(jnp.add, total, jax.checkpoint(one)(*piece)), None
 
     zero = jax.tree.map(lambda sum: jnp.zeros(sum.shape, sum.dtype), jax.eval_shape(one, *jax.tree.map(lambda leaf: leaf[0], chunks)))
-    return jax.lax.scan(add, zero, chunks)[0]
+    found: _T = jax.lax.scan(add, zero, chunks)[0]
+    return found
 
 
 def log_likelihoods(model: nn.Module, params: Any, hidden: jax.Array, targets: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:

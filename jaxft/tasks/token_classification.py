@@ -95,17 +95,19 @@ class TokenClassification(Task):
         found, places = tagged_rows(rows, data), [rows.place(i) for i in range(len(rows))]
         classes = self._classes(found, bool(self.labels or feature_names(rows, data)), model, places)
         encoded: list[Encoded] = []
-        numbers, counts, reads = [], [0], []
+        numbers, counts, reads, belongs = [], [0], [], []
         for i, pieces in enumerate(pieces_of([row.words for row in found], tokenizer, places)):
             for window in windows_of(pieces, data.max_length, self.stride):
                 encoded.append(Encoded(window.tokens, window.token_types, 0))
                 numbers.append(i)
                 counts.append(len(window.reads))
                 reads.append(window.reads)
+                belongs.append(window.numbers)
         tokens, offsets, cut, beside = joined(encoded, takes_types=model.pooling == FIRST)
         weights = np.ones(len(classes), np.float32)
         slots = Slots(np.cumsum(counts, dtype=np.int64), np.concatenate(reads).astype(np.int32), classes, weights)
-        return Words(tokens, offsets, cut, slots, np.asarray(numbers), beside, tuple(word for row in found for word in row.words))
+        words = tuple(word for row in found for word in row.words)
+        return Words(tokens, offsets, cut, slots, np.asarray(numbers), beside, words, np.concatenate(belongs).astype(np.int32))
 
     def _classes(self, found: Sequence[Tagged], named: bool, model: Any, places: Sequence[str]) -> np.ndarray:
         names = model.config.labels
