@@ -1,5 +1,6 @@
 """Objectives: what a step learns by beside the task's own loss, each one file."""
 
 from jaxft.objectives.base import Objective
+from jaxft.objectives.dynamic_mask import DynamicMask
 
-__all__ = ["Objective"]
+__all__ = ["DynamicMask", "Objective"]

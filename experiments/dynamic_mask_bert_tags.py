@@ -1,0 +1,31 @@
+"""Dynamic masking on a BERT that marks the drug and the condition in reviews of patients: `lora_bert_tags` with hidden words to restore.
+
+    python launch.py --experiment=dynamic_mask_bert_tags
+    python launch.py --experiment=dynamic_mask_bert_tags:words
+    python launch.py --experiment=dynamic_mask_bert_tags:spans
+    python launch.py --experiment=dynamic_mask_bert_tags:salience
+    python launch.py --experiment=dynamic_mask_bert_tags:loss
+
+Of the words 5% are hidden at first and 15% in the end, of those in entities twice as many; the variants hide whole words, spans, or words
+by salience or by loss at one rate. MiniLM's files have no head of words: a new one trains, and isn't exported.
+
+Hardware: two CPU cores. What it gains over lora_bert_tags isn't measured yet.
+"""
+
+import dataclasses
+
+from experiments import lora_bert_tags
+from jaxft.config import Experiment
+from jaxft.errors import unknown
+from jaxft.objectives import DynamicMask
+
+VARIANTS = ("words", "spans", "salience", "loss")
+
+
+def get_config(variant: str = "") -> Experiment:
+    """Returns the experiment: tags at two rates that rise, or another policy."""
+    if variant and variant not in VARIANTS:
+        raise unknown("dynamic_mask_bert_tags variant", variant, VARIANTS)
+    rising = DynamicMask(policy="tags", rate=0.05, final_rate=0.15, schedule="linear", entity_rate=0.1)
+    objective = DynamicMask(policy=variant, rate=0.15) if variant else rising
+    return dataclasses.replace(lora_bert_tags.get_config(), name="dynamic_mask_bert_tags", objective=objective)
