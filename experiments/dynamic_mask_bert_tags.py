@@ -26,6 +26,7 @@ def get_config(variant: str = "") -> Experiment:
     """Returns the experiment: tags at two rates that rise, or another policy."""
     if variant and variant not in VARIANTS:
         raise unknown("dynamic_mask_bert_tags variant", variant, VARIANTS)
+    name = f"dynamic_mask_bert_tags:{variant}" if variant else "dynamic_mask_bert_tags"
     rising = DynamicMask(policy="tags", rate=0.05, final_rate=0.15, schedule="linear", entity_rate=0.1)
     objective = DynamicMask(policy=variant, rate=0.15) if variant else rising
-    return dataclasses.replace(lora_bert_tags.get_config(), name="dynamic_mask_bert_tags", objective=objective)
+    return dataclasses.replace(lora_bert_tags.get_config(), name=name, objective=objective)

@@ -218,7 +218,7 @@ class DynamicMask(Objective):
         return {"hidden": is_hidden(found.groups), "entities": entities}
 
     def pictures(self, looks: Sequence[tuple[int, Mapping[str, np.ndarray]]], batch: Batch, tokenizer: Any) -> dict[str, bytes]:
-        """Returns the masks of each row's first example that has something to hide, from its first word on."""
+        """Returns the masks of a part of each row's first example: around its first entity, or from its first word on."""
         from jaxft.objectives import mask_pictures  # matplotlib: half a second that a mistyped flag needn't wait for
 
         sentences, hidden = [], np.stack([found["hidden"] for _, found in looks])
@@ -226,10 +226,12 @@ class DynamicMask(Objective):
             may = np.flatnonzero((segments == 1) & (words > 0))
             if not len(may):
                 continue
-            part = slice(may[0], min(may[-1] + 1, may[0] + mask_pictures.WIDEST))
+            entities = looks[0][1]["entities"][row] & (segments == 1)
+            first = max(int(entities.argmax()) - mask_pictures.WIDEST // 3, may[0]) if entities.any() else may[0]
+            part = slice(first, min(may[-1] + 1, first + mask_pictures.WIDEST))
             hidden[:, row, : part.stop - part.start] = hidden[:, row, part]
             texts = [tokenizer.decode([token]).strip() for token in tokens[part].tolist()]
-            sentences.append((row, texts, looks[0][1]["entities"][row, part].tolist()))
+            sentences.append((row, texts, entities[part].tolist()))
         return {"masks.png": mask_pictures.picture([step for step, _ in looks], hidden, sentences)} if sentences else {}
 
     def _slots(self, step: Step, found: Masked, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
