@@ -169,10 +169,14 @@ class Attention(nn.Module):
             key, value = (layers.after_prefix(part, own) for part, own in zip(prefix, (key, value), strict=True))
             before = len(prefix[0])
         rng = layers.dropout_rng(self)
-        out = attention.attention(
-            query, key, value, context.queries, context.keys, None, before, causal=False, dropout=config.attention_dropout, rng=rng
-        )
-        return linear(name="output")(out.reshape(x.shape[0], -1))
+
+        def attend(value: jax.Array) -> jax.Array:
+            return attention.attention(
+                query, key, value, context.queries, context.keys, None, before, causal=False, dropout=config.attention_dropout, rng=rng
+            )
+
+        layers.note_received(self, attend, value)
+        return linear(name="output")(attend(value).reshape(x.shape[0], -1))
 
 
 class Block(nn.Module):

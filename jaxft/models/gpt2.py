@@ -195,8 +195,14 @@ class Attention(nn.Module):
             key, value = (layers.after_prefix(part, own) for part, own in zip(prefix, (key, value), strict=True))
         before = 0 if prefix is None else len(prefix[0])
         rng = layers.dropout_rng(self) if config.attention_dropout else None
-        out = attention.attention(query, key, value, context.queries, context.keys, None, before, dropout=config.attention_dropout, rng=rng)
-        out = linear(config.hidden_size, name="c_proj")(out.reshape(x.shape))
+
+        def attend(value: jax.Array) -> jax.Array:
+            return attention.attention(
+                query, key, value, context.queries, context.keys, None, before, dropout=config.attention_dropout, rng=rng
+            )
+
+        layers.note_received(self, attend, value)
+        out = linear(config.hidden_size, name="c_proj")(attend(value).reshape(x.shape))
         return dropped(out, config.hidden_dropout, layers.dropout_rng(self)), cache
 
 

@@ -205,6 +205,31 @@ def join(
     return norm(found.join(residual, output, dropout_rng(module), norm))
 
 
+RECEIVED = "received"  # the collection of how much attention tokens get: `apply(..., mutable=[RECEIVED])` asks for it
+
+
+def note_received(module: nn.Module, attend: Callable[[jax.Array], jax.Array], value: jax.Array) -> None:
+    """Notes how much attention each key gets, where it is asked for: the sum over queries and the mean over heads of its weights.
+
+    Attention is linear in the values, and what its sum's gradient in a value is are the weights that the value gets.
+
+    Args:
+      module: of one layer's attention.
+      attend: values (batch, keys, key_value_heads, head_dim) -> outputs (batch, queries, heads, head_dim).
+      value: the values.
+    """
+    if module.is_initializing() or not module.is_mutable_collection(RECEIVED):
+        return
+    out, back = jax.vjp(attend, value)
+    weights = back(jnp.ones_like(out))[0].astype(jnp.float32)
+    module.sow(RECEIVED, RECEIVED, jnp.sum(weights, axis=(2, 3)) / (out.shape[2] * out.shape[3]))
+
+
+def received(collections: Any, length: int) -> jax.Array:
+    """Returns the attention that each of a row's last `length` tokens gets, (batch, length) float32: the mean over layers and heads."""
+    return jnp.mean(jnp.concatenate(jax.tree.leaves(collections[RECEIVED])), axis=0)[:, -length:]
+
+
 class Layers(nn.Module):
     """The stack of layers, one scan a segment. How layers are grouped is read off the parameters; a new model has one group.
 
@@ -242,8 +267,10 @@ class Layers(nn.Module):
             stored: Any = self.get_variable("params", name)
             chosen = jax.tree.map(lambda leaf, g=group: leaf[g[0] : g[-1] + 1], per_layer)
             scanned = (segments.own(stored), chosen, cache.layers[name] if cache else None, jnp.asarray(group))
-            x, (new_cache[name], hidden) = jax.lax.scan(self._body(block, stored, shared, rng), x, scanned)
+            x, (new_cache[name], hidden, noted) = jax.lax.scan(self._body(block, stored, shared, rng), x, scanned)
             outputs.append(hidden)
+            for per_layer_noted in jax.tree.leaves(noted):
+                self.sow(RECEIVED, RECEIVED, per_layer_noted)
         return x, new_cache, outputs
 
     def _groups(self) -> list[range]:
@@ -265,13 +292,15 @@ class Layers(nn.Module):
     def _body(self, block: nn.Module, stored: Any, shared: Any, rng: jax.Array | None) -> Any:
         """One layer as a step of the scan over a segment."""
 
-        def body(x: jax.Array, scanned: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
+        asked = [RECEIVED] if self.is_mutable_collection(RECEIVED) and not self.is_initializing() else []
+
+        def body(x: jax.Array, scanned: Any) -> tuple[jax.Array, tuple[Any, jax.Array, Any]]:
             own, chosen, cache, layer = scanned
             variables = {"params": segments.with_shared(own, stored)}
             rngs = None if rng is None else {"dropout": jax.random.fold_in(rng, layer)}
-            x, cache = block.apply(variables, by_rows(x), chosen, cache, shared, rngs=rngs)
+            (x, cache), noted = block.apply(variables, by_rows(x), chosen, cache, shared, rngs=rngs, mutable=asked)
             x = by_rows(x)
-            return x, (cache, x)
+            return x, (cache, x, noted)
 
         return body if self.remat == "none" else jax.checkpoint(body, prevent_cse=False, policy=REMAT[self.remat])
 

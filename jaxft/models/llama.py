@@ -220,10 +220,14 @@ class Attention(nn.Module):
             key, value = (layers.after_prefix(part, own) for part, own in zip(prefix, (key, value), strict=True))
         before = 0 if prefix is None else len(prefix[0])
         rng = layers.dropout_rng(self) if config.attention_dropout else None
-        out = attention.attention(
-            query, key, value, context.queries, context.keys, window, before, dropout=config.attention_dropout, rng=rng
-        )
-        return linear(config.hidden_size, config.o_bias, name="o_proj")(out.reshape(x.shape[0], -1)), cache
+
+        def attend(value: jax.Array) -> jax.Array:
+            return attention.attention(
+                query, key, value, context.queries, context.keys, window, before, dropout=config.attention_dropout, rng=rng
+            )
+
+        layers.note_received(self, attend, value)
+        return linear(config.hidden_size, config.o_bias, name="o_proj")(attend(value).reshape(x.shape[0], -1)), cache
 
 
 class MLP(nn.Module):
