@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from jaxft.data.encode import TOKEN_TYPES
 from jaxft.data.examples import Examples, noted
 from jaxft.data.masking import WORDS, Policy, Replacement, hidden_slots, is_hidden, replaced, word_starts
 from jaxft.data.tags import PLAIN, kind_of, scheme_of
 from jaxft.data.word_numbers import word_numbers
 from jaxft.errors import UserError, unknown
 from jaxft.models import heads
+from jaxft.models.layers import RECEIVED, received
 from jaxft.objectives import policies
 from jaxft.objectives.base import Batch, LanguageHead, Logged, Objective, Step
 from jaxft.objectives.policies import COSINE, LINEAR, LOSS, SALIENCE, SCHEDULES, TAGS, VALIDATION, Knowledge
@@ -22,6 +24,7 @@ from jaxft.objectives.restoration import reads, restored
 from jaxft.tasks.head import Sums, head_sums
 
 _OF_THE_TOKENIZER = -1
+GRADIENT, ATTENTION = "gradient", "attention"
 _SLOTS_MULTIPLE = 8
 _BY_DRAWS = (TAGS, LOSS)  # policies that draw each word by itself: a row may have more than its rate
 _ROOM = 2  # times their rate, of what is restored of those
@@ -59,6 +62,7 @@ class DynamicMask(Objective):
     schedule: str = "constant"  # of the rate: constant, linear, cosine, validation (further at each evaluation that is no better)
     validation_move: float = 0.25  # validation: how far the rate goes on its way then
     entity_rate: float = 0.3  # tags: rate of words in entities, that of others is rate; it follows the schedule in proportion
+    salience: str = "gradient"  # salience: gradient (gradient x input of the task's loss) or attention (that a token gets, by all)
     span_p: float = 0.2  # spans: of the geometric distribution of their lengths in words
     span_max: int = 10  # spans: longest one
     masked: float = 0.8  # share of the hidden words that become the mask token; of a model without one they become random tokens
@@ -76,6 +80,8 @@ class DynamicMask(Objective):
         policies.check_policy(self.policy, self.mix)
         if self.schedule not in SCHEDULES:
             raise unknown("objective.schedule", self.schedule, SCHEDULES)
+        if self.salience not in (GRADIENT, ATTENTION):
+            raise unknown("objective.salience", self.salience, (GRADIENT, ATTENTION))
         for name in ("rate", "entity_rate", "validation_move"):
             if not 0.0 < (value := getattr(self, name)) <= 1.0:
                 raise UserError(f"objective.{name} is a share above 0 and up to 1, not {value}.")
@@ -185,7 +191,7 @@ class DynamicMask(Objective):
             rate,
             self._entity_rate(rate),
             None if classes is None else _entities(step)[classes],
-            _salience(step, params, batch) if SALIENCE in self._used else None,
+            _SALIENCE[self.salience](step, params, batch) if SALIENCE in self._used else None,
             _certainty(step, params, seen) if LOSS in self._used else None,
         )
         policy = policies.make_policy(self.policy, self.mix, self.span_p, self.span_max)
@@ -315,7 +321,7 @@ def _entities(step: Step) -> jax.Array:
     return jnp.asarray([kind is not None for kind in _kinds(step)] + [False])
 
 
-def _salience(step: Step, params: Any, batch: Batch) -> jax.Array:
+def _by_gradient(step: Step, params: Any, batch: Batch) -> jax.Array:
     """How much the task's loss leans on each token, (batch, length) float32: the size of gradient x input at its embedding, on the whole
     input without dropout (Simonyan et al. 2013, arXiv:1312.6034; Shrikumar et al. 2016, arXiv:1605.01713).
     """
@@ -328,6 +334,23 @@ def _salience(step: Step, params: Any, batch: Batch) -> jax.Array:
         return found.loss
 
     return jnp.abs(jnp.sum(jax.grad(loss)(jnp.zeros_like(embedded)) * embedded, axis=-1)) + _TINY
+
+
+def _by_attention(step: Step, params: Any, batch: Batch) -> jax.Array:
+    """How much attention each token gets, (batch, length) float32: the sum over the tokens that see it, the mean over heads and layers; on
+    the whole input without dropout.
+    """
+
+    def features(model: Any) -> jax.Array:
+        found: jax.Array = model.features(batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"], **kinds)
+        return found
+
+    kinds = {TOKEN_TYPES: batch[TOKEN_TYPES]} if TOKEN_TYPES in batch else {}
+    _, collections = step.model.apply({"params": params}, method=features, mutable=[RECEIVED])
+    return received(collections, batch["tokens"].shape[1]) + _TINY
+
+
+_SALIENCE = {GRADIENT: _by_gradient, ATTENTION: _by_attention}
 
 
 def _certainty(step: Step, params: Any, batch: Batch) -> jax.Array:

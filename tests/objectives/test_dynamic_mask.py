@@ -287,16 +287,18 @@ def test_and_for_a_base_in_four_bits(folder, tagger):
     model, params = jaxft.load_pretrained(
         str(folder[0]), task="token_classification", labels=TAGS, quantization=Format("nf4", 32), quantized=("attention/query",)
     )
-    _traced(model, {**params, OWN: tagger[1][OWN]}, methods.LoRA(rank=2))
+    for salience in ("gradient", "attention"):
+        _traced(model, {**params, OWN: tagger[1][OWN]}, methods.LoRA(rank=2), dataclasses.replace(ALL, salience=salience))
 
 
-def _traced(model, params, method):
+def _traced(model, params, method, objective=None):
     """Raises unless a step with every policy is made; by shapes."""
+    objective = objective or dataclasses.replace(ALL, salience="attention")
     whole = method.init(jax.random.key(0), model, {name: part for name, part in params.items() if name != OWN})
     mask = {**method.mask(whole), OWN: jax.tree.map(lambda _: False, params[OWN])}
     trainable, frozen = jaxft.partition({**whole, OWN: params[OWN]}, mask)
     optimizer = lenient(optax.sgd(0.1))
-    step = make_step(model, TokenClassification(), optimizer, seed=0, objective=ALL, steps=9)
+    step = make_step(model, TokenClassification(), optimizer, seed=0, objective=objective, steps=9)
     state, metrics = jax.eval_shape(step, new_state(trainable, optimizer), frozen, {name: part[None] for name, part in rows(2).items()})
     assert jax.tree.structure(state.trainable) == jax.tree.structure(trainable)
     assert {"hidden", "hidden_DRUG", "restoration_accuracy"} <= metrics.keys()
@@ -356,6 +358,7 @@ def experiment(objective, task, **train):
     [
         ({"rate": 0.0}, "objective.rate is a share above 0 and up to 1, not 0.0"),
         ({"entity_rate": 1.5}, "objective.entity_rate is a share"),
+        ({"salience": "atention"}, "Did you mean 'attention'"),
         ({"schedule": "linaer", "final_rate": 0.1}, "Did you mean 'linear'"),
         ({"schedule": "linear"}, "give both, or neither"),
         ({"final_rate": 0.3}, "give both, or neither"),
