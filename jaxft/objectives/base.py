@@ -82,6 +82,10 @@ class Objective(abc.ABC):
         """Returns the training set with what this objective needs beside each token (`Examples.per_token`); `sums` takes it out again."""
         return examples
 
+    def plain(self, batch: Batch) -> Batch:
+        """Returns a batch as the task alone takes it, without what `for_training` put beside each token."""
+        return batch
+
     def init(self, task: Any, model: nn.Module, trainable: Any) -> Any:
         """Returns the arrays before the first step, a pytree on buffers of its own (a step gives `trainable` up), or None.
 

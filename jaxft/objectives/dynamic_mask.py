@@ -144,6 +144,10 @@ class DynamicMask(Objective):
             raise UserError("DynamicMask may hide no token of the training rows: all are special ones, or a chat template's.")
         return noted(examples, {WORDS: words})
 
+    def plain(self, batch: Batch) -> Batch:
+        """Returns a batch without the numbers of words."""
+        return _plain(batch)
+
     # ------------------------------------------------------------ state
 
     def init(self, task: Any, model: nn.Module, trainable: Any) -> Any:
@@ -203,7 +207,7 @@ class DynamicMask(Objective):
     def sums(self, step: Step, trainable: Any, batch: Batch, state: Any) -> tuple[Sums, Logged]:
         """Returns the task's sums on the masked input, with restoration and consistency in the loss, and what was hidden and restored."""
         found = self.mask(step, trainable, batch, state)
-        whole = {name: values for name, values in batch.items() if name != WORDS}
+        whole = _plain(batch)
         logged: Logged = {"mask_rate": (found.rate, jnp.float32(1))} | _shares(step, found)
         read, restoring = self._slots(step, found, batch) if self.restoration else (None, None)
         hidden, of_words = _features(step, trainable, {**whole, "tokens": found.tokens}, read)
@@ -281,6 +285,10 @@ class DynamicMask(Objective):
         return head_sums(model, params, passes, targets, weights, loss, task.chunk, step.rngs)
 
 
+def _plain(batch: Batch) -> Batch:
+    return {name: values for name, values in batch.items() if name != WORDS}
+
+
 def _features(step: Step, trainable: Any, batch: Batch, read: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """What the task's head reads, (batch * slots, features), and what the head of words reads at `read`: of one pass."""
     scored = batch["scored"]
@@ -325,7 +333,7 @@ def _by_gradient(step: Step, params: Any, batch: Batch) -> jax.Array:
     """How much the task's loss leans on each token, (batch, length) float32: the size of gradient x input at its embedding, on the whole
     input without dropout (Simonyan et al. 2013, arXiv:1312.6034; Shrikumar et al. 2016, arXiv:1605.01713).
     """
-    whole = {name: values for name, values in batch.items() if name != WORDS}
+    whole = _plain(batch)
     embedded: Any = step.model.apply({"params": params}, batch["tokens"], method=lambda module, tokens: module.embed(tokens))
     embedded = embedded.astype(jnp.float32)
 
@@ -358,7 +366,7 @@ def _certainty(step: Step, params: Any, batch: Batch) -> jax.Array:
     of the word's own slot, else the mean of its example's.
     """
     task, model = step.task, step.model
-    whole = {name: values for name, values in batch.items() if name != WORDS}
+    whole = _plain(batch)
     hidden, slots = task.hidden(model, params, whole, {}), batch["scored"].shape
 
     def one(given: tuple[jax.Array, jax.Array]) -> jax.Array:

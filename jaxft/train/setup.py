@@ -243,7 +243,7 @@ def _begin(run: Described, batches: Callable[[], Batches]) -> Any:
     params = load_pretrained(**from_source(experiment.model, experiment.task, run.options, seed), placing=placing)[1]
 
     def scores(params: Any, chosen: Callable[[str], bool], kind: str, count: int) -> Any:
-        first = itertools.islice(micro_batches(batches()), count)
+        first = map(objective_of(experiment).plain, itertools.islice(micro_batches(batches()), count))
         return gradient_scores(run.model, experiment.task, first, params, chosen, kind)
 
     return run.method.begin(key_for(seed, "method"), run.model, params, Material(scores, run.kernels))

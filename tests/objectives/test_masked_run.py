@@ -13,10 +13,11 @@ import tokenizers
 import torch
 import transformers
 from jax.experimental.compilation_cache import compilation_cache
+from tiny_models import same_bits
 
 import experiments
 from jaxft import overrides
-from jaxft.train import plan, run
+from jaxft.train import plan, run, setup
 from jaxft.train.logs import Logs
 
 WORDS = [f"w{number}" for number in range(40)]
@@ -58,13 +59,13 @@ def as_launched(tmp_path_factory):
     compilation_cache.reset_cache()
 
 
-def experiment(folder):
+def experiment(folder, *flags):
     source, rows = f"--config.model.source={folder / 'model'}", f"--config.data.train={folder / 'rows.jsonl'}"
     sizes = ("--config.data.test=", "--config.data.split=0.5,0.25,0.25", "--config.data.max_length=64", "--config.train.batch_size=4")
     loop = ("--config.train.steps=6", "--config.train.eval_every=2", "--config.method=Full()", "--config.optimizer.learning_rate=1e-2")
     masking = 'DynamicMask(policy="mix", mix=(("tags", 0.5), ("words", 0.5)), rate=0.2, final_rate=0.6, schedule="validation")'
     given = experiments.load("lora_bert_tags")
-    return overrides.parse_flags(given, [source, rows, *sizes, *loop, f"--config.objective={masking}"])
+    return overrides.parse_flags(given, [source, rows, *sizes, *loop, f"--config.objective={masking}", *flags])
 
 
 def lines(workdir):
@@ -123,6 +124,12 @@ def test_masks_through_training_are_a_picture(whole):
     looks = [np.load(whole[0] / "observed" / f"{step}.npz") for step in kept]
     assert len({look["hidden"].tobytes() for look in looks}) > 3
     assert all((look["entities"] == looks[0]["entities"]).all() for look in looks)
+
+
+def test_a_method_that_looks_at_gradients_first_sees_whole_rows(reviews):
+    method = "--config.method=SparseMask(rank=1, choice='gradient', score_batches=1)"
+    made, plain = (setup.set_up(experiment(reviews, *flags, method)) for flags in ((), ("--config.objective=none",)))
+    assert same_bits(made.params(made.state), plain.params(plain.state))  # the places of its weights among them
 
 
 def test_its_plan_counts_the_new_head(reviews, whole):
