@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from jaxft.data.encode import TOKEN_TYPES
 from jaxft.data.examples import Examples, noted
-from jaxft.data.masking import WORDS, Policy, Replacement, hidden_slots, is_hidden, replaced, word_starts
+from jaxft.data.masking import WORDS, Replacement, hidden_slots, is_hidden, replaced, word_starts
 from jaxft.data.tags import PLAIN, kind_of, scheme_of
 from jaxft.data.word_numbers import word_numbers
 from jaxft.errors import UserError, unknown
@@ -96,7 +96,10 @@ class DynamicMask(Objective):
                 raise UserError(f"objective.{name} is a weight of 0 or more, not {getattr(self, name)}.")
         if self.head_chunk < 1:
             raise UserError(f"objective.head_chunk is a number of tokens, 1 or more, not {self.head_chunk}.")
-        Policy(span_p=self.span_p, span_max=self.span_max)  # refuses what spans can't be made of
+        if not 0.0 < self.span_p < 1.0:
+            raise UserError(f"objective.span_p is a probability between 0 and 1, not {self.span_p}.")
+        if self.span_max < 1:
+            raise UserError(f"objective.span_max is a number of words, 1 or more, not {self.span_max}.")
 
     @property
     def _used(self) -> set[str]:
@@ -113,8 +116,14 @@ class DynamicMask(Objective):
             raise UserError(f"objective.policy=tags hides words by their tags, which the rows of {task} have not. Choose another.")
         if train.r_drop:
             raise UserError("train.r_drop compares two passes, and so does objective.consistency: leave train.r_drop out.")
-        if self.schedule == VALIDATION and not train.eval_every:
+        if self.schedule != VALIDATION:
+            return
+        if not train.eval_every:
             raise UserError("objective.schedule=validation follows the evaluations during training: set train.eval_every too.")
+        if not (experiment.data.validation or experiment.data.split[1] or experiment.data.folds):
+            raise UserError(
+                "objective.schedule=validation needs a validation set: config.data.validation, or a share of config.data.split."
+            )
 
     def fitted(self, task: Any, model: Any, tokenizer: Any) -> "DynamicMask":
         """Returns the objective with the tokenizer's mask token; raises `UserError` for an encoder's that has none, and plain tags."""

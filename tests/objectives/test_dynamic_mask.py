@@ -349,8 +349,11 @@ def test_a_causal_classifier_takes_the_head_of_its_files(tmp_path):
 # ---------------------------------------------------------------- what is refused
 
 
-def experiment(objective, task, **train):
-    return Experiment("example", ModelConfig(), DataConfig(), methods.LoRA(), task, TrainConfig(**train), objective=objective)
+def experiment(objective, task, data, **train):
+    return Experiment("example", ModelConfig(), data, methods.LoRA(), task, TrainConfig(**train), objective=objective)
+
+
+RISING = DynamicMask(schedule="validation", final_rate=0.5)
 
 
 @pytest.mark.parametrize(
@@ -366,7 +369,8 @@ def experiment(objective, task, **train):
         ({"masked": 0.8, "random": 0.3}, "a sum of 1 or less"),
         ({"restoration": -1.0}, "objective.restoration is a weight of 0 or more"),
         ({"head_chunk": 0}, "objective.head_chunk is a number of tokens"),
-        ({"policy": "spans", "span_p": 1.0}, "span_p is a probability between 0 and 1"),
+        ({"policy": "spans", "span_p": 1.0}, "objective.span_p is a probability between 0 and 1"),
+        ({"span_max": 0}, "objective.span_max is a number of words"),
         ({"policy": "mix"}, "objective.mix has the shares"),
     ],
 )
@@ -381,12 +385,13 @@ def test_values_that_make_no_sense_are_refused(fields, message):
         (DynamicMask(), MaskedLM(), {}, "not for MaskedLM"),
         (DynamicMask("tags"), SFT(), {}, "by their tags, which the rows of SFT have not"),
         (DynamicMask(), SequenceClassification(), {"r_drop": 1.0}, "leave train.r_drop out"),
-        (DynamicMask(schedule="validation", final_rate=0.5), SFT(), {}, "set train.eval_every too"),
+        (RISING, SFT(), {}, "set train.eval_every too"),
+        (RISING, SFT(), {"eval_every": 5}, "needs a validation set"),
     ],
 )
 def test_what_it_can_not_be_joined_with_is_refused(objective, task, train, message):
     with pytest.raises(UserError, match=message):
-        objective.check(experiment(objective, task, **train))
+        objective.check(experiment(objective, task, DataConfig(split=(1.0, 0.0, 0.0)), **train))
 
 
 def test_models_and_rows_that_it_can_not_have_are_refused(tagger):
