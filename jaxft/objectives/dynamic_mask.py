@@ -94,6 +94,8 @@ class DynamicMask(Objective):
         for name in ("restoration", "consistency"):
             if getattr(self, name) < 0.0:
                 raise UserError(f"objective.{name} is a weight of 0 or more, not {getattr(self, name)}.")
+        if self.mask_token_id < _OF_THE_TOKENIZER:
+            raise UserError(f"objective.mask_token_id is a token's number, or -1 for the tokenizer's mask token, not {self.mask_token_id}.")
         if self.head_chunk < 1:
             raise UserError(f"objective.head_chunk is a number of tokens, 1 or more, not {self.head_chunk}.")
         if not 0.0 < self.span_p < 1.0:

@@ -368,6 +368,7 @@ RISING = DynamicMask(schedule="validation", final_rate=0.5)
         ({"schedule": "linear", "final_rate": 2.0}, "objective.final_rate is a share from 0 to 1"),
         ({"masked": 0.8, "random": 0.3}, "a sum of 1 or less"),
         ({"restoration": -1.0}, "objective.restoration is a weight of 0 or more"),
+        ({"mask_token_id": -5}, "objective.mask_token_id is a token's number"),
         ({"head_chunk": 0}, "objective.head_chunk is a number of tokens"),
         ({"policy": "spans", "span_p": 1.0}, "objective.span_p is a probability between 0 and 1"),
         ({"span_max": 0}, "objective.span_max is a number of words"),
