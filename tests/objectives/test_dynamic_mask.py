@@ -304,6 +304,24 @@ def _traced(model, params, method, objective=None):
     assert {"hidden", "hidden_DRUG", "restoration_accuracy"} <= metrics.keys()
 
 
+def test_how_a_step_is_cut_changes_nothing(tagger):
+    model, params = tagger
+    objective, batch = DynamicMask(rate=1.0, masked=1.0, random=0.0, mask_token_id=MASK), rows()  # all is hidden: nothing is drawn
+    whole = step_of(model, jax.tree.map(lambda _: None, params), TokenClassification(), objective, batch)
+
+    @jax.jit
+    def sums(params, part, shared):
+        return objective.sums(dataclasses.replace(whole, shared=shared), params, part, None)
+
+    one = sums(params, batch, whole.shared)
+    halves = [sums(params, {name: values[half] for name, values in batch.items()}, whole.shared) for half in (slice(3), slice(3, 6))]
+    both = jax.tree.map(lambda first, second: first + second, *halves)
+    both[1]["mask_rate"] = one[1]["mask_rate"]
+    assert jax.tree.structure(both) == jax.tree.structure(one)
+    for found, expected in zip(jax.tree.leaves(both), jax.tree.leaves(one), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_a_schedule_by_validation_goes_on_where_the_loss_gets_no_better():
     objective = DynamicMask(rate=0.1, final_rate=0.5, schedule="validation", validation_move=0.5)
     state, rates = objective.init(None, None, None), []
