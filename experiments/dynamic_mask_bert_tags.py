@@ -9,7 +9,9 @@
 Of the words 5% are hidden at first and 15% in the end, of those in entities twice as many; the variants hide whole words, spans, or words
 by salience or by loss at one rate. MiniLM's files have no head of words: a new one trains, and isn't exported.
 
-Hardware: two CPU cores. What it gains over lora_bert_tags isn't measured yet.
+Hardware: two CPU cores, 1.6 GB of memory. 844,607 of 23,410,019 parameters train.
+One run, seed 0, its 474 steps: 4.4% F1 of entities, a loss of 0.032 on the test; lora_bert_tags 0% and 0.035. Both are too short to mark
+entities, so that says nothing of masking. Of the hidden tokens 2% are restored in the first 50 steps, 8% in the last.
 """
 
 import dataclasses
