@@ -31,6 +31,8 @@ class DataConfig:
     train: str = ""  # `owner/name[@config][:split]` on the hub, a .jsonl, .json, .csv, .tsv or .parquet file, or `bundled:NAME[:split]`
     validation: str = ""  # the same; where empty, cut from train by `split`
     test: str = ""  # the same; where empty, cut from train by `split`
+    unlabelled: str = ""  # the same, rows to learn from without labels, for an objective that does: labels in it are ignored
+    labelled_fraction: float = 1.0  # share of the training rows whose labels are used; the others are rows without labels
     split: tuple[float, float, float] = (0.9, 0.1, 0.0)  # shares of train, validation, test, for those that aren't given
     folds: int = 0  # cross-validation: parts of the training rows, each held out once as validation; 0: none
     fold: int = -1  # with folds: the part held out, from 0; -1: each in its turn, a run each in the run's folder
@@ -59,6 +61,7 @@ class TrainConfig:
     steps: int = 0  # optimizer steps; 0: by epochs
     epochs: float = 1.0  # passes over the training rows, where steps is 0
     batch_size: int = 8  # rows a micro-batch, over all devices (with packing, a row holds several examples)
+    unlabelled_batch_size: int = 0  # the same, of rows without labels; 0: batch_size
     accumulation: int = 1  # micro-batches an optimizer step
     seed: int = 0  # of everything random: (seed, purpose, step)
     log_every: int = 1  # steps between lines of metrics.jsonl

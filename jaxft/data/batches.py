@@ -134,6 +134,7 @@ class Batches:
         share_prefix: bool,
         pad_token_id: int = 0,
         classes: np.ndarray | None = None,
+        stream: str = "",
     ):
         """Builds the rows.
 
@@ -146,12 +147,13 @@ class Batches:
             share_prefix: whether the model can attend to a shared prefix; it also takes `config.share_prefix` and packing.
             pad_token_id: what fills the rows.
             classes: of each example, (n,) int, where each class is to come as often as any other.
+            stream: the name of the stream, where a run has several: each has its own order.
         """
-        order = _permutation(seed, "rows", 0, len(examples))
+        order = _permutation(seed, f"{stream}rows", 0, len(examples))
         orders = [order] if classes is None else balanced(classes[order], order)
         layouts = [lay_out(examples, order, config, share_prefix, pad_token_id) for order in orders]
         self.layout = _joined(layouts)
-        self._shape, self._seed = (accumulation, batch_size), seed
+        self._shape, self._seed, self._stream = (accumulation, batch_size), seed, stream
         self._epochs = np.cumsum([0, *(len(layout.rows) for layout in layouts)])  # where each epoch's rows begin
         # A step touches two epochs at most, unless the rows are fewer than a step's.
         self._order = functools.lru_cache(maxsize=2)(self._permuted)
@@ -199,7 +201,7 @@ class Batches:
     def _permuted(self, epoch: int) -> np.ndarray:
         """The rows of an epoch, in its order."""
         start, stop = self._epochs[(which := epoch % (len(self._epochs) - 1)) : which + 2]
-        return start + _permutation(self._seed, "data", epoch, stop - start)
+        return start + _permutation(self._seed, f"{self._stream}data", epoch, stop - start)
 
 
 def balanced(classes: np.ndarray, examples: np.ndarray) -> list[np.ndarray]:

@@ -16,7 +16,7 @@ from jaxft.tasks.head import Sums
 
 OWN = "objective"  # the parameters' branch of an objective's own leaves: in checkpoints, in no export
 Batch = Mapping[str, Any]
-Logged = dict[str, tuple[jax.Array, jax.Array]]  # name -> (numerator, denominator), () float32 each: added up over a step, divided once
+Logged = dict[str, tuple[jax.Array, jax.Array]]  # name -> (numerator, denominator), float32: added up over a step, divided once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,12 @@ class Objective(abc.ABC):
     """
 
     observes: ClassVar[bool] = False  # whether `observe` has something to see
+    unlabelled: ClassVar[bool] = False  # whether it learns from rows without labels, batch["unlabelled"], and can't do without
+
+    @property
+    def answer_room(self) -> int:
+        """Tokens left free behind each row without labels, for the task's answer to it."""
+        return 0
 
     def check(self, experiment: Any) -> None:
         """Raises `UserError` for what this objective can't be joined with: a task, a method, settings; before anything is loaded."""
@@ -95,6 +101,10 @@ class Objective(abc.ABC):
           trainable: float32 leaves, None where a leaf is frozen.
         """
         return None
+
+    def with_slots(self, state: Any, slots: int) -> Any:
+        """Returns `init`'s arrays with what remembers something of each slot of the rows without labels, of which there are so many."""
+        return state
 
     def places(self, state: Any, trainable: Any, everywhere: Any) -> Any:
         """Returns the shardings of `init`'s arrays: on every device, where it doesn't say otherwise.
@@ -159,6 +169,10 @@ class Objective(abc.ABC):
         """
         return {}
 
+    def warning(self, state: Any, number: int, steps: int) -> str:
+        """Returns what a user should know after so many steps of the run, outside of a step; mostly nothing."""
+        return ""
+
     def evaluated(self, state: Any, metrics: Mapping[str, float]) -> Any:
         """Returns the arrays after an evaluation on validation, outside of a step; of the same shapes and types."""
         return state
@@ -174,12 +188,12 @@ class Supervised(Objective):
 
 
 def divided(logged: Logged) -> dict[str, jax.Array]:
-    """Returns each figure, 0 where nothing was counted.
+    """Returns each figure, 0 where nothing was counted; what is no number but an array is for `Objective.update` alone.
 
     >>> float(divided({"hidden": (jnp.float32(3), jnp.float32(12))})["hidden"])
     0.25
     """
-    return {name: above / jnp.maximum(below, 1e-9) for name, (above, below) in logged.items()}
+    return {name: above / jnp.maximum(below, 1e-9) for name, (above, below) in logged.items() if not above.ndim}
 
 
 def objective_of(experiment: Any) -> Objective:

@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxft.config import DataConfig, EvalConfig
-from jaxft.data.examples import Examples
+from jaxft.data.examples import Examples, Labelled
 from jaxft.data.rows import Rows
 from jaxft.errors import UserError
 from jaxft.tasks.head import Sums, gather, head_sums
@@ -138,6 +138,31 @@ class Task(abc.ABC):
     def row_groups(self, rows: Rows) -> np.ndarray | None:
         """Returns which rows belong together, (n,) int, where some do: no set and no fold has a part of them."""
         return None
+
+    def row_labels(self, rows: Rows, data: DataConfig) -> Sequence[Collection[Any]] | None:
+        """Returns the distinct labels of each row, where rows have labels: what a share of the rows holds a share of, or one at least."""
+        classes = self.row_classes(rows, data)
+        return None if classes is None else [(int(one),) for one in classes]
+
+    def label_columns(self, data: DataConfig) -> tuple[str, ...]:
+        """Returns the columns that hold a row's labels."""
+        return ()
+
+    def unlabelled(self, rows: Rows, tokenizer: Any, data: DataConfig, model: nn.Module, known: bool, answer_tokens: int = 0) -> Labelled:
+        """Returns rows without labels as tokens, with the slots that their labels would have.
+
+        Args:
+          rows: the set.
+          tokenizer: a fast tokenizer of transformers.
+          data: which columns are read, and how long an example may be.
+          model: of it the configuration.
+          known: whether the rows have labels, hidden ones, that become the slots' targets; else they are UNKNOWN (`data.unlabelled`).
+          answer_tokens: of a task with answers: tokens left free behind each prompt, a slot each; 0: every token of the text has one.
+
+        Raises:
+          UserError: a task that can't do without labels; a row, by its place.
+        """
+        raise UserError(f"The task {type(self).__name__} has no rows without labels. Leave config.objective out.")
 
     def warnings(self, tokenizer: Any, training: Examples) -> list[str]:
         """Returns what a user should know of the training examples before the money is spent."""

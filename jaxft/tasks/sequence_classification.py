@@ -15,6 +15,7 @@ from jaxft.data.examples import Examples, Labelled, Slots
 from jaxft.data.labels import LabelColumn, label_column, problem_of
 from jaxft.data.rows import Rows
 from jaxft.data.texts import columns_of, pairs_of, texts_of
+from jaxft.data.unlabelled import with_column, without_labels
 from jaxft.errors import UserError, unknown
 from jaxft.models.heads import FIRST, MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
 from jaxft.tasks.base import Batch, Of, Report, Task
@@ -122,6 +123,17 @@ class SequenceClassification(Task):
         if problem_of(column, self.problem_type) != SINGLE_LABEL:
             return None
         return np.unique([str(value) for value in column.values], return_inverse=True)[1]
+
+    def label_columns(self, data: DataConfig) -> tuple[str, ...]:
+        """Returns the column of the labels."""
+        return (data.label,)
+
+    def unlabelled(self, rows: Rows, tokenizer: Any, data: DataConfig, model: Any, known: bool, answer_tokens: int = 0) -> Labelled:
+        """Returns rows without labels as tokens, a slot each; their targets are the hidden classes, or unknown."""
+        if known:
+            return self.examples(rows, tokenizer, data, model)
+        placeholder = [model.config.labels[0]] * len(rows)
+        return without_labels(self.examples(with_column(rows, data.label, placeholder), tokenizer, data, model))
 
     # ------------------------------------------------------------ loss
 

@@ -1,6 +1,7 @@
 """Supervised fine-tuning of a causal model: the next token, at the scored positions of packed rows."""
 
 import dataclasses
+import string
 from typing import Any, ClassVar
 
 import jax
@@ -8,8 +9,10 @@ import numpy as np
 from flax import linen as nn
 
 from jaxft.config import DataConfig
-from jaxft.data.examples import Examples, NextTokens, answer_end
+from jaxft.data.conversations import question
+from jaxft.data.examples import Examples, Labelled, NextTokens, answer_end
 from jaxft.data.rows import Rows
+from jaxft.data.unlabelled import without_answers
 from jaxft.errors import UserError
 from jaxft.tasks.base import Task
 from jaxft.tasks.head import Sums, check_head_chunk, check_label_smoothing, cross_entropy, language_scores
@@ -47,6 +50,36 @@ class SFT(Task):
         from jaxft.data.tokenize import tokenize  # imports transformers: seconds that a mistyped flag needn't wait for
 
         return tokenize(rows, tokenizer, data)
+
+    def label_columns(self, data: DataConfig) -> tuple[str, ...]:
+        """Returns the columns that hold nothing but an answer."""
+        return ("completion", "output", *(name for _, name, _, _ in string.Formatter().parse(data.completion) if name))
+
+    def unlabelled(self, rows: Rows, tokenizer: Any, data: DataConfig, model: nn.Module, known: bool, answer_tokens: int = 0) -> Labelled:
+        """Returns what comes before each row's answer, and a plain text whole; a slot for each token that another stands before.
+
+        With `answer_tokens` that many tokens are left free behind each, and the slots are theirs: their targets are the tokens of the
+        hidden answer, UNKNOWN behind its end.
+        """
+        from jaxft.data.tokenize import prompt_tokens  # as above
+
+        places = [rows.place(i) for i in range(len(rows))]
+        asked = [question(row, data, place) for row, place in zip(rows.dataset, places, strict=True)]
+        plain = not answer_tokens and not data.prompt and rows.dataset.column_names == ["text"]
+        prompts = self._texts(rows, tokenizer, data) if plain else prompt_tokens(asked, places, tokenizer, data)
+        answers = self._answers(rows, tokenizer, data) if known and answer_tokens else [np.zeros(0, np.int32)] * len(rows)
+        return without_answers(prompts, answers, answer_tokens, data.max_length, places)
+
+    def _texts(self, rows: Rows, tokenizer: Any, data: DataConfig) -> list[np.ndarray]:
+        """The tokens of each row, whole."""
+        found = self.examples(rows, tokenizer, dataclasses.replace(data, loss="all"), None)  # type: ignore[arg-type]  # looks at no model
+        return [found.tokens_of(i) for i in range(len(found))]
+
+    def _answers(self, rows: Rows, tokenizer: Any, data: DataConfig) -> list[np.ndarray]:
+        """The tokens of each row's last answer."""
+        found = self.examples(rows, tokenizer, data, None)  # type: ignore[arg-type]  # looks at no model
+        scored = [found[i][1][found.prompts[i] :] for i in range(len(found))]
+        return [found.tokens_of(i)[found.prompts[i] :][own] for i, own in enumerate(scored)]
 
     def warnings(self, tokenizer: Any, training: Examples) -> list[str]:
         """Returns what is wrong with the answers' ends."""

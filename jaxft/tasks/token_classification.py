@@ -16,6 +16,7 @@ from jaxft.data.labels import class_of
 from jaxft.data.rows import Rows
 from jaxft.data.tags import (
     AUTO,
+    OUTSIDE,
     PLAIN,
     SCHEMES,
     Tagged,
@@ -29,6 +30,7 @@ from jaxft.data.tags import (
     tag_names,
     tagged_rows,
 )
+from jaxft.data.unlabelled import with_column, without_labels
 from jaxft.data.words import fit_to_words, pieces_of, windows_of
 from jaxft.errors import UserError, unknown
 from jaxft.models.heads import FIRST
@@ -108,6 +110,23 @@ class TokenClassification(Task):
         slots = Slots(np.cumsum(counts, dtype=np.int64), np.concatenate(reads).astype(np.int32), classes, weights)
         words = tuple(word for row in found for word in row.words)
         return Words(tokens, offsets, cut, slots, np.asarray(numbers), beside, words, np.concatenate(belongs).astype(np.int32))
+
+    def row_labels(self, rows: Rows, data: DataConfig) -> list[set[str]]:
+        """Returns the distinct tags of each row."""
+        return [set(map(str, row.tags)) for row in tagged_rows(rows, data)]
+
+    def label_columns(self, data: DataConfig) -> tuple[str, ...]:
+        """Returns the column of the labels."""
+        return (data.tags,)
+
+    def unlabelled(self, rows: Rows, tokenizer: Any, data: DataConfig, model: Any, known: bool, answer_tokens: int = 0) -> Words:
+        """Returns rows without tags as tokens, a slot for each word; their targets are the hidden tags, or unknown."""
+        if known:
+            return self.examples(rows, tokenizer, data, model)
+        placeholder = OUTSIDE if OUTSIDE in model.config.labels else model.config.labels[0]
+        words = rows.dataset[data.tokens] if data.tokens in rows.dataset.column_names else [None] * len(rows)
+        tags = [[placeholder] * (len(own) if isinstance(own, list) else 0) for own in words]
+        return without_labels(self.examples(with_column(rows, data.tags, tags), tokenizer, data, model))
 
     def _classes(self, found: Sequence[Tagged], named: bool, model: Any, places: Sequence[str]) -> np.ndarray:
         names = model.config.labels

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -11,11 +11,13 @@ from flax import linen as nn
 
 from jaxft import console
 from jaxft.config import Experiment
+from jaxft.data import sources
 from jaxft.data.batches import Batches
 from jaxft.data.examples import Examples
 from jaxft.data.folds import load_sets
-from jaxft.data.sources import Rows
+from jaxft.data.sources import SPLITS, Rows
 from jaxft.data.tokenize import COLUMNS, describe
+from jaxft.data.unlabelled import UNLABELLED, UnlabelledBatches, hide
 from jaxft.errors import UserError
 from jaxft.inspect.look import look_quickly
 from jaxft.models.heads import LAST
@@ -23,6 +25,41 @@ from jaxft.models.node import virtual_tokens
 from jaxft.objectives.base import objective_of
 from jaxft.tasks.head import Sums
 from jaxft.train.programs import draws
+
+
+def load_rows(experiment: Experiment, wanted: Collection[str] = SPLITS) -> dict[str, Rows]:
+    """Returns the rows of those of "train", "validation" and "test" that are `wanted`, with folds those of one of them.
+
+    Of the training rows those that keep their label; where the objective learns from rows without labels, these as "unlabelled" too.
+    """
+    found = load_sets(experiment, wanted)
+    return found | _without_labels(experiment, found["train"]) if "train" in found else found
+
+
+def _without_labels(experiment: Experiment, train: Rows) -> dict[str, Rows]:
+    """The training rows that keep their label, and the rows without labels where the objective takes some."""
+    data, seed, found = experiment.data, experiment.train.seed, {}
+    if data.labelled_fraction < 1.0:
+        train, found[UNLABELLED] = hide(train, data.labelled_fraction, seed, experiment.task.row_labels(train, data))
+    elif data.unlabelled:
+        rows = sources.load_rows(data.unlabelled, "train")
+        found[UNLABELLED] = rows.select(range(min(data.limit, len(rows)))) if data.limit else rows
+        if given := [name for name in experiment.task.label_columns(data) if name in rows.dataset.column_names]:
+            console.say(f"{rows.name}: its column '{given[0]}' is ignored: rows of config.data.unlabelled have no labels here.\n")
+    return {"train": train} | (found if objective_of(experiment).unlabelled else {})
+
+
+def load_unlabelled(experiment: Experiment, model: Any, tokenizer: Any, shapes: Any, rows: Mapping[str, Rows]) -> Batches | None:
+    """Returns the batches of the rows without labels, where there are some; prints their lengths."""
+    train, data = experiment.train, experiment.data
+    if UNLABELLED not in rows:
+        return None
+    room = objective_of(experiment).answer_room
+    found = experiment.task.unlabelled(rows[UNLABELLED], tokenizer, data, model, data.labelled_fraction < 1.0, room)
+    console.table("Data without labels", COLUMNS, [describe(found, UNLABELLED)])
+    check_positions({UNLABELLED: found}, experiment, model, virtual_tokens(shapes))
+    size = train.unlabelled_batch_size or train.batch_size
+    return UnlabelledBatches(found, data, size, train.accumulation, train.seed, False, pad_token(tokenizer), stream=UNLABELLED)
 
 
 def load_examples(experiment: Experiment, rows: dict[str, Rows], tokenizer: Any, model: nn.Module) -> dict[str, Examples]:
@@ -42,7 +79,7 @@ def load_measured(experiment: Experiment, tokenizer: Any, model: nn.Module) -> t
     No other set is tokenized, nor read where this one isn't cut from it.
     """
     split = experiment.eval.split
-    rows = load_sets(experiment, (split,))
+    rows = load_rows(experiment, (split,))
     check_split(split, rows)
     examples = experiment.task.examples(rows[split], tokenizer, experiment.data, model)
     console.table("Data", COLUMNS, [describe(examples, split)])
@@ -63,6 +100,12 @@ class TrainingData:
     examples: dict[str, Examples]
     batches: Batches
     steps: int
+    unlabelled: Batches | None = None  # of rows without labels, beside each of the other
+
+    @property
+    def slots(self) -> int:
+        """The slots of all rows without labels."""
+        return 0 if self.unlabelled is None else len(self.unlabelled.layout.examples.slots.reads)
 
 
 def load_training_data(experiment: Experiment, model: Any, tokenizer: Any, shapes: Any, rows: dict[str, Rows]) -> TrainingData:
@@ -76,6 +119,8 @@ def load_training_data(experiment: Experiment, model: Any, tokenizer: Any, shape
       rows: of each set.
     """
     train, pad = experiment.train, pad_token(tokenizer)
+    others = load_unlabelled(experiment, model, tokenizer, shapes, rows)
+    rows = {name: found for name, found in rows.items() if name != UNLABELLED}
     examples = load_examples(experiment, rows, tokenizer, model)
     check_positions(examples, experiment, model, virtual_tokens(shapes))
     share_prefix = model.pooling == LAST and not train.neftune_alpha  # its noise follows each example's length
@@ -85,7 +130,7 @@ def load_training_data(experiment: Experiment, model: Any, tokenizer: Any, shape
     batches = Batches(training, experiment.data, train.batch_size, train.accumulation, train.seed, share_prefix, pad, classes)
     steps = train.steps or max(round(train.epochs * batches.steps_per_epoch), 1)
     check_r_drop(experiment, model, shapes, batches)
-    return TrainingData(rows, examples, batches, steps)
+    return TrainingData(rows, examples, batches, steps, others)
 
 
 def balanced_classes(experiment: Experiment, model: nn.Module, training: Examples) -> np.ndarray | None:

@@ -148,12 +148,14 @@ class Loop:
         metrics = {name: float(value) for name, value in jax.device_get(on_device).items()}
         seconds = time.perf_counter() - began
         self._check_finite(metrics, index)
-        tokens = self._setup.batches.real_tokens(index)
+        tokens = self._setup.real_tokens(index)
         progress = dataclasses.replace(progress, train_loss=metrics["loss"])
         if timed:  # the first one also pays for what starts only once
             progress = dataclasses.replace(progress, seconds=progress.seconds + seconds, tokens=progress.tokens + tokens)
         self._log(logs, index + 1, metrics, tokens, seconds)
         self._observed.look(state)
+        if warning := objective_of(self._setup.experiment).warning(state.objective, index + 1, self._setup.steps):
+            logs.say(f"Warning: {warning}")
         return self._evaluate(state, progress, index + 1, logs)
 
     def _compile(self, state: State) -> Any:
@@ -167,7 +169,7 @@ class Loop:
         return self._prepared.pop(index, None) or self._batch(index)
 
     def _batch(self, index: int) -> dict[str, jax.Array]:
-        return placement.place_batch(self._setup.batches.batch(index), self._setup.mesh, placement.BATCH)
+        return placement.place_batch(self._setup.batch(index), self._setup.mesh, placement.BATCH)
 
     def _log(self, logs: Logs, step: int, metrics: dict[str, float], tokens: int, seconds: float) -> None:
         metrics.pop("finite")

@@ -40,8 +40,9 @@ def make_mesh(config: TrainConfig) -> Mesh:
             f"there are {len(devices)}. Set one of them to -1 to use them all."
         )
     rows = sides[0] * sides[1]
-    if config.batch_size % rows:
-        raise UserError(f"train.batch_size is {config.batch_size} rows, which {rows} devices (data x fsdp) can't share evenly.")
+    for name, size in {"batch_size": config.batch_size, "unlabelled_batch_size": config.unlabelled_batch_size}.items():
+        if size % rows:
+            raise UserError(f"train.{name} is {size} rows, which {rows} devices (data x fsdp) can't share evenly.")
     return Mesh(np.asarray(devices).reshape(sides), AXES)
 
 

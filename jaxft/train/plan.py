@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxft import console
 from jaxft.config import Experiment
+from jaxft.data.unlabelled import step_batch
 from jaxft.methods.partition import distinct, partition, size
 from jaxft.models.registry import family_of
 from jaxft.objectives.base import Step, objective_of
@@ -76,14 +77,13 @@ def _of_step(run: Described, data: TrainingData, shapes: Any, mask: Any) -> Plan
     optimizer, table = make_optimizer(run, data.steps), family_of(run.model.config.architecture).module.PLACEMENT
     places = placement.shardings(shapes, table, run.mesh)
     trainable, frozen = partition(_placed(shapes, places), mask)
-    state = jax.eval_shape(lambda trainable: begin_state(run, trainable, optimizer), trainable)
+    state = jax.eval_shape(lambda trainable: begin_state(run, trainable, optimizer, data.slots), trainable)
     sharding = shardings_of(run, state, partition(places, mask)[0], optimizer)
     state = _placed(state, sharding)
     start = state.trainable if run.experiment.train.mixout else None
     rows_over_devices = jax.NamedSharding(run.mesh, placement.BATCH)
-    batch = jax.tree.map(
-        lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=rows_over_devices), dict(data.batches.batch(0))
-    )
+    whole = dict(step_batch(data.batches, data.unlabelled, 0))
+    batch = jax.tree.map(lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=rows_over_devices), whole)
     traced = jitted_step(run.experiment, run.model, optimizer, sharding, data.steps).trace(state, frozen, batch, start)
     used = traced.lower().compile().memory_analysis()
     rows = run.mesh.shape["data"] * run.mesh.shape["fsdp"]

@@ -17,9 +17,10 @@ from jaxft.config import Experiment, ModelConfig
 from jaxft.data import folds
 from jaxft.data.batches import Batches
 from jaxft.data.examples import Examples, NextTokens, answer_end
-from jaxft.data.folds import load_sets
 from jaxft.data.sources import Rows
 from jaxft.data.template import with_template
+from jaxft.data.unlabelled import check as check_unlabelled
+from jaxft.data.unlabelled import step_batch
 from jaxft.errors import UserError, unknown
 from jaxft.hub.language_head import LanguageHead
 from jaxft.hub.load import OriginalKernels, compute_type, describe_pretrained, load_pretrained
@@ -41,7 +42,7 @@ from jaxft.train import average as averages
 from jaxft.train import optimizer as optimizers
 from jaxft.train import placement
 from jaxft.train.checkpoint import Progress
-from jaxft.train.data import check_positions, check_split, load_measured, load_training_data, micro_batches
+from jaxft.train.data import check_positions, check_split, load_measured, load_rows, load_training_data, micro_batches
 from jaxft.train.scores import gradient_scores
 from jaxft.train.state import State, key_for, new_state
 
@@ -75,6 +76,15 @@ class TrainingSetup(Setup):
     state: State  # before the first step
     state_sharding: State
     start: Any  # with mixout, the trainable leaves before the first step; else None
+    unlabelled: Batches | None = None  # of rows without labels, where the objective learns from some
+
+    def batch(self, step: int) -> Mapping[str, Any]:
+        """Returns a step's batch."""
+        return step_batch(self.batches, self.unlabelled, step)
+
+    def real_tokens(self, step: int) -> int:
+        """Returns the tokens of a step's examples."""
+        return sum(batches.real_tokens(step) for batches in (self.batches, self.unlabelled) if batches is not None)
 
 
 def check(experiment: Experiment) -> Mesh:
@@ -147,7 +157,7 @@ class Described:
 def describe_run(experiment: Experiment) -> tuple[Described, dict[str, Rows]]:
     """Loads the rows, and of the model its configuration alone; raises `UserError` for what can be found without tokens and weights."""
     mesh = _check_given(experiment)
-    rows = load_sets(experiment)
+    rows = load_rows(experiment)
     check_split(experiment.eval.split, rows)
     return _described(experiment, mesh, experiment.task.model_options(rows["train"], experiment.data)), rows
 
@@ -161,6 +171,8 @@ def _check_given(experiment: Experiment) -> Mesh:
     experiment.task.check(experiment.data)
     experiment.task.check_evaluation(experiment.eval)
     objective_of(experiment).check(experiment)
+    chosen = experiment.objective
+    check_unlabelled(experiment.data, experiment.train, type(chosen).__name__ if chosen else "", objective_of(experiment).unlabelled)
     return mesh
 
 
@@ -192,7 +204,7 @@ def set_up(experiment: Experiment) -> TrainingSetup:
     print_trainable(params, mask)
     optimizer = make_optimizer(run, data.steps)
     trainable, frozen, places = _placed(run, params, mask)
-    state = begin_state(run, trainable, optimizer)
+    state = begin_state(run, trainable, optimizer, data.slots)
     sharding = shardings_of(run, state, places, optimizer)
     state = jax.device_put(state, sharding)
     training = data.examples["train"]
@@ -212,6 +224,7 @@ def set_up(experiment: Experiment) -> TrainingSetup:
         state=state,
         state_sharding=sharding,
         start=jax.tree.map(jnp.copy, state.trainable) if run.experiment.train.mixout else None,  # the first step gives the state's own up
+        unlabelled=data.unlabelled,
     )
 
 
@@ -230,7 +243,7 @@ def set_up_trained(experiment: Experiment, progress: Progress, measured: bool) -
     rows, examples = load_measured(run.experiment, run.tokenizer, run.model) if measured else ({}, {})
     if examples:
         check_positions(examples, experiment, run.model, virtual_tokens(run.shapes))
-    params = _begin(run, lambda: load_training_data(run.experiment, run.model, run.tokenizer, run.shapes, load_sets(trained)).batches)
+    params = _begin(run, lambda: load_training_data(run.experiment, run.model, run.tokenizer, run.shapes, load_rows(trained)).batches)
     trainable, frozen, _ = _placed(run, *with_own(run, params, run.language_head.read))
     made = Setup(run.experiment, run.mesh, run.model, run.tokenizer, run.options, rows, examples, progress.answer_end, frozen)
     return made, trainable
@@ -279,10 +292,10 @@ def is_averaged(experiment: Experiment) -> bool:
     return experiment.train.average != averages.NONE
 
 
-def begin_state(run: Described, trainable: Any, optimizer: optax.GradientTransformation) -> State:
-    """Returns the state before the first step."""
-    state = new_state(trainable, optimizer, is_averaged(run.experiment))
-    own = objective_of(run.experiment).init(run.experiment.task, run.model, state.trainable)
+def begin_state(run: Described, trainable: Any, optimizer: optax.GradientTransformation, slots: int) -> State:
+    """Returns the state before the first step; `slots` are those of all rows without labels."""
+    state, objective = new_state(trainable, optimizer, is_averaged(run.experiment)), objective_of(run.experiment)
+    own = objective.with_slots(objective.init(run.experiment.task, run.model, state.trainable), slots)
     return dataclasses.replace(state, objective=own)
 
 
