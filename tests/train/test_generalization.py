@@ -5,14 +5,9 @@ import json
 import os
 import signal
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-import tokenizers
-import torch
-import transformers
-from jax.experimental.compilation_cache import compilation_cache
 
 import experiments
 from jaxft import overrides
@@ -22,43 +17,7 @@ from jaxft.train import run, setup
 from jaxft.train.evaluate import Evaluator
 from jaxft.train.logs import Logs
 
-WORDS = [f"w{number}" for number in range(40)]
-LABELS = ("bad",) * 8 + ("good",) * 3 + ("so",)
-
-
-@pytest.fixture(scope="module")
-def reviews(tmp_path_factory):
-    """A folder with a tiny BERT, `model`, and 48 rows of random texts, `rows.jsonl`, whose label is rarely anything but bad."""
-    folder = tmp_path_factory.mktemp("reviews")
-    random = np.random.default_rng(0)
-    rows = [{"text": " ".join(random.choice(WORDS, random.integers(3, 12))), "label": LABELS[i % 12]} for i in range(48)]
-    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "[UNK]"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    made.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
-    transformers.BertModel(transformers.BertConfig(vocab_size=len(vocabulary), **sizes)).save_pretrained(folder / "model")
-    return folder
-
-
-@pytest.fixture(autouse=True, scope="module")
-def as_launched(tmp_path_factory):
-    """Keeps programs on disk, as runs do, but for these tests alone; optax's own code promotes types."""
-    kept = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")), "jax_persistent_cache_min_compile_time_secs": 0.0}
-    before = {name: getattr(jax.config, name) for name in kept}
-    for name, value in kept.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        patch.setattr(run, "_keep_compiled", lambda: None)
-        yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("as_launched")
 
 
 def experiment(folder, *flags):

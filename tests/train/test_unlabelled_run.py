@@ -1,0 +1,205 @@
+"""Runs with rows without labels: from hidden labels and from a file, resumed to the byte; answers that a causal model gives itself."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+import experiments
+from jaxft import overrides
+from jaxft.errors import UserError
+from jaxft.generation import Sampling, generate
+from jaxft.objectives.base import Step
+from jaxft.objectives.pseudo_answers import answered
+from jaxft.train import run, setup
+from jaxft.train.logs import Logs
+from jaxft.train.state import key_for
+
+pytestmark = pytest.mark.usefixtures("as_launched")
+
+
+def experiment(folder, *flags):
+    given = experiments.load("full_bert_sentiment")
+    fixed = (f"--config.model.source={folder / 'model'}", f"--config.data.train={folder / 'rows.jsonl'}", "--config.data.test=")
+    sizes = ("--config.data.split=0.5,0.25,0.25", "--config.data.label=label", "--config.data.max_length=64", "--config.train.batch_size=4")
+    steps = ("--config.optimizer.learning_rate=1e-2", "--config.train.steps=6", "--config.train.checkpoint_every=2")
+    return overrides.parse_flags(given, [*fixed, *sizes, *steps, "--config.eval.gap=false", *flags])
+
+
+FLEX = ("--config.objective=FlexMatch(threshold=0.4)", "--config.data.labelled_fraction=0.34", "--config.train.unlabelled_batch_size=2")
+
+
+def lines(workdir):
+    """Returns what metrics.jsonl holds, times aside."""
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in found]
+
+
+def exported(workdir):
+    return (workdir / "export" / "hf" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(reviews, tmp_path_factory):
+    """A run that nothing disturbed: its folder."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    run.train(experiment(reviews, *FLEX), workdir)
+    return workdir
+
+
+@pytest.mark.slow
+def test_a_run_logs_what_it_made_of_rows_without_labels(whole):
+    logged = [line for line in lines(whole) if "loss" in line]
+    assert len(logged) == 6
+    for line in logged:
+        for name in ("unlabelled_used", "agreement", "pseudo_accuracy", "unlabelled_loss", "unlabelled_used/bad", "pseudo_accuracy/so"):
+            assert math.isfinite(line[name])
+        share = sum(line[f"unlabelled_used/{label}"] for label in ("bad", "good", "so"))
+        np.testing.assert_allclose(line["unlabelled_used"], share, rtol=1e-5)
+    assert any(line["unlabelled_used"] > 0 for line in logged)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_ends_with_the_same_bytes(reviews, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        count = iter(range(1, 100))
+
+        def advance(self, *arguments, original=Logs.advance):
+            original(self, *arguments)
+            if next(count) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        patch.setattr(Logs, "advance", advance)
+        assert run.train(experiment(reviews, *FLEX), tmp_path / "run") == {}
+    run.train(experiment(reviews, *FLEX), tmp_path / "run")
+    assert exported(tmp_path / "run") == exported(whole)
+    assert lines(tmp_path / "run") == lines(whole)
+
+
+def test_hidden_labels_are_targets_for_figures_and_those_kept_are_of_each_class(reviews):
+    data = loaded(experiment(reviews, *FLEX))
+    assert len(data.rows["train"]) == 8
+    assert set(data.rows["train"].dataset["label"]) == {"bad", "good", "so"}
+    others = data.unlabelled.layout.examples
+    assert len(others) == 16
+    assert set(others.slots.targets.tolist()) <= {0, 1, 2}
+    batch = data.unlabelled.batch(0)
+    assert batch["tokens"].shape[:2] == (1, 2)
+
+
+def loaded(given):
+    """Returns a run's data, without its weights."""
+    described, rows = setup.describe_run(given)
+    return setup.load_training_data(described, rows)
+
+
+def test_labels_in_a_file_of_rows_without_any_are_ignored_and_said(reviews, capsys):
+    path = reviews / "others.jsonl"
+    path.write_text("".join(json.dumps({"text": f"w1 w{i}", "label": "no such label"}) + "\n" for i in range(5)))
+    data = loaded(experiment(reviews, "--config.objective=VAT()", f"--config.data.unlabelled={path}"))
+    assert f"{path}: its column 'label' is ignored: rows of config.data.unlabelled have no labels here." in capsys.readouterr().out
+    assert data.unlabelled.layout.examples.slots.targets.tolist() == [-1] * 5
+    plain = path.with_name("plain.jsonl")
+    plain.write_text("".join(json.dumps({"text": f"w1 w{i}"}) + "\n" for i in range(5)))
+    loaded(experiment(reviews, "--config.objective=VAT()", f"--config.data.unlabelled={plain}"))
+    assert "is ignored" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--config.objective=VAT()",), "VAT learns from rows without labels, and there are none"),
+        (("--config.objective=FreeLB()", "--config.data.unlabelled=x.jsonl"), "FreeLB learns from labelled rows alone"),
+        (
+            (FLEX[1], "--config.objective=PseudoAnswers()"),
+            "PseudoAnswers is for causal_lm, not for the task SequenceClassification. For",
+        ),
+        (("--config.objective=FixMatch(threshold=1.0)",), "objective.threshold is a probability from 0 up to, not including, 1"),
+        ((*FLEX[:2], "--config.task.problem_type=multi_label_classification"), "FlexMatch is for one class a text"),
+    ],
+)
+def test_what_an_objective_can_not_have_is_refused(reviews, flags, message):
+    with pytest.raises(UserError, match=message):
+        setup.describe_run(experiment(reviews, *flags))
+
+
+def test_words_without_tags_have_a_slot_each(reviews):
+    rows = [{"tokens": ["w1", "w2", "w3"], "tags": ["O", "B-X", "I-X"]}, {"tokens": ["w4", "w5"], "tags": ["O", "O"]}] * 10
+    (reviews / "tags.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    given = experiments.load("lora_bert_tags")
+    data = dataclasses.replace(given.data, train=str(reviews / "tags.jsonl"), validation="", test="", split=(0.8, 0.1, 0.1), max_length=64)
+    given = dataclasses.replace(given, data=data, model=dataclasses.replace(given.model, source=str(reviews / "model")))
+    hidden = overrides.parse_flags(given, ["--config.objective=UDA()", "--config.data.labelled_fraction=0.25"])
+    found = loaded(hidden).unlabelled.layout.examples
+    assert len(found) == 12
+    assert set(found.slots.targets.tolist()) == {0, 1, 2}
+    words = reviews / "words.jsonl"
+    words.write_text("".join(json.dumps({"tokens": ["w1", "w2"], "tags": None}) + "\n" for _ in range(4)))
+    others = overrides.parse_flags(given, ["--config.objective=UDA()", f"--config.data.unlabelled={words}"])
+    assert loaded(others).unlabelled.layout.examples.slots.targets.tolist() == [-1] * 8
+
+
+# ---------------------------------------------------------------- answers
+
+
+@pytest.fixture(scope="module")
+def answering(material):
+    """A tiny Llama, ready to learn its own answers, of which any is sure enough."""
+    given = experiments.load("lora_llama2")
+    flags = [f"--config.model.source={material / 'model'}", f"--config.data.train={material / 'rows.jsonl'}", "--config.data.test="]
+    flags += ["--config.data.split=0.8,0.1,0.1", "--config.data.system=", "--config.data.prompt=", "--config.data.completion="]
+    flags += [
+        "--config.data.max_length=128",
+        "--config.train.steps=2",
+        "--config.train.batch_size=2",
+        "--config.data.labelled_fraction=0.5",
+    ]
+    flags += ["--config.objective=PseudoAnswers(threshold=0.0, answer_tokens=6)"]
+    return setup.set_up(overrides.parse_flags(given, flags))
+
+
+def test_answers_in_the_step_are_those_of_generation(answering):
+    ready = answering
+    batch = {name: value[0] for name, value in ready.unlabelled.batch(0).items() if name != "numbers"}
+    params, end = ready.params(ready.state), ready.tokenizer.eos_token_id
+    step = Step(ready.experiment.task, ready.model, None, {}, {}, 0, 2)
+    found = jax.jit(lambda params, batch: answered(step, params, batch, 6, end))(params, batch)
+    examples = ready.unlabelled.layout.examples
+    numbers = [i for row in ready.unlabelled._rows_of(0) for i in ready.unlabelled.layout.rows[row]]
+    assert len(numbers) > 1
+    prompts = [examples.tokens_of(i)[:-6] for i in numbers]
+    made = generate(ready.model, params, prompts, Sampling(6, eos_token_ids=(end,)))
+    real = np.asarray(batch["weights"])[:, : found.answers.shape[1] * 6 : 6] > 0
+    for answer, ended, own in zip(np.asarray(found.answers)[real], np.asarray(found.ended)[real], made, strict=True):
+        np.testing.assert_array_equal(answer[: len(own)], own)
+        assert ended == (len(own) < 6)
+    assert not np.asarray(found.counted)[~real].any()
+    at = int(batch["scored"][0, 0]) + 1
+    np.testing.assert_array_equal(np.asarray(found.tokens)[0, at : at + len(made[0])], made[0])
+
+
+def test_the_loss_of_pseudo_answers_is_their_mean_likelihood_over_prompts(answering):
+    ready = answering
+    objective, task = ready.experiment.objective, ready.experiment.task
+    batch = jax.tree.map(lambda leaf: leaf[0], dict(ready.batch(0)))
+    rngs = {name: key_for(0, name) for name in ("mask", "objective", "dropout")}
+    shared = objective.shared(jax.tree.map(lambda leaf: leaf[None], batch), None, 0, 2)
+    step = Step(task, ready.model, ready.frozen, rngs, {}, 0, 2, shared)
+    state = {"used": np.float32(0)}
+    sums, logged = jax.jit(lambda trainable: objective.sums(step, trainable, batch, state))(ready.state.trainable)
+    others = {name: value for name, value in batch["unlabelled"].items() if name != "numbers"}
+    params = ready.params(ready.state)
+    found = jax.device_get(jax.jit(lambda params: answered(step, params, others, 6, objective.end_token_id))(params))
+    prompts = others["weights"].sum() / 6
+    used = found.ended.sum()
+    assert float(logged["unlabelled_used"][0]) == used
+    assert float(logged["unlabelled_used"][1]) == prompts
+    rows = {name: value for name, value in batch.items() if name != "unlabelled"}
+    labelled = jax.jit(lambda params: task.sums(ready.model, params, rows, {}).loss)(params)
+    own = -np.log(found.likelihood[found.ended]).sum()  # the model has no dropout: its loss on an answer is how likely it found it
+    np.testing.assert_allclose(sums.loss, labelled + batch["weights"].sum() / prompts * own, rtol=1e-4)
