@@ -7,13 +7,18 @@ import bag_model as bag
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 import torch.nn.functional as functional
+from tiny_models import largest_difference
 
 from jaxft.objectives import SMART, UDA, VAT, FixMatch, FlexMatch, FreeLB, MeanTeacher, SelfTraining
 from jaxft.objectives.perturbation import features
 from jaxft.objectives.views import View, strong
+from jaxft.tasks import SequenceClassification
+from jaxft.train.state import new_state
+from jaxft.train.step import make_step
 
 KEYS = {name: jax.random.key(number) for number, name in enumerate(("dropout", "mask", "objective"))}
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}  # float32 against float64
@@ -275,6 +280,27 @@ def test_a_teacher_carries_no_gradient():
     given = bag.step(KEYS, jnp.float32(1), number=2)
     loss = jax.jit(jax.grad(lambda teacher: TEACHER.sums(given, bag.TRAINABLE, bag.rows(), teacher)[0].loss))
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(loss(bag.TEACHER)))
+
+
+# ---------------------------------------------------------------- steps
+
+
+@pytest.mark.parametrize("objective", [SelfTraining(threshold=0.5, balanced=True), MeanTeacher(ramp_up=0.5)])
+def test_how_a_step_is_cut_changes_nothing_and_steps_compile_once(objective):
+    def taken(shape):
+        rows = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), bag.rows())
+        sgd = optax.sgd(0.1)
+        state = new_state(jax.tree.map(jnp.copy, bag.TRAINABLE), sgd)
+        own = objective.with_slots(objective.init(None, bag.Bag(), state.trainable), 8)
+        state = dataclasses.replace(state, objective=own)
+        step = jax.jit(make_step(bag.Bag(), SequenceClassification(), sgd, seed=0, objective=objective, steps=6), donate_argnums=0)
+        for _ in range(3):
+            state, metrics = step(state, bag.FROZEN, rows)
+        assert step._cache_size() == 1
+        return state, metrics
+
+    with jax.numpy_dtype_promotion("standard"):
+        assert largest_difference(taken((1, 2)), taken((2, 1))) <= 1e-5  # float32 of numbers of order 1
 
 
 def test_a_threshold_that_nothing_passes_is_said_once_and_early():
