@@ -64,12 +64,15 @@ def _section(title: str, kind: type[Any]) -> str:
 
 
 def _comments(kind: type[Any]) -> dict[str, str]:
-    """The comment at the end of each field's line."""
-    source = inspect.cleandoc(inspect.getsource(kind))
-    lines = source.splitlines()
-    fields = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
-    ends = {node.target.id: lines[node.end_lineno - 1][node.end_col_offset :] for node in fields}  # type: ignore[union-attr, operator]
-    return {name: re.sub(r"^\s*#\s*", "", end) for name, end in ends.items()}
+    """The comment at the end of each field's line, those of the classes that it takes fields from included."""
+    found: dict[str, str] = {}
+    for part in (one for one in reversed(kind.__mro__) if dataclasses.is_dataclass(one)):
+        source = inspect.cleandoc(inspect.getsource(part))
+        lines = source.splitlines()
+        fields = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
+        ends = {node.target.id: lines[node.end_lineno - 1][node.end_col_offset :] for node in fields}  # type: ignore[union-attr, operator]
+        found |= {name: re.sub(r"^\s*#\s*", "", end) for name, end in ends.items()}
+    return found
 
 
 def _shown(value: Any) -> str:

@@ -7,6 +7,7 @@ from jaxft.objectives.flexmatch import FlexMatch
 from jaxft.objectives.freelb import FreeLB
 from jaxft.objectives.mean_teacher import MeanTeacher
 from jaxft.objectives.pseudo_answers import PseudoAnswers
+from jaxft.objectives.self_supervised import SelfSupervised
 from jaxft.objectives.self_training import SelfTraining
 from jaxft.objectives.smart import SMART
 from jaxft.objectives.uda import UDA
@@ -23,5 +24,6 @@ __all__ = [
     "MeanTeacher",
     "Objective",
     "PseudoAnswers",
+    "SelfSupervised",
     "SelfTraining",
 ]

@@ -19,8 +19,9 @@ from jaxft.tasks.head import Sums
 
 @dataclasses.dataclass(frozen=True)
 class SMART(Objective):
-    """The task's loss, plus `weight` times the divergence of outputs from those with the embeddings moved, plus `proximal` times their
-    divergence from those of an average of the weights. The divergence is the mean of both Kullback-Leibler divergences.
+    """The task's loss, and how far its outputs go where the embeddings are moved the worst way, or from those of averaged weights.
+
+    How far is the mean of both Kullback-Leibler divergences.
 
     >>> SMART(proximal=1.0).ascents
     1

@@ -49,7 +49,7 @@ class WithUnlabelled(Objective):
         labelled = {name: values for name, values in batch.items() if name != UNLABELLED}
         sums = step.supervised(trainable, labelled)
         loss, logged = self.added(step, trainable, batch[UNLABELLED], state)
-        logged["unlabelled_loss"] = (loss, jnp.sum(batch[UNLABELLED]["weights"]))
+        logged = {"unlabelled_loss": (loss, jnp.sum(batch[UNLABELLED]["weights"]))} | logged
         scale = jnp.float32(self.weight) * self.ramp(step) * step.shared
         return dataclasses.replace(sums, loss=sums.loss + scale * loss), logged
 
