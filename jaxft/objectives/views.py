@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxft.errors import UserError
 from jaxft.models.attention import PADDING
+from jaxft.models.dropout import kept as chosen
 from jaxft.objectives.base import Batch
 
 RANDOM = -1  # in the place of a mask token, where there is none: a random token
@@ -54,9 +55,9 @@ def strong(rng: jax.Array, batch: Batch, view: View) -> tuple[Batch, jax.Array]:
     order = _swaps(swapping, free, segments, view.swapped)
     tokens, free = (jnp.take_along_axis(array, order, axis=1) for array in (batch["tokens"], free))
     places = jnp.take_along_axis(order, batch["scored"], axis=1)  # swaps are their own inverse
-    hidden = free & jax.random.bernoulli(masking, view.masked, tokens.shape)
+    hidden = free & chosen(masking, view.masked, tokens.shape)
     tokens = jnp.where(hidden, _replacements(words, tokens, view), tokens)
-    gone = free & jax.random.bernoulli(deleting, view.deleted, tokens.shape)
+    gone = free & chosen(deleting, view.deleted, tokens.shape)
     changed = {
         "tokens": tokens,
         "segment_ids": jnp.where(gone, PADDING, segments).astype(segments.dtype),
@@ -89,7 +90,7 @@ def _swaps(rng: jax.Array, free: jax.Array, segments: jax.Array, share: float) -
     place = jnp.arange(length, dtype=jnp.int32)
     first = place % 2 == jax.random.bernoulli(phases, 0.5, (rows, 1)).astype(jnp.int32)
     pairs = free[:, :-1] & free[:, 1:] & (segments[:, :-1] == segments[:, 1:])
-    pairs = jnp.pad(pairs, ((0, 0), (0, 1))) & first & jax.random.bernoulli(draws, share, free.shape)
+    pairs = jnp.pad(pairs, ((0, 0), (0, 1))) & first & chosen(draws, share, free.shape)
     second = jnp.pad(pairs[:, :-1], ((0, 0), (1, 0)))
     return place + pairs.astype(jnp.int32) - second.astype(jnp.int32)
 

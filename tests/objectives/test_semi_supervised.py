@@ -95,8 +95,8 @@ def test_fixmatch_is_cross_entropy_of_the_strong_view_for_the_sure_labels_of_the
     found = ours(objective, words)
     check(found, params, supervised(params, rows) + 0.7 * scale(rows) * loss)
     targets = torch.tensor(np.asarray(rows["unlabelled"]["targets"])).reshape(-1)
-    assert found[2]["unlabelled_used"] == used.sum()
-    assert found[2]["pseudo_accuracy"] == (used * (targets == labels)).sum()
+    assert found[2]["unlabelled_used"] == used.sum().item()
+    assert found[2]["pseudo_accuracy"] == (used * (targets == labels)).sum().item()
     for number, name in enumerate(bag.LABELS):
         assert found[2][f"unlabelled_used/{name}"] == (used * (labels == number)).sum()
         assert found[2][f"pseudo_accuracy/{name}"] == (used * (labels == number) * (targets == number)).sum()
