@@ -14,6 +14,7 @@ from jaxft.models.heads import MULTI_LABEL, REGRESSION, SEQUENCE_CLASSIFICATION,
 from jaxft.objectives.base import Batch, Logged, Objective, Step
 from jaxft.tasks.head import Sums
 
+_OTHER_PASSES = 16  # further than the passes that a task makes of its own
 CLASSES = (SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION)  # tasks whose outputs are a distribution over classes
 
 
@@ -101,8 +102,11 @@ def outputs(step: Step, params: Any, batch: Batch, rngs: Mapping[str, jax.Array]
 
 
 def dropout(step: Step, number: int) -> dict[str, jax.Array]:
-    """Returns the key of a pass's dropout, another one than the labelled rows have; passes of one number drop the same."""
-    return {"dropout": jax.random.fold_in(step.rngs["dropout"], 16 + number)}
+    """Returns the key of a pass's dropout, another one than the labelled rows have, and none where these have none.
+
+    Passes of one number drop the same.
+    """
+    return {name: jax.random.fold_in(key, _OTHER_PASSES + number) for name, key in step.rngs.items() if name == "dropout"}
 
 
 def divergence(teacher: jax.Array, student: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ from tiny_models import largest_difference
 
 from jaxft.objectives import SMART, UDA, VAT, FixMatch, FlexMatch, FreeLB, MeanTeacher, SelfTraining
 from jaxft.objectives.perturbation import features
+from jaxft.objectives.unlabelled import dropout
 from jaxft.objectives.views import View, strong
 from jaxft.tasks import SequenceClassification
 from jaxft.train.state import new_state
@@ -301,6 +302,11 @@ def test_how_a_step_is_cut_changes_nothing_and_steps_compile_once(objective):
 
     with jax.numpy_dtype_promotion("standard"):
         assert largest_difference(taken((1, 2)), taken((2, 1))) <= 1e-5  # float32 of numbers of order 1
+
+
+def test_a_step_without_dropout_has_none_on_other_rows_either():
+    assert dropout(bag.step({"objective": KEYS["objective"]}), 0) == {}
+    assert dropout(bag.step(KEYS), 0)["dropout"] != dropout(bag.step(KEYS), 1)["dropout"] != KEYS["dropout"]
 
 
 def test_a_threshold_that_nothing_passes_is_said_once_and_early():
