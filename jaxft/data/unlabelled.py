@@ -129,6 +129,11 @@ def step_batch(batches: Batches, unlabelled: Batches | None, step: int) -> Mappi
     return found if unlabelled is None else {**found, UNLABELLED: unlabelled.batch(step)}
 
 
+def real_tokens(batches: Batches, unlabelled: Batches | None, step: int) -> int:
+    """Returns the tokens of a step's examples, as `Batches.real_tokens`, of both kinds."""
+    return batches.real_tokens(step) + (0 if unlabelled is None else unlabelled.real_tokens(step))
+
+
 def with_targets(slots: Slots, targets: np.ndarray | int) -> Slots:
     """Returns the slots with other targets, (slots,) int32 or one for all."""
     return dataclasses.replace(slots, targets=np.broadcast_to(np.asarray(targets, np.int32), slots.targets.shape).copy())

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxft import console
 from jaxft.config import Experiment
-from jaxft.data.unlabelled import step_batch
+from jaxft.data.unlabelled import real_tokens, step_batch
 from jaxft.methods.partition import distinct, partition, size
 from jaxft.models.registry import family_of
 from jaxft.objectives.base import Step, objective_of
@@ -101,7 +101,15 @@ def _of_step(run: Described, data: TrainingData, shapes: Any, mask: Any) -> Plan
         "workspace": max(used.temp_size_in_bytes - kept, 0) + used.output_size_in_bytes - used.alias_size_in_bytes,
     }
     host = {name: count for name, count in {"optimizer": _bytes(on_host), "activations": offloaded}.items() if count}
-    return Plan(size(trainable), size(shapes), memory, host, operations(traced.jaxpr.jaxpr), data.batches.real_tokens(0), data.steps)
+    return Plan(
+        size(trainable),
+        size(shapes),
+        memory,
+        host,
+        operations(traced.jaxpr.jaxpr),
+        real_tokens(data.batches, data.unlabelled, 0),
+        data.steps,
+    )
 
 
 def _placed(shapes: Any, places: Any) -> Any:

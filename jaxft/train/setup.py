@@ -20,7 +20,7 @@ from jaxft.data.examples import Examples, NextTokens, answer_end
 from jaxft.data.sources import Rows
 from jaxft.data.template import with_template
 from jaxft.data.unlabelled import check as check_unlabelled
-from jaxft.data.unlabelled import step_batch
+from jaxft.data.unlabelled import real_tokens, step_batch
 from jaxft.errors import UserError, unknown
 from jaxft.hub.language_head import LanguageHead
 from jaxft.hub.load import OriginalKernels, compute_type, describe_pretrained, load_pretrained
@@ -84,7 +84,7 @@ class TrainingSetup(Setup):
 
     def real_tokens(self, step: int) -> int:
         """Returns the tokens of a step's examples."""
-        return sum(batches.real_tokens(step) for batches in (self.batches, self.unlabelled) if batches is not None)
+        return real_tokens(self.batches, self.unlabelled, step)
 
 
 def check(experiment: Experiment) -> Mesh:
