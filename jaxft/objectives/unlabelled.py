@@ -72,7 +72,7 @@ class WithUnlabelled(Objective):
 
 def check_task(objective: Objective, task: Any, tasks: tuple[str, ...], elsewhere: str = "") -> None:
     """Raises `UserError` for a task that isn't among those that an objective is for."""
-    if task.model_task not in tasks or type(task).__name__ == "MultipleChoice":
+    if task.model_task not in tasks:
         name = type(objective).__name__
         raise UserError(f"The objective {name} is for {', '.join(tasks)}, not for the task {type(task).__name__}. {elsewhere}".rstrip())
 

@@ -141,8 +141,7 @@ class Task(abc.ABC):
 
     def row_labels(self, rows: Rows, data: DataConfig) -> Sequence[Collection[Any]] | None:
         """Returns the distinct labels of each row, where rows have labels: what a share of the rows holds a share of, or one at least."""
-        classes = self.row_classes(rows, data)
-        return None if classes is None else [(int(one),) for one in classes]
+        return None
 
     def label_columns(self, data: DataConfig) -> tuple[str, ...]:
         """Returns the columns that hold a row's labels."""

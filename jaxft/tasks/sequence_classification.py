@@ -124,6 +124,14 @@ class SequenceClassification(Task):
             return None
         return np.unique([str(value) for value in column.values], return_inverse=True)[1]
 
+    def row_labels(self, rows: Rows, data: DataConfig) -> list[tuple[str]] | None:
+        """Returns the label of each row, where each has one."""
+        column = label_column(rows, data.label)
+        if problem_of(column, self.problem_type) != SINGLE_LABEL:
+            return None
+        names = column.feature_names
+        return [(names[value] if names and isinstance(value, int) and 0 <= value < len(names) else str(value),) for value in column.values]
+
     def label_columns(self, data: DataConfig) -> tuple[str, ...]:
         """Returns the column of the labels."""
         return (data.label,)

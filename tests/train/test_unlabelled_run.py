@@ -120,6 +120,7 @@ def test_labels_in_a_file_of_rows_without_any_are_ignored_and_said(reviews, caps
             "PseudoAnswers is for causal_lm, not for the task SequenceClassification. For",
         ),
         (("--config.objective=FixMatch(threshold=1.0)",), "objective.threshold is a probability from 0 up to, not including, 1"),
+        ((FLEX[0], "--config.data.labelled_fraction=0.09"), "keeps 2 of 24 rows, none of them with the label 'so': there are 3 labels"),
         ((*FLEX[:2], "--config.task.problem_type=multi_label_classification"), "FlexMatch is for one class a text"),
     ],
 )
