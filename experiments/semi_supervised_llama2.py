@@ -10,8 +10,7 @@ Variants: the 135 answers alone; and beside them the language model's loss on th
     python launch.py --experiment=semi_supervised_llama2:supervised
     python launch.py --experiment=semi_supervised_llama2:self_supervised
 
-Hardware: two CPU cores. Answering passes the prompts as often as an answer may have tokens: a step takes several times as long as one of
-lora_llama2.
+Hardware: two CPU cores.
 Its result isn't measured yet.
 """
 

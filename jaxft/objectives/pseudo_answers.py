@@ -11,10 +11,13 @@ import jax.numpy as jnp
 
 from jaxft.data.unlabelled import NUMBERS, UNLABELLED
 from jaxft.errors import UserError
+from jaxft.models.attention import PADDING
 from jaxft.models.heads import CAUSAL_LM
+from jaxft.models.node import prepared
 from jaxft.objectives.base import Batch, Logged, Objective, Step
 from jaxft.objectives.pseudo_labels import USED, Sure
 from jaxft.objectives.unlabelled import dropout
+from jaxft.tasks.head import gather
 
 _OF_THE_TOKENIZER = -1
 
@@ -34,7 +37,7 @@ class PseudoAnswers(Sure):
     """Negative log-likelihood of the model's own greedy answers to unlabelled prompts, the mean over each answer's tokens and over prompts.
 
     An answer is used where it ends within `answer_tokens` and the geometric mean of its tokens' probabilities, without dropout, is at
-    least `threshold`. Each step passes the prompts `answer_tokens` times forward to answer them.
+    least `threshold`.
 
     >>> PseudoAnswers(answer_tokens=8).threshold
     0.9
@@ -110,31 +113,45 @@ def by_answer(slots: jax.Array, tokens: int) -> jax.Array:
 
 
 def answered(step: Step, params: Any, batch: Batch, count: int, end: int) -> Answers:
-    """Returns the likeliest next tokens after each prompt, one after the other, without dropout.
+    """Returns the likeliest next tokens after each prompt, one after the other, without dropout: a pass over the prompts, then as many
+    over one token of each, keys and values kept.
 
     Args:
-      step: of it the task and the model.
+      step: of it the model.
       params: of the whole model.
       batch: rows in which `count` tokens are free behind each prompt, and `scored` the places that each of them is read at.
       count: A.
       end: the token that ends an answer.
     """
+    model, variables = step.model, {"params": prepared(params)}
     places, real = by_answer(batch["scored"], count), by_answer(batch["weights"], count)[:, :, 0] > 0
-    rows = jnp.arange(len(places))[:, None]
-    length = batch["tokens"].shape[1]
+    answers, (size, length) = places.shape[1], batch["tokens"].shape
+    rows = jnp.arange(size)[:, None]
+    last = places[:, :, 0]  # of each prompt
+    written = jnp.where(real[:, :, None], places + 1, length).reshape(size, -1)  # length: nowhere
+    segments = batch["segment_ids"].at[rows, written].set(PADDING, mode="drop")
+    own, position = (jnp.take_along_axis(batch[name], last, axis=1) for name in ("segment_ids", "positions"))
+    cache: Any = model.apply(variables, size, length + count * answers, method="new_cache")
+    before = jnp.sum(cache.segments != PADDING, axis=1, keepdims=True, dtype=jnp.int32)  # virtual tokens of a prefix or a prompt
 
-    def write(carry: Any, read: jax.Array) -> tuple[Any, Any]:
-        tokens, ended = carry
-        hidden = step.task.hidden(step.model, params, {**batch, "tokens": tokens, "scored": read}, {})
-        made: Any = step.model.apply({"params": params}, hidden, method="logits")
-        likelihoods = jax.nn.log_softmax(made.astype(jnp.float32)).reshape(*read.shape, -1)
+    def forward(tokens: jax.Array, segments: jax.Array, positions: jax.Array, cache: Any, read: jax.Array) -> tuple[jax.Array, Any]:
+        out: Any = model.apply(variables, tokens, segment_ids=segments, positions=positions + before, cache=cache)
+        made: Any = model.apply(variables, gather(out.hidden_states[-1], read), method="logits")
+        return jax.nn.log_softmax(made.astype(jnp.float32)).reshape(size, answers, -1), out.cache
+
+    def write(carry: Any, number: jax.Array) -> tuple[Any, Any]:
+        likelihoods, cache, tokens, ended = carry
         new = jnp.argmax(likelihoods, axis=-1).astype(tokens.dtype)
         counted = real & ~ended
-        tokens = tokens.at[rows, jnp.where(counted, read + 1, length)].set(new, mode="drop")
-        return (tokens, ended | (new == end)), (new, counted.astype(jnp.float32), jnp.max(likelihoods, axis=-1))
+        tokens = tokens.at[rows, jnp.where(counted, last + 1 + number, length)].set(new, mode="drop")
+        found = (new, counted.astype(jnp.float32), jnp.max(likelihoods, axis=-1))
+        every = jnp.broadcast_to(jnp.arange(answers), last.shape)
+        after, cache = forward(new, jnp.where(real, own, PADDING), position + 1 + number, cache, every)
+        return (after, cache, tokens, ended | (new == end)), found
 
-    start = (batch["tokens"], jnp.zeros(real.shape, bool))
-    (tokens, ended), found = jax.lax.scan(write, start, places.transpose(2, 0, 1))
-    answers, counted, likelihoods = (values.transpose(1, 2, 0) for values in found)
+    start = forward(batch["tokens"], segments, batch["positions"], cache, last)
+    carry = (*start, batch["tokens"], jnp.zeros(real.shape, bool))
+    (_, _, tokens, ended), made = jax.lax.scan(write, carry, jnp.arange(count, dtype=jnp.int32))
+    written_tokens, counted, likelihoods = (values.transpose(1, 2, 0) for values in made)
     mean = jnp.sum(counted * likelihoods, axis=-1) / jnp.maximum(jnp.sum(counted, axis=-1), 1.0)
-    return Answers(tokens, answers, counted, jnp.exp(mean), ended & real)
+    return Answers(tokens, written_tokens, counted, jnp.exp(mean), ended & real)

@@ -187,7 +187,7 @@ def test_answers_in_the_step_are_those_of_generation(answering):
 def test_the_loss_of_pseudo_answers_is_their_mean_likelihood_over_prompts(answering):
     ready = answering
     objective, task = ready.experiment.objective, ready.experiment.task
-    batch = jax.tree.map(lambda leaf: leaf[0], dict(ready.batch(0)))
+    batch = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf[0]), dict(ready.batch(0)))
     rngs = {name: key_for(0, name) for name in ("mask", "objective", "dropout")}
     shared = objective.shared(jax.tree.map(lambda leaf: leaf[None], batch), None, 0, 2)
     step = Step(task, ready.model, ready.frozen, rngs, {}, 0, 2, shared)
