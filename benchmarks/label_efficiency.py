@@ -41,7 +41,7 @@ TRAINING_ROWS, STEPS = 540, 150
 METRICS = ("accuracy", "macro_f1")
 CHOSEN_BY = "macro_f1"
 CONFIDENCE = 0.95
-RATES = ("2e-5", "5e-5", "1e-4")
+RATES = ("5e-5", "1e-4", "2e-4")  # at 5e-5 a run of 60 steps on 60 labels says positive of all, at 3e-4 it knows them by heart
 _VIEW = "masked=0.15"
 ALGORITHMS: dict[str, tuple[str, ...]] = {  # the settings that are tried: objectives, as flags have them; of the supervised run rates
     SUPERVISED: RATES,

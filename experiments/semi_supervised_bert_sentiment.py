@@ -11,8 +11,9 @@ Variant: the 60 labels alone, which it is to be compared with.
 
     python launch.py --experiment=semi_supervised_bert_sentiment:supervised
 
-Hardware: two CPU cores.
-Its result over several seeds isn't measured yet.
+Hardware: two CPU cores, 2.7 GB of memory.
+Its result over several seeds isn't measured yet. Two runs of 60 steps, at half and at three times this rate, were for the rate alone: the
+60 labels alone had 65.0% accuracy on validation, which the majority class has, and 26.3% and 33.4% macro F1.
 """
 
 import dataclasses
@@ -36,5 +37,6 @@ def get_config(variant: str = "") -> Experiment:
         name=f"semi_supervised_bert_sentiment{variant and f':{variant}'}",
         data=dataclasses.replace(found.data, labelled_fraction=LABELS / TRAINING_ROWS),
         objective=None if variant else FixMatch(threshold=0.8, masked=0.15),
+        optimizer=dataclasses.replace(found.optimizer, learning_rate=1e-4),
         train=TrainConfig(steps=150, batch_size=2, unlabelled_batch_size=0 if variant else 4, eval_every=50),  # rows hold two reviews or so
     )
