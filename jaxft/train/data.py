@@ -11,11 +11,11 @@ from flax import linen as nn
 
 from jaxft import console
 from jaxft.config import Experiment
-from jaxft.data import sources
 from jaxft.data.batches import Batches
 from jaxft.data.examples import Examples
 from jaxft.data.folds import load_sets
 from jaxft.data.sources import SPLITS, Rows
+from jaxft.data.sources import load_rows as load_source
 from jaxft.data.tokenize import COLUMNS, describe
 from jaxft.data.unlabelled import UNLABELLED, UnlabelledBatches, hide
 from jaxft.errors import UserError
@@ -28,7 +28,7 @@ from jaxft.train.programs import draws
 
 
 def load_rows(experiment: Experiment, wanted: Collection[str] = SPLITS) -> dict[str, Rows]:
-    """Returns the rows of those of "train", "validation" and "test" that are `wanted`, with folds those of one of them.
+    """Returns the rows of those of "train", "validation" and "test" that are `wanted`, with a fold those of that one.
 
     Of the training rows those that keep their label; where the objective learns from rows without labels, these as "unlabelled" too.
     """
@@ -42,7 +42,7 @@ def _without_labels(experiment: Experiment, train: Rows) -> dict[str, Rows]:
     if data.labelled_fraction < 1.0:
         train, found[UNLABELLED] = hide(train, data.labelled_fraction, seed, experiment.task.row_labels(train, data))
     elif data.unlabelled:
-        rows = sources.load_rows(data.unlabelled, "train")
+        rows = load_source(data.unlabelled, "train")
         found[UNLABELLED] = rows.select(range(min(data.limit, len(rows)))) if data.limit else rows
         if given := [name for name in experiment.task.label_columns(data) if name in rows.dataset.column_names]:
             console.say(f"{rows.name}: its column '{given[0]}' is ignored: rows of config.data.unlabelled have no labels here.\n")
@@ -58,8 +58,8 @@ def load_unlabelled(experiment: Experiment, model: Any, tokenizer: Any, shapes: 
     found = experiment.task.unlabelled(rows[UNLABELLED], tokenizer, data, model, data.labelled_fraction < 1.0, room)
     console.table("Data without labels", COLUMNS, [describe(found, UNLABELLED)])
     check_positions({UNLABELLED: found}, experiment, model, virtual_tokens(shapes))
-    size = train.unlabelled_batch_size or train.batch_size
-    return UnlabelledBatches(found, data, size, train.accumulation, train.seed, False, pad_token(tokenizer), stream=UNLABELLED)
+    size, pad = train.unlabelled_batch_size or train.batch_size, pad_token(tokenizer)
+    return UnlabelledBatches(found, data, size, train.accumulation, train.seed, False, pad, stream=UNLABELLED)
 
 
 def load_examples(experiment: Experiment, rows: dict[str, Rows], tokenizer: Any, model: nn.Module) -> dict[str, Examples]:

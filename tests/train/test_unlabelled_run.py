@@ -17,6 +17,7 @@ from jaxft.generation import Sampling, generate
 from jaxft.objectives.base import Step
 from jaxft.objectives.pseudo_answers import answered
 from jaxft.train import run, setup
+from jaxft.train.data import load_training_data
 from jaxft.train.logs import Logs
 from jaxft.train.state import key_for
 
@@ -95,7 +96,7 @@ def test_hidden_labels_are_targets_for_figures_and_those_kept_are_of_each_class(
 def loaded(given):
     """Returns a run's data, without its weights."""
     described, rows = setup.describe_run(given)
-    return setup.load_training_data(described, rows)
+    return load_training_data(described.experiment, described.model, described.tokenizer, described.shapes, rows)
 
 
 def test_labels_in_a_file_of_rows_without_any_are_ignored_and_said(reviews, capsys):
@@ -164,43 +165,50 @@ def answering(material):
     return setup.set_up(overrides.parse_flags(given, flags))
 
 
-def test_answers_in_the_step_are_those_of_generation(answering):
+@pytest.fixture(scope="module")
+def made(answering):
+    """The rows without answers of the first step, what the model makes of them, and a token that ends answers: one that it says."""
     ready = answering
-    batch = {name: value[0] for name, value in ready.unlabelled.batch(0).items() if name != "numbers"}
-    params, end = ready.params(ready.state), ready.tokenizer.eos_token_id
-    step = Step(ready.experiment.task, ready.model, None, {}, {}, 0, 2)
-    found = jax.jit(lambda params, batch: answered(step, params, batch, 6, end))(params, batch)
+    batch = {name: jax.numpy.asarray(value[0]) for name, value in ready.unlabelled.batch(0).items() if name != "numbers"}
+    step, params = Step(ready.experiment.task, ready.model, None, {}, {}, 0, 2), ready.params(ready.state)
+    program = jax.jit(lambda end: answered(step, params, batch, 6, end))
+    end = int(program(jax.numpy.int32(-1)).answers[0, 0, 2])
+    return batch, jax.device_get(program(jax.numpy.int32(end))), end
+
+
+def test_answers_in_the_step_are_those_of_generation(answering, made):
+    ready, (batch, found, end) = answering, made
     examples = ready.unlabelled.layout.examples
     numbers = [i for row in ready.unlabelled._rows_of(0) for i in ready.unlabelled.layout.rows[row]]
     assert len(numbers) > 1
     prompts = [examples.tokens_of(i)[:-6] for i in numbers]
-    made = generate(ready.model, params, prompts, Sampling(6, eos_token_ids=(end,)))
+    reference = generate(ready.model, ready.params(ready.state), prompts, Sampling(6, eos_token_ids=(end,)))
+    assert any(len(own) < 6 for own in reference)
     real = np.asarray(batch["weights"])[:, : found.answers.shape[1] * 6 : 6] > 0
-    for answer, ended, own in zip(np.asarray(found.answers)[real], np.asarray(found.ended)[real], made, strict=True):
+    for answer, ended, own in zip(found.answers[real], found.ended[real], reference, strict=True):
         np.testing.assert_array_equal(answer[: len(own)], own)
         assert ended == (len(own) < 6)
-    assert not np.asarray(found.counted)[~real].any()
+    assert not found.counted[~real].any()
     at = int(batch["scored"][0, 0]) + 1
-    np.testing.assert_array_equal(np.asarray(found.tokens)[0, at : at + len(made[0])], made[0])
+    np.testing.assert_array_equal(found.tokens[0, at : at + len(reference[0])], reference[0])
 
 
-def test_the_loss_of_pseudo_answers_is_their_mean_likelihood_over_prompts(answering):
-    ready = answering
-    objective, task = ready.experiment.objective, ready.experiment.task
+def test_the_loss_of_pseudo_answers_is_their_mean_likelihood_over_prompts(answering, made):
+    ready, (others, found, end) = answering, made
+    objective, task = dataclasses.replace(ready.experiment.objective, end_token_id=end), ready.experiment.task
     batch = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf[0]), dict(ready.batch(0)))
+    rows = {name: value for name, value in batch.items() if name != "unlabelled"}
     rngs = {name: key_for(0, name) for name in ("mask", "objective", "dropout")}
     shared = objective.shared(jax.tree.map(lambda leaf: leaf[None], batch), None, 0, 2)
     step = Step(task, ready.model, ready.frozen, rngs, {}, 0, 2, shared)
-    state = {"used": np.float32(0)}
-    sums, logged = jax.jit(lambda trainable: objective.sums(step, trainable, batch, state))(ready.state.trainable)
-    others = {name: value for name, value in batch["unlabelled"].items() if name != "numbers"}
-    params = ready.params(ready.state)
-    found = jax.device_get(jax.jit(lambda params: answered(step, params, others, 6, objective.end_token_id))(params))
-    prompts = others["weights"].sum() / 6
-    used = found.ended.sum()
-    assert float(logged["unlabelled_used"][0]) == used
+
+    @jax.jit
+    def losses(trainable):
+        return objective.sums(step, trainable, batch, {"used": np.float32(0)}), step.supervised(trainable, rows).loss
+
+    (sums, logged), labelled = losses(ready.state.trainable)
+    prompts = float(others["weights"].sum()) / 6
+    assert 0 < float(logged["unlabelled_used"][0]) == found.ended.sum()
     assert float(logged["unlabelled_used"][1]) == prompts
-    rows = {name: value for name, value in batch.items() if name != "unlabelled"}
-    labelled = jax.jit(lambda params: task.sums(ready.model, params, rows, {}).loss)(params)
     own = -np.log(found.likelihood[found.ended]).sum()  # the model has no dropout: its loss on an answer is how likely it found it
-    np.testing.assert_allclose(sums.loss, labelled + batch["weights"].sum() / prompts * own, rtol=1e-4)
+    np.testing.assert_allclose(sums.loss, labelled + float(batch["weights"].sum()) / prompts * own, rtol=1e-4)
