@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.errors import UserError
+from jaxft.models.hashing import STRIDE, mixed, places
 
 KINDS = ("hidden_dropout", "attention_dropout", "classifier_dropout")
 OWN = -1.0  # stands for the rate that the model's config.json has
-_STRIDE = 2654435769  # 2^32 over the golden ratio, odd: its multiples visit every number of 32 bits
 _BITS = 24  # of a draw, all that a float32 holds exactly
 
 
@@ -36,21 +36,11 @@ def kept(rng: jax.Array, share: float | jax.Array, shape: tuple[int, ...]) -> ja
     twenty rounds of `jax.random` take twenty times as long on CPU, where attention's weights alone were a quarter of an encoder's step.
     """
     words = jax.random.key_data(rng).reshape(-1)
-    row = jnp.zeros((*shape[:-1], 1), jnp.uint32)
-    for axis, size in enumerate(shape[:-1]):
-        row = row * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, row.shape, axis)
-    first = _mixed((row + 1) * jnp.uint32(_STRIDE) + words[0])  # + 1: a mixer makes 0 of 0
-    second = _mixed(_mixed(first) ^ words[-1])  # twice: no column of any row has it
+    first = mixed((places((*shape[:-1], 1)) + 1) * jnp.uint32(STRIDE) + words[0])  # + 1: a mixer makes 0 of 0
+    second = mixed(mixed(first) ^ words[-1])  # twice: no column of any row has it
     column = jax.lax.broadcasted_iota(jnp.uint32, (1,) * (len(shape) - 1) + shape[-1:], len(shape) - 1)
-    drawn = _mixed(_mixed(column * jnp.uint32(_STRIDE) + first) ^ second)
+    drawn = mixed(mixed(column * jnp.uint32(STRIDE) + first) ^ second)
     return (drawn >> (32 - _BITS)).astype(jnp.float32) < share * 2.0**_BITS
-
-
-def _mixed(x: jax.Array) -> jax.Array:
-    """A bijection of 32 bits in which each bit of the result hangs on all of x (Wellons 2018, "Prospecting for hash functions")."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
 
 
 def with_dropout(model: Any, rates: Mapping[str, float]) -> Any:

@@ -15,6 +15,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from jaxft.errors import UserError
 from jaxft.hub.folder import is_full
 from jaxft.models import segments
+from jaxft.models.hashing import STRIDE, mixed, places
 from jaxft.train.background import silence
 from jaxft.train.gap import Gap
 from jaxft.train.state import State
@@ -56,17 +57,16 @@ def fingerprint(frozen: Any) -> str:
     digest = hashlib.sha256()
     sums = jax.jit(lambda tree: jax.tree.map(_mix, tree))(frozen)
     for leaf, total in zip(segments.leaves(frozen), jax.device_get(jax.tree.leaves(sums)), strict=True):
-        digest.update(f"{leaf.title} {leaf.value.shape} {leaf.value.dtype} {int(total)}\n".encode())
+        digest.update(f"{leaf.title} {leaf.value.shape} {leaf.value.dtype} {total.tolist()}\n".encode())
     return digest.hexdigest()
 
 
 def _mix(leaf: jax.Array) -> jax.Array:
-    """A sum of the leaf's bits, each weighted by its place, modulo 2**32."""
+    """Two sums, (2,) uint32, of hashes of the leaf's bits and their places, each by another hash."""
     bits = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]).astype(jnp.uint32)
-    place = jnp.zeros(bits.shape, jnp.uint32)
-    for axis, size in enumerate(bits.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    return jnp.sum(bits * (place * jnp.uint32(2654435761) | 1), dtype=jnp.uint32)  # Knuth's multiplicative hash
+    place = mixed((places(bits.shape) + 1) * jnp.uint32(STRIDE))
+    first = mixed(bits ^ place)
+    return jnp.stack([jnp.sum(first, dtype=jnp.uint32), jnp.sum(mixed(first + place), dtype=jnp.uint32)])
 
 
 class _KeepBest(preservation_policy.PreservationPolicy):

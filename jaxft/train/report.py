@@ -137,20 +137,22 @@ def adapter_command(folder: pathlib.Path, model: ModelConfig, format: str, train
         )
     auto, options = auto_class(trained.task), _head_options(trained)
     names, written, note = auto, "", ""
+    dtype = f", dtype=torch.{compute_type(model.dtype).name}"  # 4 bits hang on the type that they are made of
     if model.quantization in CODES and _is_made_by_transformers(model, "gguf_file" in base):
         names += ", BitsAndBytesConfig"
         settings = f'load_in_4bit=True, bnb_4bit_quant_type="{model.quantization}", bnb_4bit_use_double_quant={model.double_quantization}'
         base = f"{base}, quantization_config=BitsAndBytesConfig({settings})"
     elif model.quantization in CODES:
-        base, written = '"base"', _base_command(model)
+        base, written, dtype = '"base"', _base_command(model), ""
     elif model.quantization != "none":
         note = f" transformers holds no kernels in {model.quantization}: this is the base whole, which differs a little."
     return (
         f"The adapter is in {folder}. With peft:{note}\n\n"
         f"{written}"
+        f"{'    import torch' + chr(10) if dtype else ''}"
         "    from peft import PeftModel\n"
         f"    from transformers import {names}\n\n"
-        f"    base = {auto}.from_pretrained({base}{options})\n"
+        f"    base = {auto}.from_pretrained({base}{dtype}{options})\n"
         f'    model = PeftModel.from_pretrained(base, "{folder}")\n'
     )
 

@@ -9,7 +9,7 @@ import pytest
 from full_disk import full_above
 
 from jaxft.errors import UserError
-from jaxft.train.checkpoint import Checkpoints, Progress, check_same, newest_step
+from jaxft.train.checkpoint import Checkpoints, Progress, check_same, fingerprint, newest_step
 from jaxft.train.state import new_state
 
 PROGRESS = Progress(config={}, base="", before={})
@@ -103,3 +103,36 @@ def test_a_run_goes_on_with_another_test_set_unless_that_changes_its_training_ro
 def test_no_run_goes_on_with_another_validation_set(tmp_path, split):
     with pytest.raises(UserError, match="data.validation was '' and is 'b.jsonl'"):
         check_same(config(split), config(split, validation="b.jsonl"), tmp_path)
+
+
+SIGN = jnp.uint32(2**31)
+CHANGES = {
+    "one bit": lambda array: array.at[1, 2].set(array[1, 2] ^ 1),
+    "one sign": lambda array: array.at[1, 2].set(array[1, 2] ^ SIGN),
+    "two signs": lambda array: array.at[1, 2].set(array[1, 2] ^ SIGN).at[3, 3].set(array[3, 3] ^ SIGN),
+    "all signs": lambda array: array ^ SIGN,
+    "two rows": lambda array: array[jnp.array([1, 0, 2, 3])],
+    "two columns": lambda array: array[:, jnp.array([0, 3, 2, 1])],
+    "turned": lambda array: array.T,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_base_is_told_from_one_that_differs_in(change, dtype):
+    values = jax.random.normal(jax.random.key(0), (4, 4), jnp.float32).astype(dtype)
+    bits = jax.lax.bitcast_convert_type(values, {4: jnp.uint32, 2: jnp.uint16}[dtype.dtype.itemsize]).astype(jnp.uint32)
+    changed = change(bits << 16 if dtype == jnp.bfloat16 else bits)
+    changed = jax.lax.bitcast_convert_type(changed, jnp.float32).astype(dtype)  # the upper half of a float32 is a bfloat16
+    if jnp.array_equal(values, changed):
+        assert dtype == jnp.bfloat16  # the bit that it hasn't
+        return
+    own = fingerprint({"embed": {"embedding": values}})
+    assert fingerprint({"embed": {"embedding": jnp.copy(values)}}) == own
+    assert fingerprint({"embed": {"embedding": changed}}) != own
+
+
+def test_a_base_is_told_by_names_shapes_and_types_too():
+    zeros = jnp.zeros((2, 8))
+    trees = ({"a": zeros}, {"b": zeros}, {"a": zeros.reshape(4, 4)}, {"a": zeros.astype(jnp.bfloat16)}, {"a": zeros, "b": zeros})
+    assert len(set(map(fingerprint, trees))) == len(trees)

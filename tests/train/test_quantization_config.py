@@ -4,11 +4,15 @@ import dataclasses
 import pathlib
 import types
 
+import numpy as np
 import pytest
+import torch
+import transformers
 
 import jaxft
 from jaxft.config import ModelConfig
 from jaxft.errors import UserError
+from jaxft.quant import to_bitsandbytes
 from jaxft.train.report import adapter_command
 from jaxft.train.setup import quantization
 
@@ -36,6 +40,23 @@ def test_transformers_makes_the_base_where_it_makes_the_same():
     found = said(quantization="nf4")
     assert 'from_pretrained("owner/name", quantization_config=BitsAndBytesConfig(load_in_4bit=True' in found
     assert "jaxft.save_pretrained" not in found
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_what_is_printed_makes_the_base_that_was_trained_on(tmp_path, compute):
+    """From files in float16: a base in 4 bits hangs on the type that its weights had when they were quantized."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2)
+    transformers.LlamaForCausalLM(config).to(torch.float16).save_pretrained(tmp_path)
+    found = adapter_command(pathlib.Path("adapter"), ModelConfig(source=str(tmp_path), dtype=compute, quantization="nf4"), "peft", MODEL)
+    code = [line.strip() for line in found[found.index("    import") :].splitlines()]
+    names: dict = {}
+    exec("\n".join(line for line in code if "PeftModel.from_pretrained" not in line), names)
+    _, params = jaxft.load_pretrained(str(tmp_path), dtype=compute, quantization=jaxft.Format())
+    ours = to_bitsandbytes(params["layers"]["0-0"]["mlp"]["up_proj"]["kernel"], 0)
+    theirs = names["base"].model.layers[0].mlp.up_proj.weight
+    assert np.array_equal(theirs.data.numpy().reshape(-1), ours["packed"].reshape(-1))
+    assert np.array_equal(theirs.quant_state.absmax.numpy(), ours["absmax"])
 
 
 @pytest.mark.parametrize("change", [{"block_size": 32}, {"quantized": ("mlp",)}, {"source": "bundled:smollm2-135m-instruct"}], ids=str)
