@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import functools
+import hashlib
 import itertools
 from collections.abc import Mapping
 from typing import Any, Self
@@ -63,6 +64,14 @@ class Examples(abc.ABC):
     def per_token(self) -> Mapping[str, np.ndarray]:
         """What the model is given beside each token, by its name: (total,) int32 each."""
         return {}
+
+    @property
+    def digest(self) -> str:
+        """A hash of what a model reads and should say: of other rows it is another."""
+        slots, found = self.slots, hashlib.sha256()
+        for array in (self.tokens, self.offsets, slots.offsets, slots.reads, slots.targets, slots.weights, *self.per_token.values()):
+            found.update(np.ascontiguousarray(array).data)
+        return found.hexdigest()
 
     @abc.abstractmethod
     def first(self, count: int) -> Self:

@@ -40,6 +40,7 @@ class Progress:
     config: dict[str, Any]  # the resolved configuration
     base: str  # fingerprint of the frozen leaves
     before: dict[str, float]  # the evaluation before training
+    data: dict[str, str] = dataclasses.field(default_factory=dict)  # of each set, the digest of its examples
     best: float | None = None  # best validation metric so far
     best_step: int | None = None
     stale: int = 0  # evaluations since then

@@ -94,6 +94,7 @@ def _with_decay(inner: optax.GradientTransformation, schedule: optax.Schedule, d
     return optax.GradientTransformation(init, update)
 
 
+_FOLLOWED = {"decay": ("wsd",), "final_scale": ("linear", "cosine", "wsd")}  # of the fields, the schedules that they are of
 _USED = {"adamw": ("b1", "b2", "eps"), "lion": ("b1", "b2"), "sgd": ("b1",), "adafactor": ()}  # of the fields that not all optimizers have
 
 
@@ -103,6 +104,12 @@ def check(config: OptimizerConfig) -> None:
     for name in ("b1", "b2", "eps"):
         if name not in _USED[config.name] and getattr(config, name) != getattr(OptimizerConfig, name):
             raise UserError(f"optimizer.{name} is set, but {config.name} has none. Leave it out, or take another optimizer.name.")
+    for name, schedules in _FOLLOWED.items():
+        if config.schedule not in schedules and getattr(config, name) != getattr(OptimizerConfig, name):
+            raise UserError(
+                f"optimizer.{name} has no effect with optimizer.schedule={config.schedule}. Leave it out, or set that to "
+                f"{' or '.join(schedules)}."
+            )
     if config.moments not in MOMENTS:
         raise unknown("type of optimizer.moments", config.moments, MOMENTS)
     if config.name not in MOMENTS[config.moments]:

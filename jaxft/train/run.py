@@ -18,6 +18,7 @@ from jaxft.config import Experiment
 from jaxft.data import folds
 from jaxft.data.conversations import question
 from jaxft.data.tokenize import prompt_tokens
+from jaxft.data.unlabelled import UNLABELLED
 from jaxft.errors import UserError, unknown
 from jaxft.generation import generate as generate_tokens
 from jaxft.hub import bitsandbytes_config
@@ -321,18 +322,37 @@ def _keep_compiled() -> None:
 
 def _start(setup: TrainingSetup, checkpoints: Checkpoints, evaluator: Evaluator, resolved: dict[str, Any]) -> tuple[State, Progress]:
     """The newest checkpoint's state, or the first state with the evaluation before training."""
-    base = fingerprint(setup.frozen)
+    base, split, data = fingerprint(setup.frozen), setup.experiment.eval.split, _digests(setup)
     newest = checkpoints.latest()
     if newest is None:
-        before = evaluator.full(setup.state, setup.experiment.eval.split, "Before training").metrics
-        return setup.state, Progress(resolved, base, before, answer_end=setup.answer_end, options=setup.options)
+        before = evaluator.full(setup.state, split, "Before training").metrics
+        return setup.state, Progress(resolved, base, before, data, answer_end=setup.answer_end, options=setup.options)
     progress = dataclasses.replace(checkpoints.progress(newest), answer_end=setup.answer_end, options=setup.options)
     _check_base(progress, base, setup)
+    _check_data(progress, data, setup)
     console.say(f"Going on from step {newest} of {setup.steps}.")
-    if _measured(progress.config) != _measured(resolved):  # the table compares figures of one set
-        before = evaluator.full(setup.state, setup.experiment.eval.split, "Before training").metrics
-        progress = dataclasses.replace(progress, config=resolved, before=before)
+    same_set = progress.data.get(split) == data[split]
+    if not same_set or _measured(progress.config) != _measured(resolved):  # the table compares figures of one set
+        before = evaluator.full(setup.state, split, "Before training").metrics
+        progress = dataclasses.replace(progress, config=resolved, before=before, data=data)
     return checkpoints.restore(newest, setup.state, setup.state_sharding), progress
+
+
+def _digests(setup: TrainingSetup) -> dict[str, str]:
+    """What tells a run's sets from others, by their names."""
+    found = {name: examples.digest for name, examples in setup.examples.items()}
+    return found if setup.unlabelled is None else found | {UNLABELLED: setup.unlabelled.layout.examples.digest}
+
+
+def _check_data(progress: Progress, data: Mapping[str, str], setup: TrainingSetup) -> None:
+    """Raises `UserError` where a set that training reads isn't the one that the run began with; the test set may be another."""
+    for name in ("train", "validation", UNLABELLED):
+        if name in progress.data and progress.data[name] != data.get(name):
+            rows = setup.rows.get(name, setup.rows["train"]).name
+            raise UserError(
+                f"The {name} set isn't the one that this run began with: its rows, from {rows}, have changed since. Put them back, or "
+                "choose another --workdir."
+            )
 
 
 def _measured(config: Mapping[str, Any]) -> tuple[Any, ...]:

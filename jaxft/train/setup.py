@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from jaxft import console
-from jaxft.config import Experiment, ModelConfig
+from jaxft.config import EvalConfig, Experiment, ModelConfig, TrainConfig
 from jaxft.data import folds
 from jaxft.data.batches import Batches
 from jaxft.data.examples import Examples, NextTokens, answer_end
@@ -130,6 +130,11 @@ def check(experiment: Experiment) -> Mesh:
     for name, number in {"eval.top_k": evaluation.top_k, "eval.temperature": evaluation.temperature}.items():
         if number < 0:
             raise UserError(f"{name} is 0 or more, not {number}.")
+    for name in ("top_k", "top_p"):
+        if not evaluation.temperature and getattr(evaluation, name) != getattr(EvalConfig, name):
+            raise UserError(
+                f"eval.{name} has no effect with eval.temperature=0, which takes the likeliest token. Set that, or leave this out."
+            )
     if train.patience and not train.eval_every:
         raise UserError("train.patience counts evaluations during training: set train.eval_every too.")
     return placement.make_mesh(train)
@@ -159,7 +164,19 @@ def describe_run(experiment: Experiment) -> tuple[Described, dict[str, Rows]]:
     mesh = _check_given(experiment)
     rows = load_rows(experiment)
     check_split(experiment.eval.split, rows)
+    if "validation" not in rows:
+        _check_unvalidated(experiment.train)
     return _described(experiment, mesh, experiment.task.model_options(rows["train"], experiment.data)), rows
+
+
+def _check_unvalidated(train: TrainConfig) -> None:
+    """Raises `UserError` for settings that only a validation set gives a meaning."""
+    for name in ("patience", "best_metric"):
+        if getattr(train, name) != getattr(TrainConfig, name):
+            raise UserError(
+                f"train.{name} has no effect without a validation set. Give config.data.validation, or a share of the training rows by "
+                "config.data.split, or leave it out."
+            )
 
 
 def _check_given(experiment: Experiment) -> Mesh:

@@ -224,6 +224,8 @@ def test_clipping_is_by_the_norm_of_all_trainable_gradients():
         ({"learning_rate": 0.0}, "optimizer.learning_rate is 0: nothing would train"),
         ({"name": "adafactor", "b1": 0.5}, "optimizer.b1 is set, but adafactor has none"),
         ({"name": "sgd", "eps": 0.5}, "optimizer.eps is set, but sgd has none"),
+        ({"schedule": "cosine", "decay": 0.5}, "optimizer.decay has no effect with optimizer.schedule=cosine"),
+        ({"schedule": "constant", "final_scale": 0.5}, "optimizer.final_scale has no effect with optimizer.schedule=constant"),
         ({"decay": 2.0}, "optimizer.decay is from 0 to 1"),
         ({"final_scale": -0.5}, "optimizer.final_scale is from 0 to 1"),
     ],

@@ -11,6 +11,7 @@ import experiments
 from jaxft import overrides
 from jaxft.data import sources
 from jaxft.data import tokenize as tokenizing
+from jaxft.errors import UserError
 from jaxft.methods import LoRA, SparseMask
 from jaxft.train import run, setup
 from jaxft.train.checkpoint import Checkpoints
@@ -116,3 +117,19 @@ def test_a_method_that_chose_by_training_batches_reads_them_again(material, tmp_
     assert run.evaluate(asked, folder)["loss"] == pytest.approx(after["loss"], rel=1e-6)
     assert sorted(set(read["read"])) == ["test", "train", "validation"]
     shutil.rmtree(folder)
+
+
+def test_a_run_does_not_go_on_with_other_rows(material, tmp_path):
+    asked = experiment(material, tmp_path, LoRA(rank=2))
+    often = dataclasses.replace(asked.train, checkpoint_every=2)
+    asked = dataclasses.replace(asked, train=often, eval=dataclasses.replace(asked.eval, generate=False))
+    run.train(asked, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")  # as if it had been stopped before
+    (tmp_path / "run" / "summary.json").unlink()
+    for name in ("train", "validation"):
+        kept = (tmp_path / f"{name}.jsonl").read_text()
+        (tmp_path / f"{name}.jsonl").write_text(kept.replace("number 3", "number 5"))
+        with pytest.raises(UserError, match=f"The {name} set isn't the one that this run began with: its rows, from .*{name}.jsonl"):
+            run.train(asked, tmp_path / "run")
+        (tmp_path / f"{name}.jsonl").write_text(kept)
+    run.train(asked, tmp_path / "run")
