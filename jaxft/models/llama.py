@@ -119,15 +119,16 @@ class LlamaConfig:
         if hf["hidden_act"] not in layers.ACTIVATIONS:
             raise unknown("activation (hidden_act of config.json)", str(hf["hidden_act"]), layers.ACTIVATIONS)
         bias = bool(hf.get("attention_bias", False))
+        query_heads, key_value_heads, head_dim = _head_layout(hf)
         return cls(
             **heads.common_fields(hf, architecture),
             vocab_size=hf["vocab_size"],
             hidden_size=hf["hidden_size"],
             intermediate_size=hf["intermediate_size"],
             num_hidden_layers=hf["num_hidden_layers"],
-            num_attention_heads=hf["num_attention_heads"],
-            num_key_value_heads=hf["num_key_value_heads"] or hf["num_attention_heads"],
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+            num_attention_heads=query_heads,
+            num_key_value_heads=key_value_heads,
+            head_dim=head_dim,
             hidden_act=hf["hidden_act"],
             rms_norm_eps=hf["rms_norm_eps"],
             max_position_embeddings=hf["max_position_embeddings"],
@@ -154,6 +155,29 @@ class LlamaConfig:
     def family(self) -> str:
         """transformers' model_type."""
         return ARCHITECTURES[self.architecture].model_type
+
+
+def _head_layout(hf: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Heads of the queries, heads of keys and values, and the size of one; raises `UserError` where they don't fit each other."""
+    heads, hidden_size = hf["num_attention_heads"], hf["hidden_size"]
+    shared, size = hf["num_key_value_heads"] or heads, hf.get("head_dim")
+    if heads < 1 or shared < 1 or heads % shared:
+        raise UserError(
+            f"config.json: num_attention_heads {heads} isn't a multiple of num_key_value_heads {shared}, and as many query heads share "
+            "each head of keys and values. Set them as the model was trained."
+        )
+    if not size and hidden_size % heads:
+        raise UserError(
+            f"config.json: hidden_size {hidden_size} isn't a multiple of num_attention_heads {heads}. Set them as the model was trained, "
+            "or say head_dim."
+        )
+    size = size or hidden_size // heads
+    if size < 2 or size % 2:
+        raise UserError(
+            f"config.json: head_dim {size} isn't an even number above 0, and rotary positions turn pairs of a head's numbers. Set it as "
+            "the model was trained."
+        )
+    return heads, shared, size
 
 
 def _windows(hf: Mapping[str, Any], family: str) -> tuple[int | None, ...]:

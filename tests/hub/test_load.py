@@ -150,6 +150,7 @@ def _escaping_index(folder):
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": "../x.safetensors"}}')
 
 
+_QWEN2 = {"architectures": ["Qwen2ForCausalLM"]}  # whose configuration transformers doesn't check
 BROKEN = {
     "missing": (_without("model.layers.1.mlp.up_proj.weight"), r"lacks model\.layers\.1\.mlp\.up_proj\.weight"),
     "left over": (_plus("model.extra.weight", np.ones(2, np.float32)), r"no place for: model\.extra\.weight"),
@@ -168,6 +169,8 @@ BROKEN = {
     "architecture": (lambda folder: _config(folder, architectures=["LlamaForCausalLMs"]), "no architecture 'LlamaForCausalLMs'.*Did"),
     "no architecture": (lambda folder: _config(folder, architectures=None), "no architecture under"),
     "config values": (lambda folder: _config(folder, hidden_size="many"), "isn't a configuration"),
+    "heads": (lambda folder: _config(folder, num_key_value_heads=3), "num_attention_heads 4 isn't a multiple of num_key_value_heads 3"),
+    "head size": (lambda folder: _config(folder, model_type="qwen2", num_attention_heads=6, head_dim=None, **_QWEN2), "or say head_dim"),
     "quantized": (lambda folder: _config(folder, quantization_config={"quant_method": "gptq"}), r"quantized \(gptq\)"),
     "shard missing": (_bad_index, r"There is no .*gone\.safetensors"),
     "shard outside": (_escaping_index, "outside of its folder"),
