@@ -1,10 +1,12 @@
 """Checkpoints by orbax: trainable leaves, optimizer, step, configuration, and the identity of the frozen base."""
 
+import contextlib
 import dataclasses
 import hashlib
 import pathlib
 import shutil
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -80,6 +82,7 @@ class _KeepBest(preservation_policy.PreservationPolicy):
         return [found.step == self.step for found in checkpoints]
 
 
+_REASON = 160  # characters of a library's error, that a message repeats
 _UNFINISHED = "*.orbax-checkpoint-tmp"  # folders of checkpoints that aren't whole
 
 
@@ -131,31 +134,67 @@ class Checkpoints:
             raise self._explained(error) from error
 
     def progress(self, step: int) -> Progress:
-        """Returns what the run knew at a step."""
+        """Returns what the run knew at a step; raises `UserError` where its files can't be read."""
+        with self._reading(step):
+            return self._progress(step)
+
+    def _progress(self, step: int) -> Progress:
         found = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
         held = found["progress"]
         return Progress(**{**held, "gap": Gap(**held.get("gap", {}))})
 
     def restore(self, step: int, like: State, sharding: State) -> State:
-        """Returns the state of a step, of the structure of `like`, placed by `sharding`."""
+        """Returns the state of a step, of the structure of `like`, placed by `sharding`; raises `UserError` where it can't be read."""
         abstract = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like, sharding)
-        found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_named(abstract))))["state"]
+        with self._reading(step):
+            found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_named(abstract))))["state"]
         return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in _named(like)])
 
     def restore_trained(self, step: int, trainable: Any, averaged: bool = False) -> State:
-        """Returns a step's weights, of the shapes and places of `trainable`, in a state without anything else: the average where it has."""
+        """Returns a step's weights, of the shapes and places of `trainable`, in a state without anything else: the average where it has.
+
+        Raises `UserError` where the step's files can't be read.
+        """
         step_like: Any = jax.ShapeDtypeStruct((), jnp.int32)
         weights = jax.tree.map(_float32_like, trainable)
         like = State(step_like, None, None, weights) if averaged else State(step_like, weights, None)
         named = _named(like)
         args = ocp.args.PyTreeRestore(named, ocp.checkpoint_utils.construct_restore_args(named), partial_restore=True)
-        found = self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+        with self._reading(step):
+            found = self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
         return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in named])
 
     def close(self) -> None:
         """Waits and lets go of the folder."""
         self.wait()
         self._manager.close()
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Explains what goes wrong where a step's files are read; the memory that they need is another matter."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            older = next((found for found in sorted(self._manager.all_steps(), reverse=True) if self._goes_on_from(found, step)), None)
+            damaged = [str(found) for found in sorted(self._manager.all_steps()) if found > (older or 0)]
+            then = "begins anew" if older is None else f"goes on from step {older}"
+            reason = textwrap.shorten(f"{type(error).__name__}: {error}", _REASON)
+            raise UserError(
+                f"The checkpoint of step {step} in {self.folder} can't be read ({reason}): its files are damaged, not all there, or of "
+                f"another version. Delete {', '.join(damaged)} in that folder; the same command then {then}."
+            ) from error
+
+    def _goes_on_from(self, older: int, step: int) -> bool:
+        """Whether a run could go on from an older step if all later ones were gone: it can be read, and the best one is there."""
+        if older >= step:
+            return False
+        try:
+            best = self._progress(older).best_step
+        except Exception:
+            return False
+        return best is None or best in self._manager.all_steps()
 
     def _explained(self, error: Exception) -> Exception:
         if not is_full(error):

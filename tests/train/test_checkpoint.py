@@ -83,6 +83,37 @@ def test_a_disk_that_is_full_from_the_start_is_told(tmp_path):
     assert newest_step(tmp_path / "checkpoints") is None
 
 
+def not_json(step):
+    (step / "progress" / "metadata").write_text("{bad")
+
+
+def cut(step):
+    for file in (path for path in (step / "state").rglob("*") if path.is_file()):
+        file.write_bytes(file.read_bytes()[:20])
+
+
+@pytest.mark.parametrize(
+    ("damaged", "remedy"),
+    [
+        ((3,), "Delete 3 in that folder; the same command then goes on from step 2"),
+        ((3, 2), "Delete 2, 3 in that folder; the same command then goes on from step 1"),
+        ((1,), "Delete 1, 2, 3 in that folder; the same command then begins anew"),
+    ],
+)
+@pytest.mark.parametrize("damage", [not_json, cut])
+def test_a_damaged_checkpoint_is_told_with_the_older_one_to_go_on_from(tmp_path, damage, damaged, remedy):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    for state in states(3):
+        checkpoints.save(state, dataclasses.replace(PROGRESS, best_step=1))
+    checkpoints.close()
+    damage(tmp_path / "checkpoints" / str(damaged[0]))
+    for step in damaged[1:]:
+        not_json(tmp_path / "checkpoints" / str(step))
+    again = Checkpoints(tmp_path / "checkpoints")
+    with pytest.raises(UserError, match=rf"step {damaged[0]} in {tmp_path}/checkpoints can't be read .*{remedy}"):
+        again.restore(damaged[0], state, jax.tree.map(lambda leaf: leaf.sharding, state)) if damage is cut else again.progress(damaged[0])
+
+
 def config(split, **sources):
     """A configuration of which the sets alone matter."""
     return {"data": {"train": "a.jsonl", "validation": "", "test": "", "split": split} | sources, "eval": {"limit": 0}}
