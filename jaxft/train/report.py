@@ -126,15 +126,6 @@ def adapter_command(folder: pathlib.Path, model: ModelConfig, format: str, train
     if source.startswith(BUNDLED) or pathlib.Path(source).is_file():
         found = find(source, "", ())
         base = f'"{found.folder}", gguf_file="{found.gguf.name}"' if found.gguf else f'"{found.folder}"'
-    if format == "adapterhub":
-        return (
-            f"The adapter is in {folder}. With adapters:\n\n"
-            "    import adapters\n"
-            f"    from transformers import {auto_class(trained.task)}\n\n"
-            f"    base = {auto_class(trained.task)}.from_pretrained({base}{_head_options(trained)})\n"
-            "    adapters.init(base)\n"
-            f'    base.load_adapter("{folder}", with_head={bool(trained.head)}, set_active=True, use_safetensors=True)\n'
-        )
     auto, options = auto_class(trained.task), _head_options(trained)
     names, written, note = auto, "", ""
     dtype = f", dtype=torch.{compute_type(model.dtype).name}"  # 4 bits hang on the type that they are made of
@@ -146,6 +137,16 @@ def adapter_command(folder: pathlib.Path, model: ModelConfig, format: str, train
         base, written, dtype = '"base"', _base_command(model), ""
     elif model.quantization != "none":
         note = f" transformers holds no kernels in {model.quantization}: this is the base whole, which differs a little."
+    if format == "adapterhub":
+        return (
+            f"The adapter is in {folder}. With adapters:{note}\n\n"
+            f"{written}"
+            "    import adapters\n"
+            f"    from transformers import {names}\n\n"
+            f"    base = {auto}.from_pretrained({base}{options})\n"
+            "    adapters.init(base)\n"
+            f'    base.load_adapter("{folder}", with_head={bool(trained.head)}, set_active=True, use_safetensors=True)\n'
+        )
     return (
         f"The adapter is in {folder}. With peft:{note}\n\n"
         f"{written}"

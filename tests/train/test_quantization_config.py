@@ -29,15 +29,20 @@ def test_what_has_no_effect_is_refused(change):
         quantization(dataclasses.replace(ModelConfig(), **change))
 
 
-MODEL = types.SimpleNamespace(task="causal_lm", config=types.SimpleNamespace(labels=()))
+MODEL = types.SimpleNamespace(task="causal_lm", head=(), config=types.SimpleNamespace(labels=()))
 
 
-def said(**settings):
-    return adapter_command(pathlib.Path("adapter"), ModelConfig(source="owner/name", dtype="float32", **settings), "peft", MODEL)
+FORMATS = ("peft", "adapterhub")
 
 
-def test_transformers_makes_the_base_where_it_makes_the_same():
-    found = said(quantization="nf4")
+def said(format="peft", **settings):
+    return adapter_command(pathlib.Path("adapter"), ModelConfig(source="owner/name", dtype="float32", **settings), format, MODEL)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_transformers_makes_the_base_where_it_makes_the_same(format):
+    found = said(format, quantization="nf4")
+    assert "import AutoModelForCausalLM, BitsAndBytesConfig\n" in found
     assert 'from_pretrained("owner/name", quantization_config=BitsAndBytesConfig(load_in_4bit=True' in found
     assert "jaxft.save_pretrained" not in found
 
@@ -60,9 +65,10 @@ def test_what_is_printed_makes_the_base_that_was_trained_on(tmp_path, compute):
 
 
 @pytest.mark.parametrize("change", [{"block_size": 32}, {"quantized": ("mlp",)}, {"source": "bundled:smollm2-135m-instruct"}], ids=str)
-def test_jaxft_writes_the_base_where_it_does_not(change):
+@pytest.mark.parametrize("format", FORMATS)
+def test_jaxft_writes_the_base_where_it_does_not(format, change):
     config = dataclasses.replace(ModelConfig(source="owner/name", dtype="float32", quantization="nf4"), **change)
-    found = adapter_command(pathlib.Path("adapter"), config, "peft", MODEL)
+    found = adapter_command(pathlib.Path("adapter"), config, format, MODEL)
     code = found[found.index("    import") :]
     compile("\n".join(line[4:] for line in code.splitlines()), "printed", "exec")
     assert f'jaxft.load_pretrained("{config.source}", dtype="float32"' in code
@@ -71,6 +77,7 @@ def test_jaxft_writes_the_base_where_it_does_not(change):
     assert "gguf_file" not in code
 
 
-def test_a_form_that_transformers_has_not_is_said():
-    assert "transformers holds no kernels in int8" in said(quantization="int8")
-    assert "this is the base whole" not in said()
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_form_that_transformers_has_not_is_said(format):
+    assert "transformers holds no kernels in int8" in said(format, quantization="int8")
+    assert "this is the base whole" not in said(format)
