@@ -3,9 +3,10 @@
     python benchmarks/qlora_7b.py [--tokens N] [--steps N] [--folder FOLDER] [--output FOLDER] [--small]
 
 On a GPU, LoRA in bfloat16 without quantization is trained beside it, and both are set against the card's rate of bfloat16 products as
-measured in the same process. On CPU, QLoRA alone, in float32: what counts there is that it fits the memory. `--small` is a model of two
-small layers, for a machine without much of either. Each side is a process of its own. The model's folder takes 13.5 GB; it is kept where
---folder names one. Writes qlora_7b.json.
+measured in the same process; on one that torch computes on, PEFT on bitsandbytes' kernels too, at the same rank and on the same examples
+in the same steps. On CPU, QLoRA alone, in float32: what counts there is that it fits the memory; what isn't measured is said, and written
+beside the figures. `--small` is a model of two small layers, for a machine without much of either. Each side is a process of its own. The
+model's folder takes 13.5 GB; it is kept where --folder names one. PEFT's side needs jaxft's extra `benchmark`. Writes qlora_7b.json.
 """
 
 import argparse
@@ -32,16 +33,29 @@ from jaxft.hub.load import describe_pretrained
 from jaxft.hub.names import tensors_of
 from jaxft.methods.partition import size, size_in_bytes
 from jaxft.tasks import SFT
-from jaxft.train.optimizer import make_optimizer
+from jaxft.train.optimizer import make_optimizer, make_schedule
 from jaxft.train.state import new_state
 from jaxft.train.step import make_step
 
 HERE = pathlib.Path(__file__).resolve().parent
+PEFT_SIDE = HERE / "qlora_7b_torch.py"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 LLAMA_2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}
 SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512}
 SHARD_BYTES = 2 * 10**9
 RANK, ALPHA = 16, 32.0  # those of lora_llama2:7b
+SCHEDULE_STEPS = 100  # that the learning rates are those of the start of
+UNMEASURED = {  # side: what is missing without it
+    "lora": "LoRA in bfloat16 without quantization beside QLoRA: its seconds and bytes; it takes a GPU",
+    "gpu": "the share of a GPU's rate of bfloat16 products, and the peak of a GPU's memory",
+    "peft": "QLoRA by PEFT on bitsandbytes' kernels, at the same rank, on the same examples and steps: it takes a GPU of CUDA",
+}
+DEVICES = """
+import importlib.util, json, jax
+on_gpu = jax.default_backend() != "cpu"
+has_peft = on_gpu and all(importlib.util.find_spec(name) for name in ("torch", "peft", "bitsandbytes"))
+print(json.dumps({"lora": on_gpu, "gpu": on_gpu, "peft": has_peft and __import__("torch").cuda.is_available()}))
+"""
 SIDE = 8192  # of the square matrices whose product gives a GPU's rate
 
 
@@ -55,16 +69,39 @@ def main() -> None:
         folder = options.folder or pathlib.Path(temporary)
         if not (folder / "config.json").exists():
             write_model(folder, SMALL if options.small else LLAMA_2_7B)
-        sides = ("qlora",) if jax.default_backend() == "cpu" else ("lora", "qlora")
-        report: dict[str, Any] = {"machine": machine.describe(PACKAGES), "model": json.loads((folder / "config.json").read_text())}
+        config = json.loads((folder / "config.json").read_text())
+        sides, unmeasured = _sides()
+        report: dict[str, Any] = {"machine": machine.describe(PACKAGES), "model": config, "unmeasured": unmeasured}
+        job = pathlib.Path(temporary) / "job.json"
+        job.write_text(json.dumps(peft_job(folder, options.tokens, options.steps, config["vocab_size"])))
         for side in sides:
-            command = [sys.executable, __file__, f"--side={side}", f"--folder={folder}"]
-            numbers = [f"--tokens={options.tokens}", f"--steps={options.steps}"]
-            done = subprocess.run([*command, *numbers], stdout=subprocess.PIPE, text=True, check=True)
-            report[side] = json.loads(done.stdout.splitlines()[-1])
+            numbers = [f"--folder={folder}", f"--tokens={options.tokens}", f"--steps={options.steps}"]
+            report[side] = _run(str(PEFT_SIDE), str(job)) if side == "peft" else _run(__file__, f"--side={side}", *numbers)
             print(side, json.dumps(report[side], indent=1), flush=True)
+    for missing in unmeasured:
+        print(f"Not measured here: {missing}.")
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "qlora_7b.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _sides() -> tuple[list[str], list[str]]:
+    """The sides that this machine can run, and what stays unmeasured; asked in a process of its own, for jax keeps a GPU's memory."""
+    has = _run("-c", DEVICES)
+    return [side for side in ("lora", "qlora", "peft") if has.get(side, True)], [UNMEASURED[name] for name in has if not has[name]]
+
+
+def _run(*arguments: str) -> dict[str, Any]:
+    """Runs Python in a process of its own, and returns what its last line says in JSON."""
+    done = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def peft_job(folder: pathlib.Path, tokens: int, steps: int, vocabulary: int) -> dict[str, Any]:
+    """Returns what PEFT's side has to know: the same examples, rank and update."""
+    update, (ids, scored) = OptimizerConfig(), _rows(tokens, vocabulary)
+    rates = [float(make_schedule(update, SCHEDULE_STEPS)(step)) for step in range(steps)]
+    lora = {"model": str(folder), "rank": RANK, "alpha": ALPHA, "ids": ids.tolist(), "scored": scored.tolist()}
+    return lora | {"rates": rates, "betas": (update.b1, update.b2), "eps": update.eps, "clip_norm": update.clip_norm}
 
 
 def _options() -> argparse.Namespace:
@@ -84,7 +121,7 @@ def write_model(folder: pathlib.Path, shape: dict[str, int]) -> None:
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "max_position_embeddings": 4096, "torch_dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(config | shape))
     model, shapes = describe_pretrained(str(folder))
-    random, shards, shard, held, places = np.random.default_rng(0), 0, {}, 0, {}
+    random, shards, shard, held, total, places = np.random.default_rng(0), 0, {}, 0, 0, {}
     wanted = tensors_of(model, shapes)
     for number, entry in enumerate(wanted):
         norm = entry.name.endswith("norm.weight")
@@ -94,8 +131,8 @@ def write_model(folder: pathlib.Path, shape: dict[str, int]) -> None:
         places[entry.name] = file = f"model-{shards:05d}.safetensors"
         if held > SHARD_BYTES or number + 1 == len(wanted):
             safetensors.numpy.save_file(shard, folder / file, {"format": "pt"})
-            shards, shard, held = shards + 1, {}, 0
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+            shards, shard, held, total = shards + 1, {}, 0, total + held
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": places}))
 
 
 def train(folder: pathlib.Path, quantized: bool, tokens: int, steps: int) -> dict[str, Any]:
@@ -112,7 +149,7 @@ def train(folder: pathlib.Path, quantized: bool, tokens: int, steps: int) -> dic
     trainable, frozen = jaxft.partition(params, method.mask(params))
     counts = {"total_parameters": size(params), "trainable_parameters": size(trainable), "frozen_bytes": size_in_bytes(frozen)}
     del params
-    optimizer = make_optimizer(OptimizerConfig(), 100)
+    optimizer = make_optimizer(OptimizerConfig(), SCHEDULE_STEPS)
     state = new_state(trainable, optimizer)
     del trainable
     batches = _batches(tokens, model.config.vocab_size)
@@ -153,13 +190,18 @@ def train(folder: pathlib.Path, quantized: bool, tokens: int, steps: int) -> dic
     return found
 
 
-def _batches(tokens: int, vocabulary: int) -> Batches:
-    """One packed row of four examples of random tokens, the last half of each scored."""
+def _rows(tokens: int, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+    """Four examples of random tokens, (4, tokens / 4), and which of them are scored: the last half of each."""
     length = tokens // 4
-    ids = np.random.default_rng(1).integers(1, vocabulary, 4 * length).astype(np.int32)
-    scored = np.tile(np.arange(length) >= length // 2, 4)
-    zeros = np.zeros(4, np.int32)
-    examples = NextTokens(ids, np.arange(0, 4 * length + 1, length, dtype=np.int64), zeros, scored, zeros, ("",) * 4)
+    ids = np.random.default_rng(1).integers(1, vocabulary, (4, length)).astype(np.int32)
+    return ids, np.tile(np.arange(length) >= length // 2, (4, 1))
+
+
+def _batches(tokens: int, vocabulary: int) -> Batches:
+    """The four examples, packed into one row."""
+    ids, scored = _rows(tokens, vocabulary)
+    zeros, offsets = np.zeros(4, np.int32), np.arange(0, ids.size + 1, ids.shape[1], dtype=np.int64)
+    examples = NextTokens(ids.ravel(), offsets, zeros, scored.ravel(), zeros, ("",) * 4)
     return Batches(examples, DataConfig(max_length=tokens, share_prefix=False), 1, 1, 0, False, 0)
 
 
