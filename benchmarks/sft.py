@@ -56,6 +56,7 @@ NOT_TRIED = {  # with the reason
     "OMP_NUM_THREADS": "torch takes all cores by itself",
     "GLIBC_TUNABLES, MALLOC_*": "settings of the process, not of the trainer, left alone on both sides",
 }
+KINDS_SHOWN = 12  # of operations, the slowest
 TRIAL_STEPS = 1  # timed; a variant's warmup comes before
 QUICK_STEPS = 2
 TRIAL_SECONDS = 300  # then a trial is given up: ten times what the slowest variant in float32 takes, loading included
@@ -217,17 +218,29 @@ def render(report: dict[str, Any]) -> str:
         + ", ".join(f"{name} {version}" for name, version in about["versions"].items())
         + f". Load average at the start: {about['load_average'][0]:.1f}.",
         _markdown(columns, rows),
+        "Tokens are each example's own, without padding: a prefix that examples share stands once in a row of jaxft's, and is counted in "
+        "each example that has it, on both sides.",
         f"jaxft trains {summary['speed_ratio']:.2f} times the tokens a second of TRL's better figure, at {summary['memory_ratio']:.2f} of "
         f"its peak memory. On the same examples, losses differ by {summary['loss_relative_difference_max']:.1e} of their value at most, "
         f"{summary['loss_relative_difference_mean']:.1e} on average.",
         f"A step takes {summary['step_over_floor']:.2f} times its floor, the sum of its products timed alone:",
         _floor(ours["floor"]["kinds"]),
-        "Where one step's time goes, by the profiler:",
-        _markdown(("operations", "seconds"), [(kind, f"{seconds:.3f}") for kind, seconds in list(ours["profile"].items())[:12]]),
+        _coverage(ours["profile"], float(np.median(timed(ours, "seconds")))),
+        _markdown(("operations", "seconds"), [(kind, f"{seconds:.3f}") for kind, seconds in list(ours["profile"].items())[:KINDS_SHOWN]]),
         "What was tried of TRL, on few steps:",
         _markdown(("variant", "tokens/s", "peak memory, GB"), [_trial(trial) for trial in report["trials"]]),
     ]
     return "\n\n".join(parts)
+
+
+def _coverage(profile: dict[str, float], step: float) -> str:
+    """What of a step's time the table of operations has."""
+    named, shown = (sum(seconds) for seconds in (list(profile.values()), list(profile.values())[:KINDS_SHOWN]))
+    return (
+        f"Where one step's time goes, by the profiler: it tells the operation for {named:.2f} s of the median step's {step:.2f} s, "
+        f"{named / step:.0%}, and the table has the largest kinds of these, {shown:.2f} s. The rest has no operation's name there; most "
+        "products of the linear layers, which the table above times alone, are part of it."
+    )
 
 
 def _precision(result: dict[str, Any]) -> str:

@@ -24,3 +24,14 @@ def test_quick_benchmark_agrees_and_reports(tmp_path):
     assert report["jaxft"]["tokens"] == report["trl"][0]["tokens"]
     assert (tmp_path / "sft.png").exists()
     assert "| jaxft, float32 |" in (tmp_path / "sft.md").read_text()
+
+
+def test_the_published_text_is_that_of_its_figures_and_says_what_they_cover(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import sft
+
+    report = json.loads((SCRIPT.parent / "results" / "sft.json").read_text())
+    text = sft.render(report)
+    assert (SCRIPT.parent / "results" / "sft.md").read_text() == text + "\n"
+    assert f"it tells the operation for {sum(report['jaxft']['profile'].values()):.2f} s of" in text
+    assert "is counted in each example that has it" in text
