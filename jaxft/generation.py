@@ -1,4 +1,7 @@
-"""Text from a causal model: greedy, temperature, top-k, top-p, for prompts of different lengths in one compiled program."""
+"""Text from a causal model: greedy, temperature, top-k, top-p, for prompts of different lengths.
+
+A program is compiled for each padded length of prompts (a multiple of 64) and number of rows in a batch, and kept.
+"""
 
 import dataclasses
 import functools
@@ -50,7 +53,8 @@ def generate(
 ) -> list[np.ndarray]:
     """Returns the new tokens of each prompt, (new,) int32, its end-of-text token left out.
 
-    Prompts of similar length share a batch; a batch is padded on the left, and ends once all its texts have.
+    Prompts of similar length share a batch; a batch is padded on the left, and ends once all its texts have. Batches whose longest prompts
+    are padded to the same multiple of 64 tokens share a compiled program.
 
     Args:
       model: a causal model.
