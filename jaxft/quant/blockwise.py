@@ -1,9 +1,11 @@
-"""Blockwise quantization: a kernel as codes of 4 or 8 bits and a scale for each block, equal to bitsandbytes' to the bit.
+"""Blockwise quantization: a kernel as codes of 4 or 8 bits and a scale for each block, as bitsandbytes on CPU has them, to the bit.
 
 The torch weight W = kernel.T, (out, in), is cut row by row into blocks; each is divided by its largest magnitude and every value
 replaced by the code of the nearest one in the code book. Double quantization then stores the scales, less their mean, in 8 bits each,
-in blocks of 256 (QLoRA, arXiv:2305.14314, section 3). All functions take numpy arrays and compute on the host, exactly, or jax arrays
-and compute where those lie, under `jax.jit` or not; there XLA takes subnormal numbers for zero, as it does everywhere.
+in blocks of 256 (QLoRA, arXiv:2305.14314, section 3). bitsandbytes' mean is torch's, whose last bit depends on the threads that sum more
+than 32,768 scales: for double quantization of such a kernel, equality is with one thread (`mean`). All functions take numpy arrays and
+compute on the host, exactly, or jax arrays and compute where those lie, under `jax.jit` or not; there XLA takes subnormal numbers for
+zero, as it does everywhere.
 """
 
 import dataclasses
