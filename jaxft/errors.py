@@ -14,6 +14,10 @@ class UserError(Exception):
     """
 
 
+class UserNote(UserWarning):
+    """What a user should know of what was done as asked: a warning in Python, one line of what `launch.py` prints."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns " Did you mean 'x'?" for the nearest of `known`, or an empty string.
 

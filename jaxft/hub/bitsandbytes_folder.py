@@ -5,7 +5,7 @@ Beside the codes of a weight, `X.weight`, lie its scales and a JSON text of the 
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from jaxft.errors import UserError
 from jaxft.hub.checkpoint import FLOATS, QUANTIZATION, SafetensorsFolder
 from jaxft.hub.names import Entry, listed
 from jaxft.hub.sources import Source
+from jaxft.models.node import is_quantized
 from jaxft.quant import codes
 from jaxft.quant.blockwise import BLOCK_SIZES, NESTED_BLOCK, Format, QuantizedKernel, from_bitsandbytes, to_bitsandbytes
 
@@ -127,3 +128,21 @@ def tensors_of(entry: Entry) -> dict[str, np.ndarray]:
         held |= {".nested_absmax": parts["nested_absmax"], ".nested_quant_map": codes.INT8}
     held[f"{STATE}{format.code}"] = np.frombuffer(json.dumps(state).encode("utf-8"), np.uint8)
     return {f"{entry.name}{suffix}": array for suffix, array in held.items()}
+
+
+def note(found: Sequence[Entry]) -> str:
+    """Returns what to know of a folder of such weights before bitsandbytes computes with it on a CPU; empty where it computes rightly.
+
+    Its version 0.50 takes each row of a weight, (out, in), for a whole number of blocks there.
+    """
+    kernels = [entry for entry in found if is_quantized(entry.leaf.value) and entry.leaf.shape[0] % entry.leaf.value.format.block_size]
+    if not kernels:
+        return ""
+    inputs, block = kernels[0].leaf.shape[0], kernels[0].leaf.value.format.block_size
+    fitting = [str(size) for size in BLOCK_SIZES if all(entry.leaf.shape[0] % size == 0 for entry in kernels)]
+    remedy = f"Blocks of {' or '.join(fitting)} fill these rows." if fitting else "Leave them out of what is quantized."
+    names = listed([entry.name for entry in kernels])
+    return (
+        f"bitsandbytes can't compute on a CPU with {names}: their rows, of {inputs} values in the first, "
+        f"aren't whole blocks of {block}, and it stops there, or takes wrong values. jaxft reads them rightly. {remedy}"
+    )

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import transformers
 from flax import linen as nn
 
-from jaxft.errors import UserError, unknown
+from jaxft.errors import UserError, UserNote, unknown
 from jaxft.hub import bitsandbytes_config, bitsandbytes_folder
 from jaxft.hub import folder as folders
 from jaxft.hub.checkpoint import CONFIG, GENERATION_CONFIG, INDEX, QUANTIZATION
@@ -65,7 +66,8 @@ def save_pretrained(
       tokenizer: of transformers; its files and chat template are written too.
       card: README.md, Markdown; empty is a short one.
       max_shard_size: of one safetensors file.
-      format: hf writes quantized kernels dense, one after the other; bitsandbytes writes their codes, which transformers loads with it.
+      format: hf writes quantized kernels dense, one after the other; bitsandbytes writes their codes, which transformers loads with it; of
+        kernels that it can't compute with on a CPU, rows that aren't whole blocks, a warning says so.
 
     Raises:
       UserError: `params` hold a method, or nothing that bitsandbytes has; a folder that isn't ours, or can't be written.
@@ -80,6 +82,8 @@ def save_pretrained(
         )
     found = tensors_of(model, params)
     quantization = _quantization(model, found) if format == BITSANDBYTES else {}
+    if quantization and (note := bitsandbytes_folder.note(found)):
+        warnings.warn(note, UserNote, stacklevel=2)
     tensors: dict[str, _Tensor] = {}
     parts = functools.lru_cache(maxsize=1)(lambda number: bitsandbytes_folder.tensors_of(found[number]))  # read once for all of them
     for number, entry in enumerate(found):

@@ -1,6 +1,7 @@
 """A merged model in 4 bits again, and what that loses."""
 
 import pathlib
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft import console
+from jaxft.errors import UserNote
 from jaxft.hub.quantized import PATTERNS, chosen, formats_of, in_formats
 from jaxft.hub.save import BITSANDBYTES, save_pretrained
 from jaxft.models import segments
@@ -36,7 +38,10 @@ def export(setup: Setup, state: State, evaluator: Evaluator, folder: pathlib.Pat
     loss = _report(errors, evaluator, state, placement.place(again, places), experiment.eval.split)
     if summary:
         summary = {**summary, "eval": {**summary["eval"], "after, in 4 bits again": {"loss": loss}}}
-    save_pretrained(folder, setup.model, again, setup.tokenizer, card=card(experiment, summary, BITSANDBYTES), format=BITSANDBYTES)
+    with warnings.catch_warnings(record=True, action="always", category=UserNote) as notes:
+        save_pretrained(folder, setup.model, again, setup.tokenizer, card=card(experiment, summary, BITSANDBYTES), format=BITSANDBYTES)
+    for note in notes:
+        console.say(f"Note: {note.message}\n")
 
 
 def kernel_errors(params: Any, again: Any) -> dict[str, float]:

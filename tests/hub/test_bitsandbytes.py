@@ -11,10 +11,11 @@ import pytest
 import safetensors.numpy
 import torch
 from four_bit_models import FORMATS, KINDS, by_transformers, dense, our_logits, ready_made, their_logits
+from tiny_models import load, make_reference
 
 import jaxft
 from jaxft.config import TrainConfig
-from jaxft.errors import UserError
+from jaxft.errors import UserError, UserNote
 from jaxft.hub.load import describe_pretrained
 from jaxft.models import segments
 from jaxft.models.node import is_node, is_quantized
@@ -91,8 +92,6 @@ def test_ours_loads_in_transformers_with_equal_weights_and_logits(folder):
 
 
 def test_tied_embeddings_stay_dense_and_other_block_sizes_are_read(folder, tmp_path):
-    from tiny_models import make_reference
-
     make_reference("llama", tie_word_embeddings=True, hidden_size=64, intermediate_size=128, num_hidden_layers=1).save_pretrained(tmp_path)
     model, params = jaxft.load_pretrained(tmp_path, quantization=jaxft.Format(block_size=32))
     jaxft.save_pretrained(folder, model, params, format="bitsandbytes")
@@ -243,6 +242,15 @@ def test_blocks_of_another_size_are_described_as_they_are_asked_for(folder):
     _, shapes = describe_pretrained(folder, quantization=format)
     assert jax.tree.structure(shapes) == jax.tree.structure(params)
     assert [leaf.shape for leaf in jax.tree.leaves(shapes)] == [leaf.shape for leaf in jax.tree.leaves(params)]
+
+
+@pytest.mark.parametrize(("width", "remedy"), [(96, "Blocks of 32 fill these rows"), (80, "Leave them out of what is quantized")])
+def test_rows_that_are_not_whole_blocks_are_told_where_they_are_written(width, remedy, folder):
+    model, params = load(make_reference("llama", hidden_size=64, intermediate_size=width), quantization=jaxft.Format())
+    told = rf"bitsandbytes can't compute on a CPU with .*down_proj.*of {width} values in the first, aren't whole blocks of 64.*{remedy}"
+    with pytest.warns(UserNote, match=told):
+        jaxft.save_pretrained(folder, model, params, format="bitsandbytes")
+    assert np.abs(their_logits(by_transformers(folder)) - our_logits(model, params)).max() > 0.1  # their version 0.50, without AVX-512
 
 
 def test_what_can_not_be_quantized_as_asked_is_refused():
