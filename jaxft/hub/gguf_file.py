@@ -39,8 +39,18 @@ class _Reader(gguf.GGUFReader):
         order: Literal["big", "little"] = "big" if self.byte_order == "S" else "little"
         end, data = start, memoryview(self.data)  # type: ignore[arg-type]  # an array of bytes
         for _ in range(length):
+            self._check_within(end, 8)
             end += 8 + int.from_bytes(data[end : end + 8], order)
+        self._check_within(end, 0)
         return end - orig_offs, [], [], types
+
+    def _get(self, offset: int, dtype: Any, count: Any = 1, override_order: Literal["I", "S", "<"] | None = None) -> np.ndarray:
+        self._check_within(offset, int(count) * np.dtype(dtype).itemsize)
+        return super()._get(offset, dtype, count, override_order)
+
+    def _check_within(self, offset: int, length: int) -> None:
+        if int(offset) + length > len(self.data):
+            raise ValueError(f"expected {length:,} bytes at byte {int(offset):,}, but the file ends after {len(self.data):,}")
 
 
 def metadata(path: pathlib.Path) -> bytes:

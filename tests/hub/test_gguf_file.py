@@ -166,10 +166,17 @@ def test_a_file_that_does_not_add_up_gives_one_clear_message(fault, file):
         jaxft.load_pretrained(file)
 
 
-@pytest.mark.parametrize("keep", [0, 3, 40, 400, -64])
+@pytest.mark.parametrize("keep", [3, 40, 400, 3000, -64])
 def test_a_truncated_file_gives_one_clear_message(keep, file):
     write_gguf(file, make_model("llama", **BLOCKS))
     file.write_bytes(file.read_bytes()[:keep])
+    size = f"{file.stat().st_size:,}"
+    with pytest.raises(UserError, match=rf"no whole GGUF file \(expected [0-9,]+ bytes at byte [0-9,]+, but the file ends after {size}\)"):
+        jaxft.load_pretrained(file)
+
+
+def test_an_empty_file_gives_one_clear_message(file):
+    file.touch()
     with pytest.raises(UserError, match="no whole GGUF file"):
         jaxft.load_pretrained(file)
 
