@@ -254,6 +254,8 @@ def _from_records(records: list[Any], name: str, unit: str, numbers: Iterable[in
                 "Give every row the same columns, with null where there is no value."
             )
     columns = {column: [record[column] for record in records] for column in (records[0] if records else ())}
+    if bad := next((column for column in columns if _own_fault(column)), None):
+        raise UserError(f"{name}, {unit} {numbers[0]}: the name of a column: {_own_fault(bad)}, found {_shown(bad)}.")
     arrays = {column: _as_array(values, column, name, unit, numbers) for column, values in columns.items()}
     return Rows(datasets.Dataset(pa.table(arrays)), name, unit, numbers)
 
@@ -271,12 +273,27 @@ def _as_array(values: list[Any], column: str, name: str, unit: str, numbers: np.
             good = middle
         except (pa.ArrowException, TypeError, ValueError, OverflowError):
             bad = middle
-    kind = pa.array(values[:good]).type if good else "text, numbers, lists or objects"
-    raise UserError(f"{name}, {unit} {numbers[good]}: column '{column}' was {kind} in the rows before, found {_shown(values[good])}.")
+    place, found = f"{name}, {unit} {numbers[good]}: column '{column}'", _shown(values[good])
+    if fault := _own_fault(values[good]):
+        raise UserError(f"{place}: {fault}, found {found}.")
+    raise UserError(f"{place} was {pa.array(values[:good]).type} in the rows before, found {found}.")
+
+
+def _own_fault(value: Any) -> str:
+    """What was expected of a value that can stand in no column, whatever the others are; empty where it can."""
+    try:
+        pa.array([value])
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        return f"expected whole characters, but {half} (character {error.start + 1} of its text) is half of one, without its other half"
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        return f"expected text, a number of 64 bits, an object, or a list of values of one kind ({str(error).splitlines()[0]})"
+    return ""
 
 
 def _shown(value: Any) -> str:
     text = value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")  # half a character can't be printed
     return f"'{text[:80]}{'...' if len(text) > 80 else ''}'"
 
 

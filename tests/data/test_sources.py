@@ -76,6 +76,19 @@ BAD_FILES = {
         json_lines([{"m": [{"c": "x"}]}, {"m": [{"c": 1}]}]),
         "line 2: column 'm' was list<item: struct<c: string>> in the rows before, found '[{\"c\": 1}]'",
     ),
+    "half a character": (
+        "a.jsonl",
+        '{"a": "x \\ud800"}\n{"a": "y"}\n',
+        "line 1: column 'a': expected whole characters, but \\ud800 (character 3 of its text) is half of one, without its other half, "
+        "found 'x \\ud800'",
+    ),
+    "half a character later": ("a.jsonl", '{"a": "y"}\n{"a": ["\\udfff"]}\n', "line 2: column 'a': expected whole characters, but \\udfff"),
+    "half a character in a name": ("a.jsonl", '{"a\\ud800": "y"}\n', "line 1: the name of a column: expected whole characters"),
+    "mixed list": (
+        "a.jsonl",
+        '{"a": [1, "x"]}\n',
+        "line 1: column 'a': expected text, a number of 64 bits, an object, or a list of values",
+    ),
     "broken json": ("a.json", '[{"text": "a"},\n{"text" "b"}]', 'a.json, line 2: expected a JSON list of objects, found \'{"text" "b"}]\''),
     "json lines in json": ("a.json", '{"text": "a"}\n{"text": "b"}\n', "rename it to .jsonl"),
     "json scalar": ("a.json", "3", "a.json: expected a JSON list of objects, found '3'"),
