@@ -128,7 +128,7 @@ def adapter_command(folder: pathlib.Path, model: ModelConfig, format: str, train
         base = f'"{found.folder}", gguf_file="{found.gguf.name}"' if found.gguf else f'"{found.folder}"'
     auto, options = auto_class(trained.task), _head_options(trained)
     names, written, note = auto, "", ""
-    dtype = f", dtype=torch.{compute_type(model.dtype).name}"  # 4 bits hang on the type that they are made of
+    of_base = dtype = f", dtype=torch.{compute_type(model.dtype).name}"  # 4 bits hang on the type that they are made of
     if model.quantization in CODES and _is_made_by_transformers(model, "gguf_file" in base):
         names += ", BitsAndBytesConfig"
         settings = f'load_in_4bit=True, bnb_4bit_quant_type="{model.quantization}", bnb_4bit_use_double_quant={model.double_quantization}'
@@ -138,14 +138,18 @@ def adapter_command(folder: pathlib.Path, model: ModelConfig, format: str, train
     elif model.quantization != "none":
         note = f" transformers holds no kernels in {model.quantization}: this is the base whole, which differs a little."
     if format == "adapterhub":
+        # the transformers of adapters takes 4 bits for float16 where nothing is said, and adapters puts float32 beside any type
+        dtype, cast = (of_base, "    base.adapter_to(name, dtype=base.dtype)\n") if model.quantization in CODES else ("", "")
         return (
             f"The adapter is in {folder}. With adapters:{note}\n\n"
             f"{written}"
             "    import adapters\n"
+            f"{'    import torch' + chr(10) if dtype else ''}"
             f"    from transformers import {names}\n\n"
-            f"    base = {auto}.from_pretrained({base}{options})\n"
+            f"    base = {auto}.from_pretrained({base}{dtype}{options})\n"
             "    adapters.init(base)\n"
-            f'    base.load_adapter("{folder}", with_head={bool(trained.head)}, set_active=True, use_safetensors=True)\n'
+            f'    name = base.load_adapter("{folder}", with_head={bool(trained.head)}, set_active=True, use_safetensors=True)\n'
+            f"{cast}"
         )
     return (
         f"The adapter is in {folder}. With peft:{note}\n\n"

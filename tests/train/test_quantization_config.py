@@ -73,8 +73,20 @@ def test_jaxft_writes_the_base_where_it_does_not(format, change):
     compile("\n".join(line[4:] for line in code.splitlines()), "printed", "exec")
     assert f'jaxft.load_pretrained("{config.source}", dtype="float32"' in code
     assert f'jaxft.Format("nf4", {config.block_size}, True), quantized={config.quantized!r})' in code
-    assert 'AutoModelForCausalLM.from_pretrained("base")' in code
+    assert f'AutoModelForCausalLM.from_pretrained("base"{", dtype=torch.float32" if format == "adapterhub" else ""})' in code
     assert "gguf_file" not in code
+
+
+def test_an_adapter_of_adapterhub_has_the_type_of_its_four_bit_base():
+    found = adapter_command(
+        pathlib.Path("adapter"), ModelConfig(source="owner/name", dtype="bfloat16", quantization="nf4"), "adapterhub", MODEL
+    )
+    code = [line.strip() for line in found[found.index("    import") :].splitlines()]
+    compile("\n".join(code), "printed", "exec")
+    assert "import torch" in code
+    assert "dtype=torch.bfloat16)" in found
+    assert code[-1] == "base.adapter_to(name, dtype=base.dtype)"
+    assert "torch" not in said("adapterhub")
 
 
 @pytest.mark.parametrize("format", FORMATS)
