@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the configuration's fields and the comments beside them.
+"""Writes docs/configuration.md from the configuration's fields and the comments beside them, and docs/api.md from the docstrings.
 
 python docs/generate.py
 """
@@ -11,12 +11,23 @@ import re
 import typing
 from typing import Any
 
+import jaxft
 import jaxft.methods
 import jaxft.objectives
 import jaxft.tasks
 from jaxft import config, overrides
 
 PAGE = pathlib.Path(__file__).parent / "configuration.md"
+API_PAGE = pathlib.Path(__file__).parent / "api.md"
+API_HEAD = """# The Python interface
+
+    import jaxft
+
+Everything here is a function of its arguments, or a frozen dataclass. Parameters are nested dicts of arrays; a method's `init` adds
+leaves to them, its `mask` says which leaves train, its `merge` folds them into the base. The fields of methods, tasks and objectives are
+in [configuration.md](configuration.md). This page is written by `docs/generate.py`.
+"""
+OF_A_METHOD = ("init", "begin", "mask", "merge", "tokenized", "optimizer", "penalty")
 HEAD = """# Configuration
 
 An experiment is a file in `experiments/`; `--config.PATH=VALUE` overrides any field of it, and `config.json` in the run's folder holds
@@ -49,6 +60,26 @@ def page() -> str:
             if title != "Compose" and dataclasses.is_dataclass(kind := getattr(module, title)):  # a sum has no fields that flags give
                 parts.append(_section(f"config.{name}, {title}", kind))
     return "\n".join(parts)
+
+
+def api_page() -> str:
+    """Returns the page of the Python interface."""
+    parts = [API_HEAD, "## jaxft\n"]
+    parts += [_documented(f"jaxft.{name}", getattr(jaxft, name)) for name in jaxft.__all__ if name != "methods"]
+    parts.append("## A method\n")
+    parts += [_documented(f"Method.{name}", getattr(jaxft.methods.Method, name)) for name in OF_A_METHOD]
+    for module in (jaxft.methods, jaxft.tasks, jaxft.objectives):
+        parts.append(f"## {module.__name__}\n\n{inspect.cleandoc(module.__doc__ or '')}\n")
+        found = [(name, getattr(module, name)) for name in module.__all__ if name not in ("Method", "Task", "Objective")]
+        parts += [_documented(f"{module.__name__}.{name}", kind) for name, kind in found if inspect.isclass(kind)]
+    return "\n".join(parts)
+
+
+def _documented(name: str, found: Any) -> str:
+    """The signature of a function, and the docstring."""
+    shown = name if inspect.isclass(found) else f"{name}{inspect.signature(found)}"
+    shown = re.sub(r"\b(?:\w+\.)+(?=[A-Z])", "", shown) if not inspect.isclass(found) else shown  # jax.Array is Array here
+    return f"### `{shown}`\n\n```text\n{inspect.cleandoc(found.__doc__ or '')}\n```\n"
 
 
 def _section(title: str, kind: type[Any]) -> str:
@@ -85,3 +116,4 @@ def _shown(value: Any) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    API_PAGE.write_text(api_page(), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The page of all fields."""
+"""The pages of all fields and of the Python interface."""
 
 import pathlib
 import runpy
@@ -6,9 +6,17 @@ import runpy
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
 
-def test_the_page_is_in_step_with_the_configuration():
+def test_the_pages_are_in_step_with_the_code():
     generate = runpy.run_path(str(DOCS / "generate.py"))
     assert (DOCS / "configuration.md").read_text(encoding="utf-8") == generate["page"](), "run: python docs/generate.py"
+    assert (DOCS / "api.md").read_text(encoding="utf-8") == generate["api_page"](), "run: python docs/generate.py"
+
+
+def test_everything_public_says_what_it_is():
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    assert "jaxft.load_pretrained(" in text
+    assert "```text\n\n```" not in text
+    assert " object at 0x" not in text
 
 
 def test_every_field_says_what_it_means():
