@@ -104,12 +104,6 @@ def check(config: OptimizerConfig) -> None:
     for name in ("b1", "b2", "eps"):
         if name not in _USED[config.name] and getattr(config, name) != getattr(OptimizerConfig, name):
             raise UserError(f"optimizer.{name} is set, but {config.name} has none. Leave it out, or take another optimizer.name.")
-    for name, schedules in _FOLLOWED.items():
-        if config.schedule not in schedules and getattr(config, name) != getattr(OptimizerConfig, name):
-            raise UserError(
-                f"optimizer.{name} has no effect with optimizer.schedule={config.schedule}. Leave it out, or set that to "
-                f"{' or '.join(schedules)}."
-            )
     if config.moments not in MOMENTS:
         raise unknown("type of optimizer.moments", config.moments, MOMENTS)
     if config.name not in MOMENTS[config.moments]:
@@ -128,3 +122,9 @@ def check(config: OptimizerConfig) -> None:
     for name in ("b1", "b2", "decay", "final_scale"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"optimizer.{name} is from 0 to 1, not {getattr(config, name)}.")
+    for name, schedules in _FOLLOWED.items():
+        if config.schedule not in schedules and getattr(config, name) != getattr(OptimizerConfig, name):
+            raise UserError(
+                f"optimizer.{name} has no effect with optimizer.schedule={config.schedule}. Leave it out, or set that to "
+                f"{' or '.join(schedules)}."
+            )
