@@ -348,7 +348,7 @@ def _check_data(progress: Progress, data: Mapping[str, str], setup: TrainingSetu
     """Raises `UserError` where a set that training reads isn't the one that the run began with; the test set may be another."""
     for name in ("train", "validation", UNLABELLED):
         if name in progress.data and progress.data[name] != data.get(name):
-            rows = setup.rows.get(name, setup.rows["train"]).name
+            rows = (name == UNLABELLED and setup.experiment.data.unlabelled) or setup.rows.get(name, setup.rows["train"]).name
             raise UserError(
                 f"The {name} set isn't the one that this run began with: its rows, from {rows}, have changed since. Put them back, or "
                 "choose another --workdir."
