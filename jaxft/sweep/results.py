@@ -1,0 +1,413 @@
+"""What came of a sweep's runs: their folders as rows, and rows as settings with the rate that validation chose.
+
+A setting is what a row of the report is, as a method. What else its runs differ in is tuned, as the learning rate; the values of it with
+one seed each are a candidate. The candidate is chosen on validation, figures are of the evaluation after training, of the test set.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxft.errors import UserError
+
+RATE, SEED = "optimizer.learning_rate", "train.seed"
+DONE = "done"
+CONFIDENCE = 0.95
+_CLASS = "class"  # of a method as JSON
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One run. What isn't known, or isn't finite, is None."""
+
+    id: str
+    overrides: Mapping[str, Any]
+    setting: str  # label of the setting
+    tuned: str  # label of what is tuned
+    method: str
+    learning_rate: float | None
+    seed: int | None
+    state: str  # waiting, running, done, failed, pruned
+    attempts: int
+    error: str | None
+    group: int | None  # number of the population that it trained in
+    validation: float | None  # best value of the metric
+    before: Mapping[str, float]  # metrics before training
+    after: Mapping[str, float]  # and of the best checkpoint
+    trainable_parameters: int | None
+    total_parameters: int | None
+    peak_memory_bytes: int | None
+    tokens_per_second: float | None
+    seconds: float | None  # of a member of a population: its share
+    compile_seconds: float | None
+    export_bytes: int | None
+    forgetting: float | None  # loss on general text, after less before
+    curves: Mapping[str, Sequence[tuple[int, float]]]  # training loss and validation's metric, by step
+
+    @property
+    def share(self) -> float | None:
+        """Trained parameters among all."""
+        return self.trainable_parameters / self.total_parameters if self.trainable_parameters and self.total_parameters else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A mean over seeds, and half the width of its 95% interval: None of one seed."""
+
+    mean: float
+    half: float | None
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """The runs of a setting that differ in their seed alone."""
+
+    tuned: str
+    learning_rate: float | None
+    rows: tuple[Row, ...]
+
+    def finished(self) -> list[Row]:
+        """Returns the runs that validation can judge."""
+        return [row for row in self.rows if row.state == DONE and row.validation is not None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A row of the report: its candidates, and the one that validation chose, or None where no run is done."""
+
+    label: str
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate | None
+
+    @property
+    def rows(self) -> list[Row]:
+        """All runs."""
+        return [row for candidate in self.candidates for row in candidate.rows]
+
+    def figure(self, name: str) -> Interval | None:
+        """Returns a metric of the chosen runs after training."""
+        return interval(row.after.get(name) for row in self.chosen.finished()) if self.chosen else None
+
+    def mean(self, field: str) -> float | None:
+        """Returns the mean of a field over the chosen runs."""
+        found = interval(getattr(row, field) for row in self.chosen.finished()) if self.chosen else None
+        return found.mean if found else None
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether a chosen run was a member of a population."""
+        return any(row.group is not None for row in self.chosen.finished()) if self.chosen else False
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """A sweep's."""
+
+    experiment: str
+    metric: str
+    mode: str  # min or max
+    split: str  # that figures are of
+    vary: tuple[str, ...]
+    config: Mapping[str, Any]
+    versions: tuple[Mapping[str, str], ...]  # different ones among the runs
+    devices: tuple[Mapping[str, Any], ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def sign(self) -> int:
+        """What makes more of the metric worse."""
+        return 1 if self.mode == "min" else -1
+
+    def settings(self) -> list[Setting]:
+        """Returns the settings in the order of their first run."""
+        found: dict[str, dict[str, list[Row]]] = {}
+        for row in self.rows:
+            found.setdefault(row.setting, {}).setdefault(row.tuned, []).append(row)
+        settings = []
+        for label, by_tuned in found.items():
+            candidates = tuple(Candidate(tuned, rows[0].learning_rate, tuple(rows)) for tuned, rows in by_tuned.items())
+            settings.append(Setting(label, candidates, choose(candidates, self.sign)))
+        return settings
+
+
+def interval(values: Iterable[float | None]) -> Interval | None:
+    """Returns the mean with its 95% interval by Student's t distribution; None of no value.
+
+    >>> interval([1.0, 2.0, 3.0])
+    Interval(mean=2.0, half=2.484..., count=3)
+    >>> interval([1.0, None])
+    Interval(mean=1.0, half=None, count=1)
+    """
+    from scipy.special import stdtrit  # takes a while to import, which no launch shall wait for
+
+    known = np.asarray([value for value in values if value is not None and math.isfinite(value)], np.float64)
+    if not len(known):
+        return None
+    count, half = len(known), None
+    if count > 1:
+        half = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2) * known.std(ddof=1) / math.sqrt(count))
+    return Interval(float(known.mean()), half, count)
+
+
+def choose(candidates: Sequence[Candidate], sign: int) -> Candidate | None:
+    """Returns the candidate with the best mean on validation among those with the most finished seeds; of a tie, the lowest rate.
+
+    A rate with fewer seeds is no candidate: some of its runs failed, or aren't done yet.
+    """
+    most = max((len(candidate.finished()) for candidate in candidates), default=0)
+    if not most:
+        return None
+
+    def order(candidate: Candidate) -> tuple[float, float]:
+        values = [row.validation for row in candidate.finished() if row.validation is not None]
+        return sign * math.fsum(values) / len(values), math.inf if candidate.learning_rate is None else candidate.learning_rate
+
+    return min((candidate for candidate in candidates if len(candidate.finished()) == most), key=order)
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Returns the numbers of the (cost, loss) points that no other one is better than in one and no worse than in the other.
+
+    >>> front([(1, 3), (2, 2), (2, 4), (3, 2)])
+    [0, 1]
+    """
+    return [
+        i
+        for i, (cost, loss) in enumerate(points)
+        if not any(c <= cost and other <= loss and (c, other) != (cost, loss) for c, other in points)
+    ]
+
+
+# ---------------------------------------------------------------- from folders
+
+
+def gather(folder: pathlib.Path) -> Results:
+    """Returns what a sweep's folder holds, of a sweep half done as well.
+
+    Raises:
+        UserError: the folder holds no sweep.
+    """
+    sweep = _read(folder / "sweep.json")
+    if sweep is None:
+        raise UserError(f"{folder} holds no sweep of jaxft: there is no sweep.json that can be read. Name a sweep's folder by --workdir.")
+    runs, config = sweep["runs"], sweep["config"]
+    changed = {path: None for run in runs for path in run["overrides"]}
+    vary = tuple(sweep.get("vary") or (path for path in changed if path != SEED and not path.startswith("optimizer.")))
+    configs = [_read(folder / "runs" / run["id"] / "config.json") or {} for run in runs]
+    summaries = [_read(folder / "runs" / run["id"] / "summary.json") or {} for run in runs]
+    labels = _labels([_values(run["overrides"], vary, config) for run in runs], [one.get("method") for one in summaries])
+    tuned = [path for path in changed if path not in vary and path != SEED]
+    rows = []
+    for run, summary, label in zip(runs, summaries, labels, strict=True):
+        values = _values(run["overrides"], tuned, config)
+        rows.append(_row(folder / "runs", run, summary, (label, _tuned_label(values)), sweep))
+    return Results(
+        sweep["experiment"],
+        sweep["metric"],
+        sweep["mode"],
+        _value({}, "eval.split", config) or "test",
+        vary,
+        config,
+        _different([sweep.get("versions"), *(one.get("versions") for one in configs)]),
+        _different([sweep.get("device"), *(one.get("device") for one in configs)]),
+        tuple(rows),
+    )
+
+
+def _row(
+    folder: pathlib.Path, run: Mapping[str, Any], summary: Mapping[str, Any], labels: tuple[str, str], sweep: Mapping[str, Any]
+) -> Row:
+    state, overrides = _read(folder / f"{run['id']}.json") or {}, run["overrides"]
+    measured = summary.get("eval", {})
+    before, after = (_finite(measured.get(name, {})) for name in ("before", "after"))
+    validation = f"validation_{sweep['metric']}"
+    curves = _curves(folder / run["id"] / "metrics.jsonl", ("loss", validation))
+    best = (min if sweep["mode"] == "min" else max)((value for _, value in curves[validation]), default=None)
+    shared, error = state.get("shared_seconds"), state.get("error")
+    if state.get("state") == DONE and not summary:
+        error = "Its folder holds no summary.json that can be read."
+    forgotten = after["general_loss"] - before["general_loss"] if "general_loss" in before and "general_loss" in after else None
+    method = _value(overrides, "method", sweep["config"])
+    return Row(
+        id=run["id"],
+        overrides=overrides,
+        setting=labels[0],
+        tuned=labels[1],
+        method=summary.get("method") or (method.get(_CLASS, "") if isinstance(method, dict) else str(method)),
+        learning_rate=_value(overrides, RATE, sweep["config"]),
+        seed=_value(overrides, SEED, sweep["config"]),
+        state=state.get("state", "waiting"),
+        attempts=state.get("attempts", 0),
+        error=error,
+        group=run.get("group"),
+        validation=best,
+        before=before,
+        after=after,
+        trainable_parameters=summary.get("trainable_parameters"),
+        total_parameters=summary.get("total_parameters"),
+        peak_memory_bytes=summary.get("peak_memory_bytes"),
+        tokens_per_second=summary.get("tokens_per_second"),
+        seconds=summary.get("seconds") if shared is None else shared,
+        compile_seconds=summary.get("compile_seconds"),
+        export_bytes=_size(folder / run["id"] / "export"),
+        forgetting=forgotten,
+        curves=curves,
+    )
+
+
+def _curves(path: pathlib.Path, names: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
+    """Some series of a run; of a step that was run again, its last value."""
+    found: dict[str, dict[int, float]] = {name: {} for name in names}
+    for line in _lines(path):
+        for name in names:
+            if isinstance(value := line.get(name), int | float) and math.isfinite(value):
+                found[name][line["step"]] = float(value)
+    return {name: sorted(series.items()) for name, series in found.items()}
+
+
+def _lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except ValueError:  # a line that is being written
+            continue
+
+
+def _read(path: pathlib.Path) -> Any:
+    """What a file of JSON holds, or None where there is none that can be read: a report tells of a damaged run too."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _size(folder: pathlib.Path) -> int | None:
+    """Bytes of a folder's files."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else None
+
+
+def _finite(found: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in found.items() if isinstance(value, int | float) and math.isfinite(value)}
+
+
+def _different(found: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(json.loads(text) for text in dict.fromkeys(json.dumps(one, sort_keys=True) for one in found if one))
+
+
+# ---------------------------------------------------------------- labels
+
+
+def _value(overrides: Mapping[str, Any], path: str, config: Any) -> Any:
+    """The value at a path: a run's own, or that in what the run sets above it, or the base's."""
+    names = path.split(".")
+    for count in range(len(names), -1, -1):
+        above = ".".join(names[:count])
+        if above in overrides or not count:
+            found = overrides[above] if count else config
+            for name in names[count:]:
+                found = found.get(name) if isinstance(found, dict) else None
+            return found
+    return None
+
+
+def _values(overrides: Mapping[str, Any], paths: Sequence[str], config: Any) -> dict[str, Any]:
+    return {path: _value(overrides, path, config) for path in paths}
+
+
+def _labels(values: Sequence[Mapping[str, Any]], titles: Sequence[str | None]) -> list[str]:
+    """A label for each run's values: what differs among the runs, as short as it tells them apart."""
+    kinds = [{path: value.get(_CLASS) if isinstance(value, dict) else None for path, value in one.items()} for one in values]
+    known: dict[str, str] = {}  # title of a setting, from a run of it that is done
+    keys = [json.dumps(one, sort_keys=True) for one in values]
+    for key, title in zip(keys, titles, strict=True):
+        if title:
+            known.setdefault(key, title)
+    labels = []
+    for one, kind, key in zip(values, kinds, keys, strict=True):
+        parts = []
+        for path, value in one.items():
+            others = [other[path] for other, its in zip(values, kinds, strict=True) if its[path] == kind[path]]
+            if kind[path] is not None:
+                parts.append(" ".join([str(known.get(key, kind[path]) if path == "method" else kind[path]), *_fields(value, others)]))
+            elif any(other[path] != value for other in values):
+                parts.append(_named(path.rpartition(".")[2], value))
+        labels.append(", ".join(filter(None, parts)) or "all")
+    by_label: dict[str, list[str]] = {}  # settings of one label, which get a number
+    for label, key in zip(labels, keys, strict=True):
+        by_label.setdefault(label, []).append(key)
+    numbers = {label: list(dict.fromkeys(own)) for label, own in by_label.items()}
+    return [f"{one} ({i + 1})" if (i := numbers[one].index(key)) else one for one, key in zip(labels, keys, strict=True)]
+
+
+def _fields(value: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The fields of a method that others of its class have other values of."""
+    return [_named(name, own) for name, own in value.items() if any(other.get(name) != own for other in others)]
+
+
+def _named(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return name.replace("_", " ") if value else ""
+    if isinstance(value, list):
+        value = "+".join(map(str, value)) or "none"
+    return f"{name.replace('_', ' ')} {_short(value)}"
+
+
+def _tuned_label(values: Mapping[str, Any]) -> str:
+    return ", ".join(_short(value) if path == RATE else f"{path.rpartition('.')[2]} {_short(value)}" for path, value in values.items())
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+
+
+# ---------------------------------------------------------------- to files
+
+
+def write(folder: pathlib.Path, results: Results) -> None:
+    """Writes results.json, with the choice of each setting, and results.parquet, a row a run without its curves."""
+    import pyarrow
+    import pyarrow.parquet
+
+    settings = [
+        {
+            "setting": setting.label,
+            "chosen": setting.chosen and setting.chosen.tuned,
+            "runs": [row.id for row in setting.chosen.finished()] if setting.chosen else [],
+            "tuned": len(setting.candidates),
+            "figure": (found := setting.figure(results.metric)) and dataclasses.asdict(found),
+        }
+        for setting in results.settings()
+    ]
+    replace(folder / "results.json", json.dumps(dataclasses.asdict(results) | {"settings": settings}, indent=1) + "\n")
+    table, temporary = pyarrow.Table.from_pylist([_flat(row) for row in results.rows]), folder / ".results.parquet.partial"
+    pyarrow.parquet.write_table(table, temporary)
+    temporary.replace(folder / "results.parquet")
+
+
+def _flat(row: Row) -> dict[str, Any]:
+    """A row of plain values."""
+    found = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
+    metrics = {f"{when}_{name}": value for when in ("before", "after") for name, value in found.pop(when).items()}
+    del found["curves"]
+    return found | {"overrides": json.dumps(found["overrides"])} | metrics
+
+
+def replace(path: pathlib.Path, content: str | bytes) -> None:
+    """Writes beside the place and renames; raises `UserError` where the disk refuses."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} can't be written ({error.strerror}). Make room, or choose another --workdir.") from error

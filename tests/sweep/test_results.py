@@ -1,0 +1,89 @@
+"""What a sweep's folder comes to: intervals, choices, fronts, and runs that aren't there."""
+
+import json
+import pathlib
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import scipy.stats
+from folders import write_run, write_sweep
+
+from jaxft.errors import UserError
+from jaxft.sweep import report
+from jaxft.sweep.results import front, gather, interval
+
+RATES = (1e-4, 1e-3)
+
+
+def lora(rate: float, seed: int) -> dict:
+    return {"overrides": {"method": {"class": "LoRA", "rank": 8}, "optimizer.learning_rate": rate, "train.seed": seed}}
+
+
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_the_interval_is_students(count):
+    values = np.random.default_rng(count).normal(size=count)
+    expected = scipy.stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    found = interval(values.tolist())
+    np.testing.assert_allclose((found.mean - found.half, found.mean + found.half), (expected.low, expected.high), rtol=1e-10)
+
+
+@pytest.mark.parametrize(("mode", "rate"), [("min", 1e-4), ("max", 1e-3)])
+def test_validation_chooses_and_test_is_shown(tmp_path: pathlib.Path, mode: str, rate: float):
+    """The figure of the rate that validation chose is shown, though the other one's would be better."""
+    write_sweep(tmp_path, [lora(rate, seed) for rate in RATES for seed in (0, 1)], "f1", mode)
+    for i, (value, test) in enumerate([(0.3, 0.9), (0.4, 0.8), (0.5, 0.1), (0.6, 0.3)]):
+        write_run(tmp_path, f"{i:03d}", [0.45, value], test if mode == "min" else 1 - test, "f1")
+    (setting,) = gather(tmp_path).settings()
+    assert setting.chosen.learning_rate == rate
+    assert setting.figure("f1").mean == pytest.approx({"min": 0.85, "max": 0.8}[mode])
+
+
+def test_a_tie_goes_to_the_lower_rate_and_fewer_seeds_are_no_candidate(tmp_path: pathlib.Path):
+    write_sweep(tmp_path, [lora(rate, seed) for rate in (1e-3, 1e-4, 1e-2) for seed in (0, 1)])
+    for i in range(4):
+        write_run(tmp_path, f"{i:03d}", [0.5], 0.5)
+    write_run(tmp_path, "004", [0.1], 0.1)
+    write_run(tmp_path, "005", state={"state": "failed", "attempts": 2, "error": "The loss isn't finite."})
+    (setting,) = gather(tmp_path).settings()
+    assert setting.chosen.learning_rate == 1e-4
+
+
+def test_the_front_keeps_ties_and_drops_what_another_beats():
+    points = np.random.default_rng(0).integers(0, 6, size=(40, 2)).astype(float)
+    beaten = [any((other <= own).all() and (other < own).any() for other in points) for own in points]
+    assert front([tuple(point) for point in points]) == np.flatnonzero(~np.asarray(beaten)).tolist()
+
+
+def test_half_a_sweep_is_reported(tmp_path: pathlib.Path):
+    """One seed has no interval, a run that failed says why, and names are no HTML."""
+    other = {"overrides": {"method": {"class": "<b>$x$|" + "y" * 90}, "optimizer.learning_rate": 1e-3, "train.seed": 0}}
+    write_sweep(tmp_path, [lora(1e-3, 0) | {"group": 0}, lora(1e-3, 1), other])
+    write_run(tmp_path, "000", [0.5], 0.625, state={"shared_seconds": 12.0})
+    write_run(tmp_path, "001", state={"state": "failed", "attempts": 2, "error": "It died <twice>."})
+    (tmp_path / "runs" / "000" / "metrics.jsonl").open("a").write('{"step": 3')  # a line that is being written
+    report.write(tmp_path)
+    text, page = ((tmp_path / name).read_text() for name in ("report.md", "report.html"))
+    assert "| LoRA | 0.001 | 0.6250 | 1 | 1,000 | 1.000% | 1 GiB † | 200 | 12.0 s † | 2 KiB | +0.2500 | 1 of 2 |" in text
+    assert "no interval" in text
+    assert "It died &lt;twice&gt;." in page
+    assert "<b>$x" not in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+    for name in ("share", "curves", "costs", "rate"):
+        assert (tmp_path / "pictures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (tmp_path / "pictures" / f"{name}.svg").read_text()
+    table = pyarrow.parquet.read_table(tmp_path / "results.parquet").to_pylist()
+    assert [row["id"] for row in table] == [row["id"] for row in json.loads((tmp_path / "results.json").read_text())["rows"]]
+    assert table[0]["seconds"] == 12.0
+    assert table[2]["after_loss"] is None
+
+
+def test_a_sweep_before_its_first_run_ends_has_a_report(tmp_path: pathlib.Path):
+    write_sweep(tmp_path, [lora(1e-3, 0)])
+    report.write(tmp_path)
+    assert "1 run: 1 waiting." in (tmp_path / "report.html").read_text()
+
+
+def test_a_folder_without_a_sweep_is_told(tmp_path: pathlib.Path):
+    with pytest.raises(UserError, match="holds no sweep"):
+        gather(tmp_path)
