@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import scipy.stats
-from folders import write_run, write_sweep
+from sweep_folders import write_run, write_sweep
 
 from jaxft.errors import UserError
 from jaxft.sweep import report
