@@ -65,6 +65,7 @@ class TrainConfig:
     accumulation: int = 1  # micro-batches an optimizer step
     seed: int = 0  # of everything random: (seed, purpose, step)
     log_every: int = 1  # steps between lines of metrics.jsonl
+    loggers: tuple[str, ...] = ()  # where the figures go too, beside metrics.jsonl and TensorBoard: wandb, mlflow
     eval_every: int = 0  # steps between evaluations on validation; 0: at the end only
     checkpoint_every: int = 50  # steps between checkpoints
     keep: int = 2  # newest checkpoints kept, beside the best one

@@ -86,6 +86,19 @@ def to_dict(value: Any) -> dict[str, Any]:
     return found
 
 
+def flat(found: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields path and value of everything in what `to_dict` returned.
+
+    >>> dict(flat({"train": {"steps": 3}, "name": "tried"}))
+    {'train.steps': 3, 'name': 'tried'}
+    """
+    for name, value in found.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value
+
+
 def _named(value: Any) -> dict[str, Any]:
     """A method, task or objective as JSON holds it, with its class's name; so each part of a sum of methods."""
     found = to_dict(value)

@@ -18,6 +18,7 @@ from jaxft.errors import UserError
 from jaxft.hub.folder import is_full
 from jaxft.models import segments
 from jaxft.models.hashing import STRIDE, mixed, places
+from jaxft.overrides import flat
 from jaxft.train.background import silence
 from jaxft.train.gap import Gap
 from jaxft.train.state import State
@@ -28,6 +29,7 @@ FREE = (
     "train.log_every",
     "train.checkpoint_every",
     "train.keep",
+    "train.loggers",
     "data.cache",
     "train.patience",
     "optimizer.offload",
@@ -230,7 +232,7 @@ def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], folder: pathlib
       folder: of the run, for the message.
       trains: whether the run goes on, so that the training rows must stay the same; else the test set may be any.
     """
-    before, after = dict(_flat(saved)), dict(_flat(now))
+    before, after = dict(flat(saved)), dict(flat(now))
     free = FREE if trains and (_cuts_test(before) or _cuts_test(after)) else (*FREE, TEST)
     changed = [
         f"{name} was {before.get(name)!r} and is {after.get(name)!r}"
@@ -247,11 +249,3 @@ def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], folder: pathlib
 def _cuts_test(fields: Mapping[str, Any]) -> bool:
     """Whether the test set is cut from the training rows, which are then fewer than with a test set of its own."""
     return not fields.get(TEST) and bool(fields.get("data.split", (0.0,))[-1])
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Any:
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value

@@ -5,7 +5,7 @@ import json
 import pathlib
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,16 +13,17 @@ from tqdm import tqdm
 
 from jaxft.errors import UserError
 from jaxft.train.board import Board
+from jaxft.train.loggers import Logger
 
 METRICS = "metrics.jsonl"
 _SHARES = ("accuracy", "exact_match", "precision", "recall")  # metrics that are shares begin so
 
 
 class Logs:
-    """The files and the bar of one run. A run that goes on keeps its lines up to `start` and drops later ones."""
+    """The files, the bar and the loggers of one run. A run that goes on keeps its lines up to `start` and drops later ones."""
 
-    def __init__(self, workdir: pathlib.Path, start: int, steps: int):
-        self._path = workdir / METRICS
+    def __init__(self, workdir: pathlib.Path, start: int, steps: int, loggers: Sequence[Logger] = ()):
+        self._path, self._loggers = workdir / METRICS, loggers
         with self._explained():
             self._keep(start)
             self._file = self._path.open("a", encoding="utf-8")
@@ -37,11 +38,13 @@ class Logs:
         temporary.replace(self._path)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one line, and the same numbers to TensorBoard."""
+        """Writes one line, and the same numbers to TensorBoard and the loggers."""
         with self._explained():
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
             self._board.write(step, values)
+            for logger in self._loggers:
+                logger.write(step, values)
 
     def advance(self, loss: float, tokens_per_second: float) -> None:
         """Moves the bar one step on."""
@@ -54,12 +57,18 @@ class Logs:
         """Prints a line above the bar."""
         tqdm.write(text, file=sys.stdout)
 
-    def close(self) -> None:
-        """Closes the bar and the files. On a full disk the last lines are lost; that was said when they were written."""
+    def close(self, complete: bool = False) -> None:
+        """Closes the bar, the files and the loggers, which are told whether the run is `complete`.
+
+        On a full disk the last lines are lost; that was said when they were written.
+        """
         self._bar.close()
         for opened in (self._file, self._board):
             with contextlib.suppress(OSError):
                 opened.close()
+        for logger in self._loggers:
+            with contextlib.suppress(OSError, *(() if complete else (UserError,))):  # of what already ends badly, the cause is told
+                logger.close(complete)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

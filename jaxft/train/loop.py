@@ -16,7 +16,7 @@ from flax import linen as nn
 from jaxft.config import Experiment
 from jaxft.errors import UserError
 from jaxft.objectives.base import objective_of
-from jaxft.train import placement
+from jaxft.train import loggers, placement
 from jaxft.train.average import make_average
 from jaxft.train.checkpoint import Checkpoints, Progress
 from jaxft.train.evaluate import Evaluator
@@ -115,8 +115,9 @@ class Loop:
         began, before = time.perf_counter(), progress.elapsed
         step = self._compile(state)
         compile_seconds = time.perf_counter() - began
-        logs = Logs(self._workdir, start, self._setup.steps)
+        logs = Logs(self._workdir, start, self._setup.steps, loggers.opened(self._setup.experiment, self._workdir, start))
         self._observed.look(state)
+        complete = False
         try:
             with StopRequest() as request:
                 for index in range(start, self._setup.steps):
@@ -132,9 +133,10 @@ class Loop:
                     if request.name:
                         break
             self._checkpoints.wait()
+            complete = not request.name
             return Outcome(state, progress, compile_seconds, request.name)
         finally:
-            logs.close()
+            logs.close(complete)
 
     def _given_up(self, progress: Progress) -> bool:
         return bool(self._train.patience) and progress.stale >= self._train.patience

@@ -39,8 +39,8 @@ from jaxft.objectives.base import OWN, objective_of
 from jaxft.quant.blockwise import Format
 from jaxft.tasks.base import Task
 from jaxft.train import average as averages
+from jaxft.train import loggers, placement
 from jaxft.train import optimizer as optimizers
-from jaxft.train import placement
 from jaxft.train.checkpoint import Progress
 from jaxft.train.data import check_positions, check_split, load_measured, load_rows, load_training_data, micro_batches
 from jaxft.train.scores import gradient_scores
@@ -93,6 +93,7 @@ def check(experiment: Experiment) -> Mesh:
     folds.check(experiment.data)
     optimizers.check(experiment.optimizer)
     averages.check(train)
+    loggers.check(train.loggers)
     compute_type(experiment.model.dtype)
     quantization(experiment.model)
     dropout.check(dropout_rates(experiment.model))
@@ -214,6 +215,7 @@ def _described(experiment: Experiment, mesh: Mesh, options: dict[str, Any]) -> D
 
 def set_up(experiment: Experiment) -> TrainingSetup:
     """Loads data and model, adds the method, places everything, and prints what trains."""
+    loggers.check_installed(experiment.train.loggers)
     run, rows = describe_run(experiment)
     data = load_training_data(run.experiment, run.model, run.tokenizer, run.shapes, rows)
     params = _begin(run, lambda: data.batches)
