@@ -7,6 +7,7 @@ python launch.py --list
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -20,7 +21,7 @@ MODES = {
     "generate": ("prompt", "prompts", "output"),
     "export": ("format", "output"),
     "inspect": (),
-    "plan": (),
+    "plan": ("plan.device", "plan.count", "plan.mesh", "plan.price", "plan.full_rows"),
 }
 
 FLAGS = flags.FlagValues()
@@ -37,6 +38,11 @@ flags.DEFINE_string(
     flag_values=FLAGS,
 )
 flags.DEFINE_string("output", None, "generate: the file for the answers. export: the folder.", flag_values=FLAGS)
+flags.DEFINE_list("plan.device", [], "plan: devices by name, as h100,a100-40g,rtx4090,v5e; default: this machine's.", flag_values=FLAGS)
+flags.DEFINE_integer("plan.count", 0, "plan: how many of them; default: as many as the mesh takes.", flag_values=FLAGS)
+flags.DEFINE_string("plan.mesh", "", "plan: their mesh, as data:1,fsdp:8,tensor:1; default: the configuration's.", flag_values=FLAGS)
+flags.DEFINE_float("plan.price", 0.0, "plan: US dollars that one costs an hour; default: a public price.", flag_values=FLAGS)
+flags.DEFINE_boolean("plan.full_rows", False, "plan: take full rows, without data and tokenizer.", flag_values=FLAGS)
 flags.DEFINE_boolean("list", False, "List the experiments.", flag_values=FLAGS)
 flags.DEFINE_boolean("help", False, "Show this.", flag_values=FLAGS)
 
@@ -96,9 +102,10 @@ def run(arguments: Sequence[str]) -> None:
     if FLAGS.mode == "train":
         modes.train(found, workdir)
     elif FLAGS.mode == "plan":
-        from jaxft.train.plan import plan
+        from jaxft.train.plan import Asked, plan
 
-        plan(found)
+        given_here: list[Any] = [FLAGS[name].value for name in MODES["plan"]]
+        plan(found, Asked(*given_here), workdir, arguments)
     elif FLAGS.mode == "eval":
         modes.evaluate(found, workdir)
     elif FLAGS.mode == "inspect":

@@ -14,6 +14,10 @@ class UserError(Exception):
     """
 
 
+class AbsentError(UserError):
+    """Something that a user named and that this machine neither has nor can fetch: a plan can do without much of it."""
+
+
 class UserNote(UserWarning):
     """What a user should know of what was done as asked: a warning in Python, one line of what `launch.py` prints."""
 

@@ -21,7 +21,7 @@ from jaxft.data.drug_questions import drug_questions
 from jaxft.data.drug_tags import tagged
 from jaxft.data.rows import Rows
 from jaxft.data.squad import is_squad, squad_rows
-from jaxft.errors import UserError, given_path, nearest, unknown
+from jaxft.errors import AbsentError, UserError, given_path, nearest, unknown
 
 __all__ = ["BUNDLED", "SPLITS", "Rows", "load_rows", "load_splits"]
 
@@ -305,7 +305,7 @@ def _load_hub(repository: str, config: str | None, split: str) -> Rows:
     try:
         dataset = datasets.load_dataset(repository, config, split=split)
     except Exception as error:  # datasets raises what its many readers raise
-        raise UserError(f"{name}: {_hub_advice(error, repository, split)}") from error
+        raise AbsentError(f"{name}: {_hub_advice(error, repository, split)}") from error
     return Rows(dataset, name, "row", np.arange(1, len(dataset) + 1))
 
 

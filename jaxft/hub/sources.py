@@ -8,7 +8,7 @@ import re
 import huggingface_hub
 import huggingface_hub.errors
 
-from jaxft.errors import UserError, given_path, unknown
+from jaxft.errors import AbsentError, UserError, given_path, unknown
 
 BUNDLED = "bundled:"
 GGUF_SUFFIX = ".gguf"
@@ -117,23 +117,25 @@ def _download(repository: str, revision: str, files: tuple[str, ...]) -> pathlib
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(files)))
     except huggingface_hub.errors.GatedRepoError as error:
-        raise UserError(
+        raise AbsentError(
             f"'{repository}' is gated on the hub. Ask for access at {page}, log in with `hf auth login` or set HF_TOKEN, and start again. "
             f"{instead}"
         ) from error
     except huggingface_hub.errors.RepositoryNotFoundError as error:
-        raise UserError(
+        raise AbsentError(
             f"There is no folder '{repository}' here and no such model on the hub (or it is private: log in with `hf auth login` or set "
             f"HF_TOKEN). {instead}"
         ) from error
     except huggingface_hub.errors.RevisionNotFoundError as error:
-        raise UserError(f"'{repository}' has no revision '{revision}' on the hub; {page}/tree/main lists its branches and tags.") from error
+        raise AbsentError(
+            f"'{repository}' has no revision '{revision}' on the hub; {page}/tree/main lists its branches and tags."
+        ) from error
     except huggingface_hub.errors.HFValidationError as error:
-        raise UserError(f"There is no folder '{repository}', and it is no hub id: {error}") from error
+        raise AbsentError(f"There is no folder '{repository}', and it is no hub id: {error}") from error
     except huggingface_hub.errors.HfHubHTTPError as error:
-        raise UserError(f"The hub refused '{repository}': {_first_line(error)}. {instead}") from error
+        raise AbsentError(f"The hub refused '{repository}': {_first_line(error)}. {instead}") from error
     except OSError as error:  # LocalEntryNotFoundError, of no network and of HF_HUB_OFFLINE; network errors of the client
-        raise UserError(
+        raise AbsentError(
             f"'{repository}' (revision '{revision}') isn't, or isn't wholly, in the hub's cache, and the hub can't be reached: "
             f"{_first_line(error)}. Check the network and HF_HUB_OFFLINE. {instead}"
         ) from error

@@ -10,7 +10,7 @@ from typing import Any
 
 import transformers
 
-from jaxft.errors import UserError
+from jaxft.errors import AbsentError, UserError
 from jaxft.hub import sources
 from jaxft.hub.gguf_file import metadata
 
@@ -40,7 +40,7 @@ def _load(folder: pathlib.Path, name: str, **options: Any) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:  # whatever transformers raises, the files are at fault
-        raise UserError(
+        raise AbsentError(
             f"'{name}' has no tokenizer that transformers reads ({type(error).__name__}: {str(error).strip().splitlines()[0]}). "
             "A model folder needs tokenizer.json and tokenizer_config.json; those of its base model do."
         ) from error

@@ -28,14 +28,11 @@ from jaxft.train.state import State
 from jaxft.train.step import make_step
 
 
-def jitted_step(experiment: Experiment, model: nn.Module, optimizer: optax.GradientTransformation, sharding: State, steps: int) -> Any:
-    """Returns the `make_step` of a run of so many steps, not compiled yet; the state that it takes is given up for the one it returns.
-
-    What lies in the host's memory by `sharding` is on the devices during the step.
-    """
+def step_function(experiment: Experiment, model: nn.Module, optimizer: optax.GradientTransformation, steps: int) -> Any:
+    """Returns the `make_step` of a run of so many steps."""
     train, penalty = experiment.train, experiment.method.penalty
     average = make_average(train, steps)
-    function = make_step(
+    return make_step(
         model,
         experiment.task,
         optimizer,
@@ -48,6 +45,14 @@ def jitted_step(experiment: Experiment, model: nn.Module, optimizer: optax.Gradi
         objective_of(experiment),
         steps,
     )
+
+
+def jitted_step(experiment: Experiment, model: nn.Module, optimizer: optax.GradientTransformation, sharding: State, steps: int) -> Any:
+    """Returns the step of a run of so many, not compiled yet; the state that it takes is given up for the one it returns.
+
+    What lies in the host's memory by `sharding` is on the devices during the step.
+    """
+    function = step_function(experiment, model, optimizer, steps)
     if experiment.optimizer.offload:
         function = _with_fetched(function, placement.in_device_memory(sharding.optimizer))
     mesh = jax.tree.leaves(sharding)[0].mesh

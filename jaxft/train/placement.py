@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxft.config import TrainConfig
@@ -26,10 +26,13 @@ _T = TypeVar("_T")
 Table = Sequence[tuple[str, P]]
 
 
-def make_mesh(config: TrainConfig) -> Mesh:
-    """Returns the mesh of all devices; raises `UserError` where its sides don't multiply to their number."""
+def make_mesh(config: TrainConfig, count: int | None = None) -> Any:
+    """Returns the mesh of all devices, or for a plan an abstract one of `count`.
+
+    Raises `UserError` where its sides don't multiply to their number.
+    """
     sides = [config.data_parallel, config.fsdp_parallel, config.tensor_parallel]
-    devices = jax.devices()
+    devices = jax.devices() if count is None else range(count)
     known = int(np.prod([side for side in sides if side != -1]))
     if sides.count(-1) > 1 or any(side < 1 and side != -1 for side in sides) or len(devices) % known:
         raise UserError(f"{len(devices)} devices can't form a mesh of train.data_parallel x fsdp_parallel x tensor_parallel = {sides}.")
@@ -43,7 +46,7 @@ def make_mesh(config: TrainConfig) -> Mesh:
     for name, size in {"batch_size": config.batch_size, "unlabelled_batch_size": config.unlabelled_batch_size}.items():
         if size % rows:
             raise UserError(f"train.{name} is {size} rows, which {rows} devices (data x fsdp) can't share evenly.")
-    return Mesh(np.asarray(devices).reshape(sides), AXES)
+    return Mesh(np.asarray(devices).reshape(sides), AXES) if count is None else AbstractMesh(tuple(sides), AXES)
 
 
 def on_mesh(function: Callable[..., _T], mesh: Mesh) -> Callable[..., _T]:

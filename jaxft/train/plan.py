@@ -1,67 +1,162 @@
-"""The plan of a run: what trains, and the memory and work of one step, from shapes alone: no weight is read or allocated."""
+"""The plan of a run: what trains, and the memory, time and cost of its steps, from shapes alone: no weight is read or allocated."""
 
 import dataclasses
-from collections.abc import Callable
+import pathlib
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxft import console
 from jaxft.config import Experiment
-from jaxft.data.unlabelled import real_tokens, step_batch
-from jaxft.methods.partition import distinct, partition, size
-from jaxft.models.registry import family_of
-from jaxft.objectives.base import Step, objective_of
-from jaxft.train import placement
-from jaxft.train.data import TrainingData, load_training_data
+from jaxft.errors import UserError
+from jaxft.train import advice, devices
+from jaxft.train.devices import Device
+from jaxft.train.estimate import Material, Plan, describe, estimate, of_step, prepare
 from jaxft.train.folds import is_cross_validation, one_fold
-from jaxft.train.loop import jitted_step
-from jaxft.train.programs import operations
-from jaxft.train.setup import Described, begin_state, describe_run, make_optimizer, print_trainable, shardings_of, with_own
-from jaxft.train.state import State
+from jaxft.train.roofline import Measured, measured
+from jaxft.train.setup import print_trainable, with_own
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """One step of a run. Memory is in bytes on each device."""
+class Asked:
+    """What a plan is asked for."""
 
-    trainable_parameters: int
-    total_parameters: int
-    memory: dict[str, int]  # by part
-    host: dict[str, int]  # the same, of what lies in the host's memory for each device
-    operations: int  # floating-point operations of the products of one step, on all devices together
-    tokens: int  # in a step, without padding
-    steps: int
-
-    @property
-    def memory_bytes(self) -> int:
-        """The memory of a step."""
-        return sum(self.memory.values())
+    devices: Sequence[str] = ()  # of `devices.DEVICES`; none: this machine's own
+    count: int = 0  # of devices; 0: what the mesh takes, or this machine has
+    mesh: str = ""  # as `devices.parse_mesh` takes it; empty: the configuration's own
+    price: float = 0.0  # US dollars that one device costs an hour; 0: the table's
+    full_rows: bool = False  # without rows and tokenizer
 
 
-def plan(experiment: Experiment) -> Plan:
-    """Prints and returns the plan of an experiment: the parameter table, and the memory and work of one step on this machine's devices.
+def plan(experiment: Experiment, asked: Asked = Asked(), workdir: pathlib.Path | None = None, arguments: Sequence[str] = ()) -> Plan:
+    """Prints and returns the plan of an experiment: the parameter table, a step's memory and work, the run's time and cost, and what helps.
 
-    The step is compiled for the run's own batch and asked what it needs; arrays are told by their shapes. Memory of generation, and of a
-    method that looks at training batches before it begins, isn't in it.
+    On this machine the step is compiled for the run's own batch and asked what it needs. On another device it is told from the program's
+    equations. Arrays are told by their shapes. Memory of generation, and of a method that looks at training batches before it begins,
+    isn't in it.
+
+    Args:
+      experiment: of the run.
+      asked: on which devices.
+      workdir: where an earlier run may have measured its rate.
+      arguments: the flags of the configuration, which the commands repeat.
     """
-    run, rows = describe_run(one_fold(experiment, 0) if is_cross_validation(experiment) else experiment)  # folds are alike
-    data = load_training_data(run.experiment, run.model, run.tokenizer, run.shapes, rows)
-    shapes, mask = with_own(run, run.shapes, run.language_head.shapes)
-    print_trainable(shapes, mask)
-    found = _of_step(run, data, shapes, mask)
+    own = one_fold(experiment, 0) if is_cross_validation(experiment) else experiment  # folds are alike
+    own, count = _on_mesh(own, asked)
+    targets = [devices.named(name) for name in asked.devices]
+    own = _typed(own) if targets else own
+    material, run = prepare(own, count, asked.full_rows)
+    print_trainable(*with_own(run, run.shapes, run.language_head.shapes))
+    found = of_step(run, material) if count is None else estimate(run, material)
+    targets = targets or [devices.this_device()]  # what measures it takes memory, which isn't the step's
+    _say_memory(found, count is None)
+    _say_work(found)
+    _say_time(found, targets, asked.price, measured(workdir, own) if workdir else None)
+    _say_advice(own, material, found, targets[0], _command(experiment, asked, arguments))
+    return found
+
+
+def _say_advice(experiment: Experiment, material: Material, found: Plan, device: Device, command: Sequence[str]) -> None:
+    """Prints what makes it fit on a device, or need less there."""
+
+    def planned(changed: Experiment) -> Plan:
+        return dataclasses.replace(estimate(describe(changed, material, found.count), material), process=found.process)
+
+    options = advice.changes(experiment, device, found.mesh["data"] * found.mesh["fsdp"]) + advice.meshes(found.count, experiment)
+    before = planned(experiment)
+    advice.say(advice.ranked(experiment, options, planned, before, device), before, device, command)
+
+
+def _command(experiment: Experiment, asked: Asked, arguments: Sequence[str]) -> list[str]:
+    """The words of the command that trains what was planned."""
+    mesh = devices.parse_mesh(asked.mesh) if asked.mesh else {}
+    sides = [f"--config.train.{name}_parallel={size}" for name, size in mesh.items()]
+    return ["python", "launch.py", f"--experiment={experiment.name}", *arguments, *sides]
+
+
+def _on_mesh(experiment: Experiment, asked: Asked) -> tuple[Experiment, int | None]:
+    """The experiment with the mesh that is asked for, and the number of devices, or None for this machine's own."""
+    if asked.count < 0:
+        raise UserError(f"--plan.count is 1 device or more, not {asked.count}.")
+    if asked.mesh:
+        sides = devices.parse_mesh(asked.mesh)
+        fields: dict[str, Any] = {f"{name}_parallel": size for name, size in sides.items()}
+        experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, **fields))
+    if not (asked.devices or asked.count or asked.mesh):
+        return experiment, None
+    train = experiment.train
+    known = [side for side in (train.data_parallel, train.fsdp_parallel, train.tensor_parallel) if side != -1]
+    return experiment, asked.count or int(np.prod(known))
+
+
+def _typed(experiment: Experiment) -> Experiment:
+    """The experiment with the compute type that a run on an accelerator has."""
+    if experiment.model.dtype != "auto":
+        return experiment
+    return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, dtype="bfloat16"))
+
+
+def _say_memory(found: Plan, compiled: bool) -> None:
     parts = [(part, gibibytes(count)) for part, count in found.memory.items()]
-    devices = f" on each of {run.mesh.size} devices" if run.mesh.size > 1 else ""
-    console.table(f"Memory of a step{devices}", ("part", "GiB"), [*parts, ("in all", gibibytes(found.memory_bytes))])
+    each = f" on each of {found.count} devices" if found.count > 1 else ""
+    told = "" if compiled else ", told from the program"
+    if found.process:
+        parts.append(("Python, libraries, programs", gibibytes(found.process)))
+    console.table(f"Memory of a step{each}{told}", ("part", "GiB"), [*parts, ("in all", gibibytes(found.memory_bytes))])
     for part, count in found.host.items():
-        console.say(f"The host's memory holds {gibibytes(count)} GiB of {part}{' for each device' if run.mesh.size > 1 else ''}.\n")
+        console.say(f"The host's memory holds {gibibytes(count)} GiB of {part}{' for each device' if found.count > 1 else ''}.\n")
+
+
+def _say_work(found: Plan) -> None:
+    steps = f"; the run has {found.steps:,} steps" if found.steps else ""
     console.say(
         f"The products of a step take {found.operations / 1e9:,.1f} GFLOP, {found.operations / found.tokens / 1e9:,.3f} for each of its "
-        f"{found.tokens:,} tokens; the run has {data.steps:,} steps.\n"
+        f"{found.tokens:,} tokens{steps}.\n"
     )
-    return found
+
+
+def _say_time(found: Plan, targets: Sequence[Device], price: float, rate: Measured | None) -> None:
+    """Prints time and cost on each device, by its figures, and by an earlier run's where it ran on such devices."""
+    of = "the run" if found.steps else "a million tokens"
+    columns = ("device", "fits", "of its memory", "a step at best, s", "a step, s", f"{of}, h", "US dollars")
+    rows = [_figures(found, device, price, rate) for device in targets]
+    console.table("Time and cost, evaluation and compilation aside", columns, rows)
+    console.say(_explained(rate))
+
+
+def _figures(found: Plan, device: Device, price: float, rate: Measured | None) -> tuple[str, ...]:
+    """A row of the table."""
+    expected, amount = found.pace(device), (price or device.price) * found.count
+    known = rate if rate is not None and _is_on(rate, device, found.count) else None
+    seconds = found.tokens / known.tokens_per_second if known else expected.likely
+    hours = seconds * (found.steps or 1e6 / found.tokens) / 3600
+    return (
+        f"{found.count} x {device.name}" if found.count > 1 else device.name,
+        fitting(found.memory_bytes, device),
+        f"{found.memory_bytes / device.memory:.0%}",
+        f"{expected.seconds:,.3f}",
+        f"{seconds:,.3f}" + (" measured" if known else ""),
+        f"{hours:,.2f}",
+        f"{hours * amount:,.2f}" if amount else "?",
+    )
+
+
+def _explained(rate: Measured | None) -> str:
+    told = "At best: by each product's operations and bytes and the device's figures; a step: what reaches 40% of that"
+    return f"{told}, or what the run in this folder measured ({rate.steps} steps).\n" if rate else f"{told}.\n"
+
+
+def _is_on(rate: Measured, device: Device, count: int) -> bool:
+    known = devices.kind_of(rate.kind)
+    return rate.count == count and (known == device if known else rate.kind == device.name)
+
+
+def fitting(memory: int, device: Device) -> str:
+    """Returns whether a step of so many bytes fits on a device, in a word or with what it takes."""
+    if memory <= device.room:
+        return "yes"
+    return f"with {devices.MEMORY_FRACTION}" if memory <= device.most_room else "no"
 
 
 def gibibytes(count: int) -> str:
@@ -71,79 +166,3 @@ def gibibytes(count: int) -> str:
     '1.500'
     """
     return f"{count / 2**30:,.3f}"
-
-
-def _of_step(run: Described, data: TrainingData, shapes: Any, mask: Any) -> Plan:
-    optimizer, table = make_optimizer(run, data.steps), family_of(run.model.config.architecture).module.PLACEMENT
-    places = placement.shardings(shapes, table, run.mesh)
-    trainable, frozen = partition(_placed(shapes, places), mask)
-    state = jax.eval_shape(lambda trainable: begin_state(run, trainable, optimizer, data.slots), trainable)
-    sharding = shardings_of(run, state, partition(places, mask)[0], optimizer)
-    state = _placed(state, sharding)
-    start = state.trainable if run.experiment.train.mixout else None
-    rows_over_devices = jax.NamedSharding(run.mesh, placement.BATCH)
-    whole = dict(step_batch(data.batches, data.unlabelled, 0))
-    batch = jax.tree.map(lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=rows_over_devices), whole)
-    traced = jitted_step(run.experiment, run.model, optimizer, sharding, data.steps).trace(state, frozen, batch, start)
-    used = traced.lower().compile().memory_analysis()
-    rows = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
-    kept, offloaded = (count // rows for count in _kept_for_backward(run, state, frozen, batch, data.steps))
-    on_host, on_device = partition(state.optimizer, jax.tree.map(placement.is_in_host_memory, state.optimizer))
-    memory = {
-        "frozen weights": _bytes(frozen),
-        "trainable weights": _bytes(state.trainable),
-        **({} if state.average is None else {"average of the weights": _bytes(state.average)}),
-        **({} if start is None else {"weights before training": _bytes(start)}),
-        **({} if state.objective is None else {"the objective's arrays": _bytes(state.objective)}),
-        "optimizer": _bytes(on_device),
-        "batch": _bytes(batch),
-        "activations": min(kept, used.temp_size_in_bytes),
-        "workspace": max(used.temp_size_in_bytes - kept, 0) + used.output_size_in_bytes - used.alias_size_in_bytes,
-    }
-    host = {name: count for name, count in {"optimizer": _bytes(on_host), "activations": offloaded}.items() if count}
-    return Plan(
-        size(trainable),
-        size(shapes),
-        memory,
-        host,
-        operations(traced.jaxpr.jaxpr),
-        real_tokens(data.batches, data.unlabelled, 0),
-        data.steps,
-    )
-
-
-def _placed(shapes: Any, places: Any) -> Any:
-    """Shapes with their shardings; one that stands in several places stays one."""
-    made: dict[int, Any] = {}
-
-    def once(leaf: Any, place: Any) -> Any:
-        return made.setdefault(id(leaf), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place))
-
-    return jax.tree.map(once, shapes, places)
-
-
-def _bytes(shapes: Any) -> int:
-    """Bytes of these arrays on each device."""
-    return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * np.dtype(leaf.dtype).itemsize for leaf in distinct(shapes))
-
-
-def _kept_for_backward(run: Described, state: State, frozen: Any, batch: Any, steps: int) -> tuple[int, int]:
-    """Bytes of what the forward pass of one micro-batch keeps for the backward pass, on all devices and their hosts; without weights."""
-    objective, task, number = objective_of(run.experiment), run.experiment.task, jnp.int32(0)
-    rngs = dict.fromkeys(("mask", "objective"), jax.random.key(0))
-
-    def loss(trainable: Any, frozen: Any, micro: Any, arrays: Any) -> Any:
-        shared = objective.shared(jax.tree.map(lambda leaf: leaf[None], micro), arrays, number, steps)
-        return objective.sums(Step(task, run.model, frozen, rngs, {}, number, steps, shared), trainable, micro, arrays)[0].loss
-
-    def backward(trainable: Any, *others: Any) -> Callable[..., Any]:
-        return jax.vjp(lambda trainable: loss(trainable, *others), trainable)[1]
-
-    micro = jax.tree.map(lambda value: jax.ShapeDtypeStruct(value.shape[1:], value.dtype), batch)
-    program = jax.make_jaxpr(backward)(state.trainable, frozen, micro, state.objective).jaxpr
-    given = set(map(id, program.invars))
-    kept = {id(value): value.aval for value in program.outvars if id(value) not in given}
-    counts = {jax.memory.Space.Device: 0, jax.memory.Space.Host: 0}
-    for aval in kept.values():
-        counts[aval.memory_space] += int(np.prod(aval.shape)) * np.dtype(aval.dtype).itemsize
-    return counts[jax.memory.Space.Device], counts[jax.memory.Space.Host]

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jax.sharding import Mesh
 
 from jaxft import console
 from jaxft.config import EvalConfig, Experiment, ModelConfig, TrainConfig
@@ -52,7 +51,7 @@ class Setup:
     """A run's model with its method, and the sets that it is measured on."""
 
     experiment: Experiment
-    mesh: Mesh
+    mesh: Any  # of `placement.make_mesh`
     model: nn.Module
     tokenizer: Any
     options: dict[str, Any]  # of `load_pretrained`, that the training rows gave: labels
@@ -87,8 +86,8 @@ class TrainingSetup(Setup):
         return real_tokens(self.batches, self.unlabelled, step)
 
 
-def check(experiment: Experiment) -> Mesh:
-    """Raises `UserError` for values that make no sense, before anything is loaded; returns the mesh."""
+def check(experiment: Experiment, count: int | None = None) -> Any:
+    """Raises `UserError` for values that make no sense, before anything is loaded; returns the mesh, abstract where a `count` is given."""
     train, evaluation = experiment.train, experiment.eval
     folds.check(experiment.data)
     optimizers.check(experiment.optimizer)
@@ -100,7 +99,7 @@ def check(experiment: Experiment) -> Mesh:
     if train.remat not in REMAT:
         raise unknown("remat policy", train.remat, REMAT)
     for field, offloads in (("train.remat=offload", train.remat == "offload"), ("optimizer.offload", experiment.optimizer.offload)):
-        if offloads:
+        if offloads and count is None:
             placement.check_host_memory(field)
     if train.best_mode not in ("min", "max"):
         raise unknown("train.best_mode", train.best_mode, ("min", "max"))
@@ -138,7 +137,7 @@ def check(experiment: Experiment) -> Mesh:
             )
     if train.patience and not train.eval_every:
         raise UserError("train.patience counts evaluations during training: set train.eval_every too.")
-    return placement.make_mesh(train)
+    return placement.make_mesh(train, count)
 
 
 _BETTER_BELOW = ("loss", "perplexity")  # metrics of which less is better; of all others more is
@@ -150,7 +149,7 @@ class Described:
     """A run's model with its method as files describe it: all but the weights."""
 
     experiment: Experiment  # its method trains the task's head too
-    mesh: Mesh
+    mesh: Any  # of `placement.make_mesh`
     model: nn.Module
     options: dict[str, Any]  # of `load_pretrained`, that the training rows gave
     tokenizer: Any
@@ -160,14 +159,17 @@ class Described:
     language_head: LanguageHead  # the same
 
 
-def describe_run(experiment: Experiment) -> tuple[Described, dict[str, Rows]]:
-    """Loads the rows, and of the model its configuration alone; raises `UserError` for what can be found without tokens and weights."""
-    mesh = _check_given(experiment)
+def describe_run(experiment: Experiment, count: int | None = None) -> tuple[Described, dict[str, Rows]]:
+    """Loads the rows, and of the model its configuration alone; raises `UserError` for what can be found without tokens and weights.
+
+    With a `count` it is of a run on so many devices, which needn't be here.
+    """
+    mesh = _check_given(experiment, count)
     rows = load_rows(experiment)
     check_split(experiment.eval.split, rows)
     if "validation" not in rows:
         _check_unvalidated(experiment.train)
-    return _described(experiment, mesh, experiment.task.model_options(rows["train"], experiment.data)), rows
+    return describe_model(experiment, mesh, experiment.task.model_options(rows["train"], experiment.data)), rows
 
 
 def _check_unvalidated(train: TrainConfig) -> None:
@@ -180,8 +182,8 @@ def _check_unvalidated(train: TrainConfig) -> None:
             )
 
 
-def _check_given(experiment: Experiment) -> Mesh:
-    mesh = check(experiment)
+def _check_given(experiment: Experiment, count: int | None = None) -> Any:
+    mesh = check(experiment, count)
     if not experiment.data.train:
         raise UserError("There is nothing to train on: set config.data.train to a hub data set, a file, or bundled:NAME.")
     if not experiment.model.source:
@@ -194,7 +196,23 @@ def _check_given(experiment: Experiment) -> Mesh:
     return mesh
 
 
-def _described(experiment: Experiment, mesh: Mesh, options: dict[str, Any]) -> Described:
+def own_tokenizer(experiment: Experiment) -> Any:
+    """Returns the model's tokenizer as the task reads with it."""
+    found = load_tokenizer(experiment.model.source, experiment.model.revision)
+    return experiment.task.fit_tokenizer(with_template(found, experiment.data.template))
+
+
+def describe_model(
+    experiment: Experiment, mesh: Any, options: dict[str, Any], read: Callable[[Experiment], Any] = own_tokenizer
+) -> Described:
+    """Returns the model with the run's method, from the configuration alone; raises `UserError` where the two don't fit.
+
+    Args:
+      experiment: checked.
+      mesh: of `check`.
+      options: of `load_pretrained`, that the training rows gave.
+      read: returns the tokenizer; None for a plan of an experiment that needs none.
+    """
     config, task, train = experiment.model, experiment.task, experiment.train
     model, shapes = describe_pretrained(**from_source(config, task, options, train.seed))
     model = dropout.with_dropout(model, dropout_rates(config))
@@ -203,10 +221,11 @@ def _described(experiment: Experiment, mesh: Mesh, options: dict[str, Any]) -> D
     if (wanted := "min" if train.best_metric in _BETTER_BELOW else "max") != train.best_mode:
         raise UserError(f"train.best_mode={train.best_mode} would keep the worst {train.best_metric}. Set train.best_mode={wanted}.")
     kernels = OriginalKernels(config.source, config.revision, task.model_task, seed=train.seed, **options)
-    tokenizer = task.fit_tokenizer(with_template(load_tokenizer(config.source, config.revision), experiment.data.template))
-    objective = objective_of(experiment).fitted(task, model, tokenizer)
-    experiment = dataclasses.replace(experiment, task=task.tokenized(tokenizer), objective=objective)
-    method, shapes = fit_method(experiment.method.tokenized(tokenizer), model, shapes, train.seed, kernels)
+    method, tokenizer = experiment.method, read(experiment)
+    if tokenizer is not None:
+        objective, method = objective_of(experiment).fitted(task, model, tokenizer), method.tokenized(tokenizer)
+        experiment = dataclasses.replace(experiment, task=task.tokenized(tokenizer), objective=objective)
+    method, shapes = fit_method(method, model, shapes, train.seed, kernels)
     experiment = dataclasses.replace(experiment, method=with_head(experiment.method, model, shapes))
     model = model.clone(remat=train.remat)
     words = LanguageHead(config.source, config.revision, config.dtype, train.seed)
@@ -258,7 +277,7 @@ def set_up_trained(experiment: Experiment, progress: Progress, measured: bool) -
     trained = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, test=progress.config["data"]["test"]))
     if experiment.eval.split != "test":
         experiment = trained
-    run = _described(experiment, _check_given(experiment), progress.options)
+    run = describe_model(experiment, _check_given(experiment), progress.options)
     rows, examples = load_measured(run.experiment, run.tokenizer, run.model) if measured else ({}, {})
     if examples:
         check_positions(examples, experiment, run.model, virtual_tokens(run.shapes))

@@ -13,10 +13,9 @@ import experiments
 from jaxft.config import DataConfig, EvalConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxft.errors import UserError
 from jaxft.methods import LoRA
-from jaxft.train import placement, setup
+from jaxft.train import estimate, placement, setup
 from jaxft.train.checkpoint import Checkpoints, Progress
 from jaxft.train.loop import jitted_step
-from jaxft.train.plan import plan
 
 HOST = "pinned_host"
 
@@ -97,7 +96,8 @@ def test_an_accelerators_program_fetches_the_state_and_sends_products_away_and_b
 
 
 def test_the_plan_tells_the_hosts_memory_from_the_devices(material):
-    plain, found = plan(experiment(material, False, "dots")), plan(experiment(material, True, "offload"))
+    asked = [experiment(material, False, "dots"), experiment(material, True, "offload")]
+    plain, found = (estimate.of_step(*reversed(estimate.prepare(one, None, False))) for one in asked)
     moved = {"optimizer": plain.memory["optimizer"] - found.memory["optimizer"]}
     moved["activations"] = plain.memory["activations"] - found.memory["activations"]
     assert found.host == moved
