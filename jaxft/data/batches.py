@@ -20,6 +20,17 @@ Batch = Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
+class Room:
+    """Places that the model fills with virtual tokens, before each example of a row."""
+
+    tokens: int = 0
+    read: bool = False  # whether the head reads the first of them for an example's first token
+
+
+NO_ROOM = Room()
+
+
+@dataclasses.dataclass(frozen=True)
 class Layout:
     """Which examples stand in which row, and the static shape of a row."""
 
@@ -29,6 +40,7 @@ class Layout:
     length: int  # L, tokens a row
     slots: int  # S, scored positions a row
     pad_token_id: int
+    room: Room = NO_ROOM
 
     def fill(self, chosen: Sequence[int]) -> Batch:
         """Returns the batch of these rows: (B, L) tokens, segment_ids, positions and what else the examples have of each token; (B, S)
@@ -50,7 +62,7 @@ class Layout:
 
     def _fill_row(self, row: Batch, indices: Sequence[int]) -> None:
         prefix, start, slot = self.prefix, self.prefix, 0
-        examples, held = self.examples, self.examples.slots
+        examples, held, room = self.examples, self.examples.slots, self.room.tokens
         per_token = {"tokens": examples.tokens, **examples.per_token}
         begin = int(examples.offsets[indices[0]])
         for name, values in per_token.items():
@@ -59,12 +71,12 @@ class Layout:
         row["positions"][:prefix] = np.arange(prefix)
         for segment, i in enumerate(indices, start=1):
             begin, end, part = int(examples.offsets[i]), int(examples.offsets[i + 1]), held.part(i)
-            stop, slots = start + end - begin - prefix, slice(slot, slot + part.stop - part.start)
+            stop, slots = start + room + end - begin - prefix, slice(slot, slot + part.stop - part.start)
             for name, values in per_token.items():
-                row[name][start:stop] = values[begin + prefix : end]
+                row[name][start + room : stop] = values[begin + prefix : end]
             row["segment_ids"][start:stop] = segment
-            row["positions"][start:stop] = np.arange(prefix, end - begin)
-            reads = held.reads[part]
+            row["positions"][start:stop] = np.arange(prefix, room + end - begin)
+            reads = held.reads[part] + (0 if self.room.read else room)
             row["scored"][slots] = np.where(reads < prefix, reads, start - prefix + reads)  # a prefix stands once, at the row's beginning
             row["targets"][slots] = held.targets[part]
             row["weights"][slots] = held.weights[part]
@@ -76,30 +88,33 @@ class Layout:
         return np.concatenate([np.arange(part.start, part.stop) for part in parts])
 
     def computed_tokens(self, row: int) -> int:
-        """Returns the tokens that stand in the row, padding aside; a shared prefix stands once."""
-        return int(self.examples.lengths[self.rows[row]].sum()) - self.prefix * (len(self.rows[row]) - 1)
+        """Returns the tokens that stand in the row, virtual ones too, padding aside; a shared prefix stands once."""
+        count = len(self.rows[row])
+        return int(self.examples.lengths[self.rows[row]].sum()) + self.room.tokens * count - self.prefix * (count - 1)
 
 
-def lay_out(examples: Examples, order: np.ndarray, config: DataConfig, share_prefix: bool, pad_token_id: int) -> Layout:
+def lay_out(
+    examples: Examples, order: np.ndarray, config: DataConfig, share_prefix: bool, pad_token_id: int, room: Room = NO_ROOM
+) -> Layout:
     """Returns the rows of the examples, packed first-fit, or one example a row without packing.
 
     Longer examples are placed first, those of one length in the given order: that needs at most 11/9 of the fewest rows possible
-    (Johnson 1973), and on the demo's reviews 4% fewer than a random order.
+    (Johnson 1973), and on the demo's reviews 4% fewer than a random order. A row is longer than max_length by one example's room.
     """
     held = examples.slots
-    prefix = _prefix(examples) if config.packing and config.share_prefix and share_prefix else 0
-    own = examples.lengths - prefix
-    if own.max() > config.max_length - prefix:
+    prefix = _prefix(examples) if config.packing and config.share_prefix and share_prefix and not room.tokens else 0
+    own, longest_row = examples.lengths - prefix + room.tokens, config.max_length + room.tokens
+    if own.max() > longest_row - prefix:
         raise ValueError(f"An example has {examples.lengths.max()} tokens, more than max_length, {config.max_length}.")
     if config.packing:
         order = order[np.argsort(-own[order], kind="stable")]
-        rows = [[int(order[i]) for i in row] for row in pack(own[order], config.max_length - prefix)]
+        rows = [[int(order[i]) for i in row] for row in pack(own[order], longest_row - prefix)]
     else:
         rows = [[int(i)] for i in order]
     longest = prefix + max(int(own[row].sum()) for row in rows)
     slots = max(int(held.counts[row].sum()) for row in rows)
-    length = min(config.max_length, _round_up(longest, _LENGTH_MULTIPLE))
-    return Layout(examples, rows, prefix, length, _round_up(slots, _SCORED_MULTIPLE), pad_token_id)
+    length = min(longest_row, _round_up(longest, _LENGTH_MULTIPLE))
+    return Layout(examples, rows, prefix, length, _round_up(slots, _SCORED_MULTIPLE), pad_token_id, room)
 
 
 def _prefix(examples: Examples) -> int:
@@ -135,6 +150,7 @@ class Batches:
         pad_token_id: int = 0,
         classes: np.ndarray | None = None,
         stream: str = "",
+        room: Room = NO_ROOM,
     ):
         """Builds the rows.
 
@@ -148,10 +164,11 @@ class Batches:
             pad_token_id: what fills the rows.
             classes: of each example, (n,) int, where each class is to come as often as any other.
             stream: the name of the stream, where a run has several: each has its own order.
+            room: what stands before each example.
         """
         order = _permutation(seed, f"{stream}rows", 0, len(examples))
         orders = [order] if classes is None else balanced(classes[order], order)
-        layouts = [lay_out(examples, order, config, share_prefix, pad_token_id) for order in orders]
+        layouts = [lay_out(examples, order, config, share_prefix, pad_token_id, room) for order in orders]
         self.layout = _joined(layouts)
         self._shape, self._seed, self._stream = (accumulation, batch_size), seed, stream
         self._epochs = np.cumsum([0, *(len(layout.rows) for layout in layouts)])  # where each epoch's rows begin

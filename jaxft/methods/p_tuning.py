@@ -104,8 +104,8 @@ class PTuning(Method):
             raise UserError(f"method.layers is 1 or more, not {self.layers}.")
 
     def init(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
-        """Returns `params` with a prompt and its encoder; raises `UserError` where there is one already, or the model isn't causal."""
-        virtual.check_causal(model, "PTuning", virtual.PREFIX_INSTEAD)
+        """Returns `params` with a prompt and its encoder; raises `UserError` where there is one already, or embeddings are projected."""
+        virtual.check_width(model, "PTuning")
         return virtual.placed(params, SITE, self._made(rng, model))
 
     def mask(self, params: Params) -> Any:

@@ -51,8 +51,8 @@ class Prompt(Method):
         return dataclasses.replace(self, tokens=virtual.tokenize(self.text, tokenizer)) if self.text else self
 
     def init(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
-        """Returns `params` with a prompt; raises `UserError` where there is one already, and for a model that isn't causal."""
-        virtual.check_causal(model, "Prompt", virtual.PREFIX_INSTEAD)
+        """Returns `params` with a prompt; raises `UserError` where there is one already, and where embeddings are projected."""
+        virtual.check_width(model, "Prompt")
         return virtual.placed(params, SITE, Embeddings(self._start(rng, model, params)))
 
     def mask(self, params: Params) -> Any:

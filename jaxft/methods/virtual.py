@@ -14,7 +14,6 @@ from jaxft.models import heads, segments
 
 TEXT = "text"  # the start from real tokens
 SITES = ("prefix", "prompt")
-PREFIX_INSTEAD = "Take Prefix, whose keys and values every layer sees."
 
 
 @jax.tree_util.register_dataclass
@@ -102,6 +101,17 @@ def check_causal(model: Any, what: str, remedy: str) -> None:
     """Raises `UserError` where a model isn't causal: in packed rows its virtual tokens would look at all texts of the row at once."""
     if not heads.is_causal(model):
         raise UserError(f"{what} is for causal models: the virtual tokens of a {model.config.family} would look at the text too. {remedy}")
+
+
+def check_width(model: Any, what: str) -> None:
+    """Raises `UserError` where embeddings are projected to the model's width: peft's prompts, of that width, don't fit before them."""
+    config = model.config
+    size = getattr(config, "embedding_size", config.hidden_size)
+    if size != config.hidden_size:
+        raise UserError(
+            f"{what} is for models whose embeddings have their hidden_size; this {config.family} has {size} and {config.hidden_size}, "
+            "which peft's prompts don't fit either. Take Prefix, whose keys and values every layer sees."
+        )
 
 
 def placed(params: Params, site: str, node: Any) -> Params:

@@ -280,13 +280,15 @@ class Encoder(nn.Module):
         Args:
           input_ids: (batch, length) int32.
           attention_mask: (batch, length), 0 at padding, which may be on either side.
-          segment_ids: (batch, length) int32, for packed rows: 0 is padding, tokens attend within their number.
+          segment_ids: (batch, length) int32, for packed rows: 0 is padding, tokens attend within their number. Where the model has a
+            prompt, each example of such rows begins with a place for each of its virtual tokens; without segment_ids they are put there.
           positions: (batch, length) int32, for packed rows.
           token_type_ids: (batch, length) int32, the kind of each token; None is 0.
         """
-        tokens = layers.token_places(input_ids.shape, attention_mask, segment_ids, positions, None)
+        before, input_ids, tokens, token_type_ids = self._placed(input_ids, attention_mask, segment_ids, positions, token_type_ids)
         hidden, states = self._run(input_ids, tokens, token_type_ids, 0.0, None)
-        return heads.output(self, hidden, tokens.segments, (*states, hidden))
+        read = 0 if self.task == heads.SEQUENCE_CLASSIFICATION else before  # pooled is the first token, virtual or not, as in peft
+        return heads.output(self, hidden[:, read:], tokens.segments[:, read:], tuple(state[:, before:] for state in (*states, hidden)))
 
     def features(
         self,
@@ -298,13 +300,36 @@ class Encoder(nn.Module):
         neftune_alpha: jax.Array | float = 0.0,
         embedding_offset: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns what the head reads, (batch, length, hidden_size); arguments as those of a call.
+        """Returns what the head reads, (batch, length, hidden_size), virtual tokens too; arguments as those of a call.
 
         With rngs={"noise": key}, embeddings get NEFTune's noise of strength `neftune_alpha`. `embedding_offset`, (batch, length,
         embedding_size), is added to the tokens' embeddings.
         """
-        tokens = layers.token_places(input_ids.shape, attention_mask, segment_ids, positions, None)
+        before, input_ids, tokens, token_type_ids = self._placed(input_ids, attention_mask, segment_ids, positions, token_type_ids)
+        if embedding_offset is not None:
+            embedding_offset = layers.with_room(embedding_offset, before)
         return self._run(input_ids, tokens, token_type_ids, neftune_alpha, embedding_offset)[0]
+
+    def _placed(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None,
+        segment_ids: jax.Array | None,
+        positions: jax.Array | None,
+        token_type_ids: jax.Array | None,
+    ) -> tuple[int, jax.Array, attention.Tokens, jax.Array | None]:
+        """How many places were put before each row for a prompt, and then the tokens, their places and their kinds (virtual ones': 0)."""
+        prompt = layers.prompt(self, self.dtype)
+        before = 0 if prompt is None or segment_ids is not None else len(prompt)
+        if before:
+            mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
+            input_ids, attention_mask = layers.with_room(input_ids, before), layers.with_room(mask, before, 1)
+            token_type_ids = None if token_type_ids is None else layers.with_room(token_type_ids, before)
+            if positions is not None:
+                order = jnp.broadcast_to(jnp.arange(before, dtype=jnp.int32), (len(positions), before))
+                positions = jnp.concatenate([order, positions + before], axis=1)
+        tokens = layers.token_places(input_ids.shape, attention_mask, segment_ids, positions, None)
+        return before, input_ids, tokens, token_type_ids
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Returns the head's outputs, (..., labels or vocabulary), of hidden (..., hidden_size): of any tokens, or of pooled ones."""
@@ -331,27 +356,22 @@ class Encoder(nn.Module):
         embedding_offset: jax.Array | None,
     ) -> tuple[jax.Array, list[jax.Array]]:
         """The last layer's output, (batch, length, hidden_size), and the states before it."""
-        prefix = layers.prefix(self, self.dtype)
+        prefix, prompt = layers.prefix(self, self.dtype), layers.prompt(self, self.dtype)
+        words = layers.perturbed(self, self.embed(input_ids).astype(self.dtype), tokens, neftune_alpha, embedding_offset)
+        if prompt is not None:
+            words = layers.in_room(prompt, words, tokens)
         tokens, keys, _ = layers.entered(tokens, None, prefix)
-        x = self._embedded(input_ids, tokens, token_type_ids, neftune_alpha, embedding_offset)
+        x = self._embedded(words, tokens, token_type_ids)
         flat, _, outputs = self.layers(x.reshape(-1, self.config.hidden_size), prefix, None, Context(tokens, keys))
         return flat.reshape(x.shape), [x, *[out.reshape(x.shape) for group in outputs for out in group][:-1]]
 
-    def _embedded(
-        self,
-        input_ids: jax.Array,
-        tokens: attention.Tokens,
-        token_type_ids: jax.Array | None,
-        neftune_alpha: jax.Array | float,
-        embedding_offset: jax.Array | None,
-    ) -> jax.Array:
-        """The first layer's input, (batch, length, hidden_size)."""
+    def _embedded(self, x: jax.Array, tokens: attention.Tokens, token_type_ids: jax.Array | None) -> jax.Array:
+        """The first layer's input, (batch, length, hidden_size), of the words' embeddings x (batch, length, embedding_size)."""
         config = self.config
-        x = layers.perturbed(self, self.embed(input_ids).astype(self.dtype), tokens, neftune_alpha, embedding_offset)
         positions = layers.placed(self.position_embed, tokens.positions, config.max_position_embeddings, config.position_offset)
         x += positions.astype(self.dtype)
         if config.type_vocab_size:
-            kinds = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+            kinds = jnp.zeros_like(tokens.segments) if token_type_ids is None else token_type_ids
             x += self.token_type_embed(kinds).astype(self.dtype)
         x = dropped(self.embed_norm(x), config.hidden_dropout, layers.dropout_rng(self))
         if config.embedding_size != config.hidden_size:

@@ -392,6 +392,18 @@ def virtual_tokens(batch: int, count: int, first: int = 0) -> Tokens:
     return Tokens(jnp.full((batch, count), SHARED, jnp.int32), jnp.broadcast_to(order, (batch, count)), order)
 
 
+def with_room(values: jax.Array, count: int, value: int = 0) -> jax.Array:
+    """Returns (batch, length, ...) with `count` places of a value before each row."""
+    return jnp.pad(values, [(0, 0), (count, 0), *[(0, 0)] * (values.ndim - 2)], constant_values=value)
+
+
+def in_room(prompt: jax.Array, x: jax.Array, tokens: Tokens) -> jax.Array:
+    """Returns embeddings x (batch, length, features) with a prompt, (count, features), in the first places of each example."""
+    count = len(prompt)
+    there = (tokens.segments != PADDING) & (tokens.positions < count)
+    return jnp.where(there[:, :, None], prompt[jnp.minimum(tokens.positions, count - 1)], x)
+
+
 def moved(tokens: Tokens, count: int) -> Tokens:
     """Returns the places of tokens that `count` virtual ones come before."""
     return Tokens(tokens.segments, tokens.positions + count, tokens.order + count)

@@ -158,6 +158,11 @@ def virtual_tokens(params: Any) -> int:
     return sum(site.virtual_tokens for site in params.values() if isinstance(site, (Prefix, Prompt)))
 
 
+def prompt_tokens(params: Any) -> int:
+    """Returns how many of the virtual tokens are a prompt's, which stand in the row."""
+    return sum(site.virtual_tokens for site in params.values() if isinstance(site, Prompt))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Shared:

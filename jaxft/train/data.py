@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from jaxft import console
 from jaxft.config import Experiment
-from jaxft.data.batches import Batches
+from jaxft.data.batches import NO_ROOM, Batches, Room
 from jaxft.data.examples import Examples
 from jaxft.data.folds import load_sets
 from jaxft.data.sources import SPLITS, Rows
@@ -20,9 +20,9 @@ from jaxft.data.tokenize import COLUMNS, describe
 from jaxft.data.unlabelled import UNLABELLED, UnlabelledBatches, hide
 from jaxft.errors import UserError
 from jaxft.inspect.look import look_quickly
-from jaxft.models.heads import LAST
-from jaxft.models.node import virtual_tokens
-from jaxft.objectives.base import objective_of
+from jaxft.models.heads import LAST, SEQUENCE_CLASSIFICATION, is_causal
+from jaxft.models.node import prompt_tokens, virtual_tokens
+from jaxft.objectives.base import Supervised, objective_of
 from jaxft.tasks.head import Sums
 from jaxft.train.programs import draws
 
@@ -118,7 +118,8 @@ def load_training_data(experiment: Experiment, model: Any, tokenizer: Any, shape
       shapes: of the whole model with the method's leaves.
       rows: of each set.
     """
-    train, pad = experiment.train, pad_token(tokenizer)
+    train, pad, room = experiment.train, pad_token(tokenizer), room_of(model, shapes)
+    check_objective(experiment, room)
     others = load_unlabelled(experiment, model, tokenizer, shapes, rows)
     rows = {name: found for name, found in rows.items() if name != UNLABELLED}
     examples = load_examples(experiment, rows, tokenizer, model)
@@ -127,7 +128,7 @@ def load_training_data(experiment: Experiment, model: Any, tokenizer: Any, shape
     training = experiment.task.for_training(model, examples["train"])
     training = objective_of(experiment).for_training(experiment.task, model, tokenizer, training)
     classes = balanced_classes(experiment, model, examples["train"])
-    batches = Batches(training, experiment.data, train.batch_size, train.accumulation, train.seed, share_prefix, pad, classes)
+    batches = Batches(training, experiment.data, train.batch_size, train.accumulation, train.seed, share_prefix, pad, classes, room=room)
     steps = train.steps or max(round(train.epochs * batches.steps_per_epoch), 1)
     check_r_drop(experiment, model, shapes, batches)
     return TrainingData(rows, examples, batches, steps, others)
@@ -183,6 +184,24 @@ def check_positions(examples: dict[str, Examples], experiment: Experiment, model
         f"The longest row has {longest} tokens{after}; {experiment.model.source} has {positions} positions. "
         f"Lower config.data.max_length{fewer}."
     )
+
+
+def check_objective(experiment: Experiment, room: Room) -> None:
+    """Raises `UserError` where an objective of its own would meet virtual tokens among the text's."""
+    if room.tokens and not isinstance(objective := objective_of(experiment), Supervised):
+        raise UserError(
+            f"{type(objective).__name__} reads rows of text alone, and an encoder's prompt stands in the rows. Leave config.objective out, "
+            "or take Prefix for the method."
+        )
+
+
+def room_of(model: Any, shapes: Any) -> Room:
+    """Returns the places that an encoder's prompt takes before each example: its virtual tokens look at the text. A causal model's stand
+    once a row, for all its examples.
+    """
+    if is_causal(model):
+        return NO_ROOM
+    return Room(prompt_tokens(shapes), read=model.task == SEQUENCE_CLASSIFICATION)
 
 
 def pad_token(tokenizer: Any) -> int:

@@ -109,7 +109,7 @@ class Evaluator:
     def _own_layout(self, examples: Examples, chosen: np.ndarray) -> Layout:
         setup = self._setup
         examples = setup.experiment.task.for_evaluation(setup.model, examples, chosen)
-        return lay_out(examples, chosen, setup.experiment.data, setup.model.pooling == LAST, pad_token(setup.tokenizer))
+        return lay_out(examples, chosen, setup.experiment.data, setup.model.pooling == LAST, pad_token(setup.tokenizer), setup.room)
 
     def _batches(self, trainable: Any, frozen: Any, layout: Layout) -> Iterator[tuple[range, Any, Any]]:
         """Yields the numbers of some rows, their sums as floats, and their outputs."""

@@ -14,7 +14,7 @@ from flax import linen as nn
 from jaxft import console
 from jaxft.config import EvalConfig, Experiment, ModelConfig, TrainConfig
 from jaxft.data import folds
-from jaxft.data.batches import Batches
+from jaxft.data.batches import Batches, Room
 from jaxft.data.examples import Examples, NextTokens, answer_end
 from jaxft.data.sources import Rows
 from jaxft.data.template import with_template
@@ -41,7 +41,7 @@ from jaxft.train import average as averages
 from jaxft.train import loggers, placement
 from jaxft.train import optimizer as optimizers
 from jaxft.train.checkpoint import Progress
-from jaxft.train.data import check_positions, check_split, load_measured, load_rows, load_training_data, micro_batches
+from jaxft.train.data import check_positions, check_split, load_measured, load_rows, load_training_data, micro_batches, room_of
 from jaxft.train.scores import gradient_scores
 from jaxft.train.state import State, key_for, new_state
 
@@ -59,6 +59,7 @@ class Setup:
     examples: dict[str, Examples]  # the same, tokenized
     answer_end: int | None  # the special token that ends the answers trained on, or None where they end with text
     frozen: Any
+    room: Room  # before each example, for an encoder's prompt
 
     def params(self, state: State) -> Any:
         """Returns the whole model, as it is measured and exported."""
@@ -256,6 +257,7 @@ def set_up(experiment: Experiment) -> TrainingSetup:
         data.examples,
         answer_end(run.tokenizer, training) if isinstance(training, NextTokens) else None,
         frozen,
+        room_of(run.model, run.shapes),
         batches=data.batches,
         steps=data.steps,
         optimizer=optimizer,
@@ -283,7 +285,8 @@ def set_up_trained(experiment: Experiment, progress: Progress, measured: bool) -
         check_positions(examples, experiment, run.model, virtual_tokens(run.shapes))
     params = _begin(run, lambda: load_training_data(run.experiment, run.model, run.tokenizer, run.shapes, load_rows(trained)).batches)
     trainable, frozen, _ = _placed(run, *with_own(run, params, run.language_head.read))
-    made = Setup(run.experiment, run.mesh, run.model, run.tokenizer, run.options, rows, examples, progress.answer_end, frozen)
+    room = room_of(run.model, run.shapes)
+    made = Setup(run.experiment, run.mesh, run.model, run.tokenizer, run.options, rows, examples, progress.answer_end, frozen, room)
     return made, trainable
 
 

@@ -21,7 +21,7 @@ from method_checks import (
 from tiny_models import largest_difference, moved
 
 from jaxft.errors import UserError
-from jaxft.methods import IA3, BitFit, Bottleneck, LoRA, NormTuning, Partial, Prefix, Prompt, PTuning, SparseMask, VeRA
+from jaxft.methods import IA3, BitFit, Bottleneck, LoRA, NormTuning, Partial, Prefix, SparseMask, VeRA
 
 FAMILY = "bert masked_lm"
 OUTPUT = "layers/[0-9]+/output"
@@ -101,7 +101,7 @@ def test_a_prefix_is_seen_by_every_token_and_moves_the_texts_positions(family, m
     assert largest_difference(logits(tuned, name), logits(params, name)) > 0.01
 
 
-@pytest.mark.parametrize("method", [Prompt(2), PTuning(2), Prefix(2, start="text", tokens=(3, 4))], ids=lambda method: method.title)
+@pytest.mark.parametrize("method", [Prefix(2, start="text", tokens=(3, 4))], ids=lambda method: method.title)
 def test_what_needs_a_causal_model_is_refused(method):
     with pytest.raises(UserError, match="is for causal models: the virtual tokens of a bert would look at the text too"):
         method.init(jax.random.key(0), *base(FAMILY))
