@@ -25,7 +25,7 @@ from jaxft.models import heads
 from jaxft.models.heads import CAUSAL_LM
 from jaxft.models.node import is_node, is_quantized
 from jaxft.models.registry import family_of
-from jaxft.models.segments import Leaf, leaves
+from jaxft.models.segments import Leaf, leaves, map_leaves
 from jaxft.quant.blockwise import Format, QuantizedKernel, quantize
 
 Params = dict[str, Any]
@@ -87,6 +87,33 @@ def load_pretrained(
     opened = open_for(source, dtype, revision, wanted)
     formats = _formats(opened.shapes, quantization, quantized, opened.formats, opened.name)
     return opened.model, fill(opened, placing, formats)
+
+
+def redrawn(
+    params: Params,
+    source: str,
+    task: str = CAUSAL_LM,
+    dtype: Any = "float32",
+    revision: str = "main",
+    quantization: Format | None = None,
+    quantized: Sequence[str] = PATTERNS,
+    labels: Sequence[str] = (),
+    problem_type: str = "",
+    seed: int = 0,
+    new_head: bool = False,
+) -> Params:
+    """Returns parameters that `load_pretrained` returned, with what the model's files lack, parts of a head, drawn by another seed.
+
+    What the files have stays the same arrays. Other arguments are those that the parameters were loaded with.
+    """
+    drawn = open_for(source, dtype, revision, _checked(task, labels, problem_type, seed, new_head, dtype, quantization)).drawn
+
+    def draw(leaf: Leaf) -> Any:
+        if leaf.layers is not None or leaf.names[0] not in drawn:
+            return leaf.value
+        return jax.device_put(drawn[leaf.names[0]].astype(leaf.value.dtype), leaf.value.sharding)
+
+    return map_leaves(draw, params, is_leaf=is_node) if drawn else params
 
 
 def describe_pretrained(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxft.models.dropout import dropped
+from jaxft.models.dropout import dropped, drops
 
 SHARED = -1  # segment id of tokens that every example of the row sees
 PADDING = 0  # segment id of padding
@@ -51,7 +51,7 @@ def attention(
     window: jax.Array | None = None,
     before: int = 0,
     causal: bool = True,
-    dropout: float = 0.0,
+    dropout: float | jax.Array = 0.0,
     rng: jax.Array | None = None,
 ) -> jax.Array:
     """Returns grouped-query attention, (batch, queries, heads, head_dim).
@@ -65,13 +65,15 @@ def attention(
       window: () int32, a token sees only the last so many positions (Mistral); None is all.
       before: keys that stand before the row's own: a prefix.
       causal: whether tokens after the query are hidden from it.
-      dropout: the share of attention weights that are set to 0 where there is an `rng`; the others are divided by 1 - dropout.
+      dropout: the share of attention weights that are set to 0 where there is an `rng`; the others are divided by 1 - dropout. An array
+        () float32 may change without another compilation.
       rng: draws them; None is no dropout.
     """
     batch, queries, _, head_dim = query.shape
     chex.assert_shape([key, value], (batch, key.shape[1], key.shape[2], head_dim))
     dropout = 0.0 if rng is None else dropout
-    if jax.default_backend() == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16) and queries > 1 and not dropout:
+    dropping = drops(dropout)
+    if jax.default_backend() == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16) and queries > 1 and not dropping:
         mask = visible(query_tokens, key_tokens, window, causal)[:, None]
         return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
     # Rows that attend to themselves go block by block: scores take a block's memory, and what lies above the diagonal is skipped.
@@ -81,7 +83,7 @@ def attention(
         stop = min(start + QUERY_BLOCK, queries) if len(starts) > 1 else queries
         end = before + stop if len(starts) > 1 and causal else key.shape[1]
         rows, columns = _slice(query_tokens, start, stop), _slice(key_tokens, 0, end)
-        own = jax.random.fold_in(rng, start) if rng is not None and dropout else None
+        own = jax.random.fold_in(rng, start) if rng is not None and dropping else None
         mask = visible(rows, columns, window, causal)
         blocks.append(_plain(query[:, start:stop], key[:, :end], value[:, :end], mask, own, dropout))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
@@ -92,19 +94,20 @@ def _slice(tokens: Tokens, start: int, stop: int) -> Tokens:
 
 
 def _plain(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, rng: jax.Array | None = None, dropout: float = 0.0
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, rng: jax.Array | None, dropout: float | jax.Array
 ) -> jax.Array:
     """Softmax attention as one batched product over grouped heads; scores and softmax in float32."""
     batch, queries, heads, head_dim = query.shape
     groups = key.shape[2]
     query = query.reshape(batch, queries, groups, heads // groups, head_dim).transpose(0, 2, 3, 1, 4) * head_dim**-0.5
-    out = _softmax_product(query, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), mask, rng, dropout)
+    fixed, rate = (0.0, dropout) if isinstance(dropout, jax.Array) else (dropout, None)
+    out = _softmax_product(query, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), mask, rng, rate, fixed)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, head_dim)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _softmax_product(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, rng: jax.Array | None, dropout: float
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, rng: jax.Array | None, rate: jax.Array | None, fixed: float
 ) -> jax.Array:
     """softmax(query @ key.T where mask) @ value.
 
@@ -117,9 +120,10 @@ def _softmax_product(
       value: as key.
       mask: (batch, queries, keys) bool.
       rng: draws which weights are dropped; None drops none.
-      dropout: their share.
+      rate: their share, () float32, or None where it is a number of the program.
+      fixed: that number.
     """
-    return _forward(query, key, value, mask, rng, dropout)[0]
+    return _forward(query, key, value, mask, rng, rate, fixed)[0]
 
 
 def _scores(query: jax.Array, key: jax.Array, mask: jax.Array) -> jax.Array:
@@ -130,8 +134,9 @@ def _scores(query: jax.Array, key: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, rng: jax.Array | None, dropout: float
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, rng: jax.Array | None, rate: jax.Array | None, fixed: float
 ) -> tuple[jax.Array, tuple[Any, ...]]:
+    dropout = fixed if rate is None else rate
     scores = _scores(query, key, mask)
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
@@ -139,7 +144,7 @@ def _forward(
     out = _times(dropped(weights, dropout, rng).astype(value.dtype), value).astype(jnp.float32) / total
     out = checkpoint_name(out.astype(query.dtype), KEPT)
     log_sum = checkpoint_name(top + jnp.log(total), KEPT)
-    return out, (query, key, value, mask, rng, out, log_sum)
+    return out, (query, key, value, mask, rng, rate, out, log_sum)
 
 
 def _times(weights: jax.Array, value: jax.Array) -> jax.Array:
@@ -148,8 +153,9 @@ def _times(weights: jax.Array, value: jax.Array) -> jax.Array:
     return jnp.einsum("bgqk,bgkd->bgqd", flat, value).reshape(*weights.shape[:-1], -1)
 
 
-def _backward(dropout: float, kept: tuple[Any, ...], gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
-    query, key, value, mask, rng, out, log_sum = kept
+def _backward(fixed: float, kept: tuple[Any, ...], gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None, None, None]:
+    query, key, value, mask, rng, rate, out, log_sum = kept
+    dropout = fixed if rate is None else rate
 
     def flat(x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:2], -1, x.shape[-1])
@@ -160,7 +166,7 @@ def _backward(dropout: float, kept: tuple[Any, ...], gradient: jax.Array) -> tup
     d_scores = (weights * (dropped(d_weights, dropout, rng) - shared)).astype(query.dtype)
     d_value = jnp.einsum("bgqk,bgqd->bgkd", flat(dropped(weights, dropout, rng).astype(value.dtype)), flat(gradient))
     d_key = jnp.einsum("bgqk,bgqd->bgkd", flat(d_scores), flat(query))
-    return _times(d_scores, key), d_key, d_value, None, None
+    return _times(d_scores, key), d_key, d_value, None, None, None
 
 
 _softmax_product.defvjp(_forward, _backward)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxft.errors import UserError
 from jaxft.models.hashing import STRIDE, mixed, places
@@ -23,10 +24,24 @@ def dropped(x: jax.Array, rate: float | jax.Array | None, rng: jax.Array | None)
       rate: from 0 up to, not including, 1; an array () float32 may change without another compilation.
       rng: the key; the same numbers are dropped at each call with it.
     """
-    if rng is None or rate is None or (isinstance(rate, float) and not rate):
+    if rng is None or rate is None or not drops(rate):
         return x
     share = 1.0 - rate
     return jnp.where(kept(rng, share, x.shape), x / jnp.asarray(share, x.dtype), jnp.zeros((), x.dtype))
+
+
+def drops(rate: float | jax.Array) -> bool:
+    """Returns whether anything may be dropped: the number 0 drops nothing, an array may hold any rate.
+
+    >>> drops(0.0), drops(0.1), drops(jnp.float32(0.0))
+    (False, True, True)
+    """
+    return isinstance(rate, jax.Array) or rate > 0
+
+
+def as_array(rate: float) -> np.float32:
+    """Returns a rate, () float32, such that `dropped` keeps the same numbers by it as by the Python number, up to a rate of a half."""
+    return np.float32(1.0) - np.float32(1.0 - rate)
 
 
 def kept(rng: jax.Array, share: float | jax.Array, shape: tuple[int, ...]) -> jax.Array:

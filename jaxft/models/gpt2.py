@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxft.errors import UserError, unknown
 from jaxft.models import attention, heads, layers
-from jaxft.models.dropout import dropped
+from jaxft.models.dropout import dropped, drops
 from jaxft.models.heads import Architecture
 from jaxft.models.layers import Cache, Output
 
@@ -194,7 +194,7 @@ class Attention(nn.Module):
         elif prefix is not None:
             key, value = (layers.after_prefix(part, own) for part, own in zip(prefix, (key, value), strict=True))
         before = 0 if prefix is None else len(prefix[0])
-        rng = layers.dropout_rng(self) if config.attention_dropout else None
+        rng = layers.dropout_rng(self) if drops(config.attention_dropout) else None
 
         def attend(value: jax.Array) -> jax.Array:
             return attention.attention(

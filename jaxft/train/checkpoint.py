@@ -60,10 +60,16 @@ class Progress:
 def fingerprint(frozen: Any) -> str:
     """Returns a digest of the frozen leaves: names, shapes, types and every bit of their values, computed where they lie."""
     digest = hashlib.sha256()
-    sums = jax.jit(lambda tree: jax.tree.map(_mix, tree))(frozen)
+    sums = _mixes(frozen)
     for leaf, total in zip(segments.leaves(frozen), jax.device_get(jax.tree.leaves(sums)), strict=True):
         digest.update(f"{leaf.title} {leaf.value.shape} {leaf.value.dtype} {total.tolist()}\n".encode())
     return digest.hexdigest()
+
+
+@jax.jit
+def _mixes(tree: Any) -> Any:
+    """What `_mix` says of each leaf; one program serves all runs of a process on one base."""
+    return jax.tree.map(_mix, tree)
 
 
 def _mix(leaf: jax.Array) -> jax.Array:

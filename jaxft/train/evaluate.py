@@ -45,9 +45,12 @@ class Shape:
 class Evaluator:
     """Measures states of one run; its program is compiled once for validation and for the training rows that are compared with it."""
 
-    def __init__(self, setup: Setup):
-        self._setup = setup
-        self._program = jax.jit(placement.on_mesh(make_evaluation(setup.model, setup.experiment.task), setup.mesh))
+    def __init__(self, setup: Setup, like: "Evaluator | None" = None):
+        """Measures the run of `setup`, with the program, and in batches of the shape, of another one whose model is the same."""
+        self._setup, self._like = setup, like
+        self._program: Any = (
+            like._program if like else jax.jit(placement.on_mesh(make_evaluation(setup.model, setup.experiment.task), setup.mesh))
+        )
 
     def chosen(self, name: str) -> Examples:
         """Returns the set of this name, of `eval.limit` of its rows; raises `UserError` where there is none."""
@@ -83,7 +86,8 @@ class Evaluator:
         layouts = [self._own_layout(found["validation"], np.arange(len(found["validation"])))] if "validation" in found else []
         if layouts and "train" in found and gap:
             layouts.append(self._own_layout(found["train"], self.gap_sample))
-        return Shape(*map(max, zip((1, 0, 0), *(dataclasses.astuple(self._shape(layout)) for layout in layouts), strict=True)))
+        shapes = [Shape(1, 0, 0), *map(self._shape, layouts), *([self._like._least] if self._like else [])]
+        return Shape(*map(max, zip(*map(dataclasses.astuple, shapes), strict=True)))
 
     def _shape(self, layout: Layout) -> Shape:
         return Shape(min(self._setup.experiment.eval.batch_size, sum(map(len, layout.rows))), layout.length, layout.slots)

@@ -52,7 +52,10 @@ def decay_mask(trainable: Any) -> Any:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Returns clipping by the trainable gradient's global norm, then the optimizer with its schedule and decay mask."""
+    """Returns clipping by the trainable gradient's global norm, then the optimizer with its schedule and decay mask.
+
+    Where `learning_rate` and `weight_decay` are arrays, () float32, one program serves all their values.
+    """
     schedule = make_schedule(config, steps)
     decay = config.weight_decay
     if config.name == "adamw":
@@ -61,25 +64,30 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         update = _decayed(_held(config, optax.scale_by_lion(config.b1, config.b2)), schedule, decay)
     elif config.name == "adafactor":
         update = optax.adafactor(schedule)
-        update = _with_decay(update, schedule, decay) if decay else update
+        update = _with_decay(update, schedule, decay) if _is_on(decay) else update
     elif config.name == "sgd":
         update = optax.sgd(schedule, momentum=config.b1 or None)
-        update = optax.chain(optax.add_decayed_weights(decay, mask=decay_mask), update) if decay else update
+        update = optax.chain(optax.add_decayed_weights(decay, mask=decay_mask), update) if _is_on(decay) else update
     else:
         raise unknown("optimizer", config.name, OPTIMIZERS)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update) if config.clip_norm else update
+
+
+def _is_on(number: float | jax.Array) -> bool:
+    """Whether a number is another than 0; an array, which a program takes as an argument, is."""
+    return isinstance(number, jax.Array) or bool(number)
 
 
 def _held(config: OptimizerConfig, scaling: optax.GradientTransformation) -> optax.GradientTransformation:
     return in_8_bits(scaling) if config.moments == "int8" else scaling
 
 
-def _decayed(scaling: optax.GradientTransformation, schedule: optax.Schedule, decay: float) -> optax.GradientTransformation:
+def _decayed(scaling: optax.GradientTransformation, schedule: optax.Schedule, decay: Any) -> optax.GradientTransformation:
     """Returns the update of AdamW and Lion: what `scaling` makes of the gradient and the decay, times the rate."""
     return optax.chain(scaling, optax.add_decayed_weights(decay, decay_mask), optax.scale_by_learning_rate(schedule))
 
 
-def _with_decay(inner: optax.GradientTransformation, schedule: optax.Schedule, decay: float) -> optax.GradientTransformation:
+def _with_decay(inner: optax.GradientTransformation, schedule: optax.Schedule, decay: Any) -> optax.GradientTransformation:
     """Takes rate * decay * parameter off too, as AdamW does: Adafactor's own decay in optax knows no rate."""
     decayed = optax.chain(optax.set_to_zero(), optax.add_decayed_weights(decay, decay_mask), optax.scale_by_learning_rate(schedule))
 

@@ -6,7 +6,7 @@ import os
 import pathlib
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -68,8 +68,8 @@ def _train_folds(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any
     for fold, own in enumerate(runs):
         folder = fold_folder(workdir, fold)
         _check_workdir(folder, overrides.to_dict(own))
-        console.say(f"Fold {fold} of {experiment.data.folds}, in {folder}{', is finished' if _summary_of(folder) else ''}.\n")
-        if not (summary := _summary_of(folder) or _train_one(own, folder)):
+        console.say(f"Fold {fold} of {experiment.data.folds}, in {folder}{', is finished' if summary_of(folder) else ''}.\n")
+        if not (summary := summary_of(folder) or _train_one(own, folder)):
             return {}
         summaries.append(summary)
     found = together(summaries)
@@ -80,24 +80,54 @@ def _train_folds(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any
 
 def _train_one(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     began = time.perf_counter()
-    resolved = overrides.to_dict(experiment)
-    _check_workdir(workdir, resolved)
-    _keep_compiled()
+    prepare(experiment, workdir)
     setup = set_up(experiment)
-    own_exports(setup, setup.state)  # what could be written nowhere is refused before it trains
-    checkpoints = _open_workdir(workdir, resolved, experiment)
-    evaluator = Evaluator(setup)
-    state, progress = _start(setup, checkpoints, evaluator, resolved)
-    outcome = Loop(setup, workdir, checkpoints, evaluator, began).run(state, progress)
+    begun = begin(experiment, setup, workdir, Evaluator(setup))
+    outcome = Loop(setup, workdir, begun.checkpoints, begun.evaluator, began).run(begun.state, begun.progress)
     if outcome.stopped:
-        checkpoints.close()
+        begun.checkpoints.close()
         console.say(
             f"\nStopped by {outcome.stopped} after step {int(outcome.state.step)} of {setup.steps}. The same command goes on from there."
         )
         return {}
-    summary = _finish(setup, workdir, checkpoints, evaluator, outcome, began - progress.elapsed)
-    checkpoints.close()
-    return summary
+    return finish(begun, outcome, lambda: begun.progress.elapsed + time.perf_counter() - began)
+
+
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """A run in its folder, where it begins or goes on."""
+
+    setup: TrainingSetup
+    workdir: pathlib.Path
+    checkpoints: Checkpoints
+    evaluator: Evaluator
+    state: State
+    progress: Progress
+
+
+def prepare(experiment: Experiment, workdir: pathlib.Path) -> None:
+    """Raises `UserError` unless the folder is free or holds this very run; has compiled programs kept on disk from now on."""
+    _check_workdir(workdir, overrides.to_dict(experiment))
+    _keep_compiled()
+
+
+def begin(
+    experiment: Experiment, setup: TrainingSetup, workdir: pathlib.Path, evaluator: Evaluator, before: dict[str, float] | None = None
+) -> Begun:
+    """Opens a run's folder, and measures the model before training where the run doesn't go on.
+
+    Args:
+      experiment: as it was given.
+      setup: of it.
+      workdir: the run's folder.
+      evaluator: of `setup`.
+      before: what that evaluation would find, where another run found it.
+    """
+    own_exports(setup, setup.state)  # what could be written nowhere is refused before it trains
+    resolved = overrides.to_dict(experiment)
+    checkpoints = _open_workdir(workdir, resolved, experiment)
+    state, progress = _start(setup, checkpoints, evaluator, resolved, before)
+    return Begun(setup, workdir, checkpoints, evaluator, state, progress)
 
 
 def evaluate(experiment: Experiment, workdir: pathlib.Path) -> dict[str, float]:
@@ -171,7 +201,7 @@ def export(experiment: Experiment, workdir: pathlib.Path, format: str | None, ou
         exports = own_exports(setup, state)
         for name, own, method in exports:
             folder = output / name if output and len(exports) > 1 else output or workdir / "export" / name
-            _export(setup, state, own, method, folder, _summary_of(workdir))
+            _export(setup, state, own, method, folder, summary_of(workdir))
             _say_exported(folder, own)
         return
     own_format = adapter_format(experiment.method) or HF
@@ -185,9 +215,9 @@ def export(experiment: Experiment, workdir: pathlib.Path, format: str | None, ou
     check_replaceable(folder)
     setup, state = _load_best(experiment, workdir, measured=format == BITSANDBYTES)
     if format == BITSANDBYTES:
-        requantize.export(setup, state, Evaluator(setup), folder, _summary_of(workdir))
+        requantize.export(setup, state, Evaluator(setup), folder, summary_of(workdir))
     else:
-        _export(setup, state, format, setup.experiment.method, folder, _summary_of(workdir))
+        _export(setup, state, format, setup.experiment.method, folder, summary_of(workdir))
     _say_exported(folder, format)
 
 
@@ -320,12 +350,14 @@ def _keep_compiled() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _start(setup: TrainingSetup, checkpoints: Checkpoints, evaluator: Evaluator, resolved: dict[str, Any]) -> tuple[State, Progress]:
+def _start(
+    setup: TrainingSetup, checkpoints: Checkpoints, evaluator: Evaluator, resolved: dict[str, Any], before: dict[str, float] | None
+) -> tuple[State, Progress]:
     """The newest checkpoint's state, or the first state with the evaluation before training."""
     base, split, data = fingerprint(setup.frozen), setup.experiment.eval.split, _digests(setup)
     newest = checkpoints.latest()
     if newest is None:
-        before = evaluator.full(setup.state, split, "Before training").metrics
+        before = before or evaluator.full(setup.state, split, "Before training").metrics
         return setup.state, Progress(resolved, base, before, data, answer_end=setup.answer_end, options=setup.options)
     progress = dataclasses.replace(checkpoints.progress(newest), answer_end=setup.answer_end, options=setup.options)
     _check_base(progress, base, setup)
@@ -395,10 +427,15 @@ def _load_best(experiment: Experiment, workdir: pathlib.Path, measured: bool = F
     return setup, state
 
 
-def _finish(
-    setup: TrainingSetup, workdir: pathlib.Path, checkpoints: Checkpoints, evaluator: Evaluator, outcome: Outcome, began: float
-) -> dict[str, Any]:
-    """Evaluates the best state, exports it, writes and prints what came out."""
+def finish(begun: Begun, outcome: Outcome, elapsed: Callable[[], float]) -> dict[str, Any]:
+    """Evaluates the best state, exports it, writes and prints what came out; returns the summary.
+
+    Args:
+      begun: the run.
+      outcome: how its loop ended.
+      elapsed: returns its seconds so far.
+    """
+    setup, workdir, checkpoints, evaluator = begun.setup, begun.workdir, begun.checkpoints, begun.evaluator
     best = _best(checkpoints, outcome.progress)
     state = outcome.state
     if best != int(state.step):
@@ -406,14 +443,14 @@ def _finish(
         console.say(f"Step {best} was the best on validation.")
     split = setup.experiment.eval.split
     after = evaluator.full(state, split, "After training")
-    summary = _summarize(setup, outcome, after, time.perf_counter() - began)
+    summary = _summarize(setup, outcome, after, elapsed())
     summary["eval"]["majority"] = evaluator.majority(split)
     if linear := evaluator.linear_baseline(split):
         summary["eval"]["linear"] = linear
     exports = own_exports(setup, state)
     for name, format, method in exports:
         _export(setup, state, format, method, workdir / "export" / name, summary)
-    summary["seconds"] = time.perf_counter() - began
+    summary["seconds"] = elapsed()
     _write_json(workdir / SUMMARY, summary)
     chosen = evaluator.chosen(split)
     fields = evaluator.answer_format.names if evaluator.generates else ()
@@ -430,6 +467,7 @@ def _finish(
         console.say(
             model_command(folder, setup.model) if format == HF else adapter_command(folder, setup.experiment.model, format, setup.model)
         )
+    checkpoints.close()
     return summary
 
 
@@ -462,7 +500,8 @@ def _export(setup: Setup, state: State, format: str, method: Method, folder: pat
         save_pretrained(folder, setup.model, method.merge(setup.model, on_host(params)), setup.tokenizer, card=text)
 
 
-def _summary_of(workdir: pathlib.Path) -> dict[str, Any]:
+def summary_of(workdir: pathlib.Path) -> dict[str, Any]:
+    """Returns the summary of a finished run, or {} where the folder holds none."""
     return _read_json(workdir / SUMMARY) if (workdir / SUMMARY).is_file() else {}
 
 

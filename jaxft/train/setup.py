@@ -22,7 +22,7 @@ from jaxft.data.unlabelled import check as check_unlabelled
 from jaxft.data.unlabelled import real_tokens, step_batch
 from jaxft.errors import UserError, unknown
 from jaxft.hub.language_head import LanguageHead
-from jaxft.hub.load import OriginalKernels, compute_type, describe_pretrained, load_pretrained
+from jaxft.hub.load import OriginalKernels, compute_type, describe_pretrained, load_pretrained, redrawn
 from jaxft.hub.peft import adapter_format, has_form
 from jaxft.hub.tokenizer import load_tokenizer
 from jaxft.methods.base import Compose, Material, Method
@@ -41,7 +41,16 @@ from jaxft.train import average as averages
 from jaxft.train import loggers, placement
 from jaxft.train import optimizer as optimizers
 from jaxft.train.checkpoint import Progress
-from jaxft.train.data import check_positions, check_split, load_measured, load_rows, load_training_data, micro_batches, room_of
+from jaxft.train.data import (
+    TrainingData,
+    check_positions,
+    check_split,
+    load_measured,
+    load_rows,
+    load_training_data,
+    micro_batches,
+    room_of,
+)
 from jaxft.train.scores import gradient_scores
 from jaxft.train.state import State, key_for, new_state
 
@@ -238,9 +247,34 @@ def set_up(experiment: Experiment) -> TrainingSetup:
     loggers.check_installed(experiment.train.loggers)
     run, rows = describe_run(experiment)
     data = load_training_data(run.experiment, run.model, run.tokenizer, run.shapes, rows)
-    params = _begin(run, lambda: data.batches)
-    params, mask = with_own(run, params, run.language_head.read)
+    params, mask = begin_params(run, data, read_base(run))
     print_trainable(params, mask)
+    return begin_run(run, data, params, mask)
+
+
+def read_base(run: Described) -> Any:
+    """Returns the base's parameters, read from its files; what they lack of the task's head is drawn by the run's seed."""
+    placing = functools.partial(placement.shardings, mesh=run.mesh)
+    return load_pretrained(**_of_base(run), placing=placing)[1]
+
+
+def with_head_of(run: Described, base: Any) -> Any:
+    """Returns parameters that another run's `read_base` read, with what the files lack drawn by this run's seed."""
+    return redrawn(base, **_of_base(run))
+
+
+def _of_base(run: Described) -> dict[str, Any]:
+    experiment = run.experiment
+    return from_source(experiment.model, experiment.task, run.options, experiment.train.seed)
+
+
+def begin_params(run: Described, data: TrainingData, base: Any) -> tuple[Any, Any]:
+    """Returns the parameters of a run's start, the method's leaves and the objective's added to the base's, and which of them train."""
+    return with_own(run, _begin(run, base, lambda: data.batches), run.language_head.read)
+
+
+def begin_run(run: Described, data: TrainingData, params: Any, mask: Any) -> TrainingSetup:
+    """Returns a run, ready to step, of what `begin_params` returned."""
     optimizer = make_optimizer(run, data.steps)
     trainable, frozen, places = _placed(run, params, mask)
     state = begin_state(run, trainable, optimizer, data.slots)
@@ -283,24 +317,24 @@ def set_up_trained(experiment: Experiment, progress: Progress, measured: bool) -
     rows, examples = load_measured(run.experiment, run.tokenizer, run.model) if measured else ({}, {})
     if examples:
         check_positions(examples, experiment, run.model, virtual_tokens(run.shapes))
-    params = _begin(run, lambda: load_training_data(run.experiment, run.model, run.tokenizer, run.shapes, load_rows(trained)).batches)
+    params = _begin(
+        run, read_base(run), lambda: load_training_data(run.experiment, run.model, run.tokenizer, run.shapes, load_rows(trained)).batches
+    )
     trainable, frozen, _ = _placed(run, *with_own(run, params, run.language_head.read))
     room = room_of(run.model, run.shapes)
     made = Setup(run.experiment, run.mesh, run.model, run.tokenizer, run.options, rows, examples, progress.answer_end, frozen, room)
     return made, trainable
 
 
-def _begin(run: Described, batches: Callable[[], Batches]) -> Any:
+def _begin(run: Described, base: Any, batches: Callable[[], Batches]) -> Any:
     """The base's parameters with the method's leaves; the batches are made where it asks for gradients."""
     experiment, seed = run.experiment, run.experiment.train.seed
-    placing = functools.partial(placement.shardings, mesh=run.mesh)
-    params = load_pretrained(**from_source(experiment.model, experiment.task, run.options, seed), placing=placing)[1]
 
     def scores(params: Any, chosen: Callable[[str], bool], kind: str, count: int) -> Any:
         first = map(objective_of(experiment).plain, itertools.islice(micro_batches(batches()), count))
         return gradient_scores(run.model, experiment.task, first, params, chosen, kind)
 
-    return run.method.begin(key_for(seed, "method"), run.model, params, Material(scores, run.kernels))
+    return run.method.begin(key_for(seed, "method"), run.model, base, Material(scores, run.kernels))
 
 
 def with_own(run: Described, params: Any, language_head: Callable[[nn.Module], Any]) -> tuple[Any, Any]:
