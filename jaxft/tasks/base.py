@@ -254,10 +254,10 @@ class Task(abc.ABC):
         """Returns the metrics of what knows the training targets and no text; {} where that makes no sense."""
         return {}
 
-    def linear_baseline(
+    def word_baseline(
         self, model: nn.Module, data: DataConfig, seed: int, training: tuple[Rows, Examples], test: tuple[Rows, Examples]
-    ) -> dict[str, float]:
-        """Returns the metrics of a linear model of word counts, which takes a second; {} where that makes no sense.
+    ) -> dict[str, dict[str, float]]:
+        """Returns the metrics of a simple model of words, which takes a second, by its name; {} where that makes no sense.
 
         Args:
           model: of it the configuration.

@@ -206,8 +206,10 @@ class SequenceClassification(Task):
         sums = self.loss(model, jnp.asarray(outputs), jnp.asarray(true), jnp.ones(len(true)))
         return self.scores(model, examples, jax.device_get(sums), outputs)
 
-    def linear_baseline(self, model: nn.Module, data: DataConfig, seed: int, training: Of, test: Of) -> dict[str, float]:
-        """Returns the metrics of logistic regression on TF-IDF of words and pairs of words, by scikit-learn; {} but for single labels."""
+    def word_baseline(self, model: nn.Module, data: DataConfig, seed: int, training: Of, test: Of) -> dict[str, dict[str, float]]:
+        """Returns the metrics of logistic regression on TF-IDF of words and pairs of words, by scikit-learn, as "linear"; {} but for single
+        labels.
+        """
         from jaxft.tasks.class_figures import word_logits  # as above
 
         if model.config.problem_type != SINGLE_LABEL:
@@ -216,7 +218,7 @@ class SequenceClassification(Task):
         outputs = word_logits(texts, training[1].slots.targets, held_out, len(model.config.labels), seed)
         true = test[1].slots.targets
         sums = self.loss(model, jnp.asarray(outputs), jnp.asarray(true), jnp.ones(len(true)))
-        return self.scores(model, test[1], jax.device_get(sums), outputs)
+        return {"linear": self.scores(model, test[1], jax.device_get(sums), outputs)}
 
     def report(self, model: nn.Module, examples: Examples, outputs: np.ndarray | None) -> Report:
         """Returns precision, recall and F1 of each label, and the confusion matrix of single labels as a picture."""

@@ -1,5 +1,6 @@
 """One answer for each word of a text: a tag, which with others marks entities, or stands for itself as a part of speech."""
 
+import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -34,7 +35,7 @@ from jaxft.data.unlabelled import with_column, without_labels
 from jaxft.data.words import fit_to_words, pieces_of, windows_of
 from jaxft.errors import UserError, unknown
 from jaxft.models.heads import FIRST
-from jaxft.tasks.base import Batch, Report, Task
+from jaxft.tasks.base import Batch, Of, Report, Task
 from jaxft.tasks.class_weights import check_named, check_weights, log_shares, weighted
 from jaxft.tasks.head import Sums, check_label_smoothing, cross_entropy
 
@@ -208,6 +209,25 @@ class TokenClassification(Task):
         true = examples.slots.targets
         outputs = np.full(true.shape, constant.argmax(), np.int32)
         return {"loss": float(-constant[true].mean())} | self._figures(model, examples, outputs)
+
+    def word_baseline(self, model: nn.Module, data: DataConfig, seed: int, training: Of, test: Of) -> dict[str, dict[str, float]]:
+        """Returns the metrics of giving each word the tag that it most often has in training, as "commonest".
+
+        Words are compared in lower case; of tags as frequent the first is taken; words that training lacks get the most frequent of all.
+        The loss takes the shares of a word's tags in training, to which one word with the shares of all tags is added.
+        """
+        known, measured = training[1], test[1]
+        assert isinstance(known, Words)
+        assert isinstance(measured, Words)
+        every = np.exp(log_shares(known.slots.targets, len(model.config.labels)))
+        counts: dict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(len(every)))
+        for word, one in zip(known.words, known.slots.targets, strict=True):
+            counts[word.lower()][one] += 1
+        own, true = np.stack([counts[word.lower()] for word in measured.words]), measured.slots.targets
+        shares = (own + every) / (own.sum(axis=1, keepdims=True) + 1)
+        outputs = np.where(own.any(axis=1), own.argmax(axis=1), every.argmax()).astype(np.int32)
+        loss = -np.log(shares[np.arange(len(true)), true]).mean()
+        return {"commonest": {"loss": float(loss)} | self._figures(model, measured, outputs)}
 
     def report(self, model: nn.Module, examples: Examples, outputs: np.ndarray | None) -> Report:
         """Returns precision, recall and F1 of each type of entity, or of each plain tag."""

@@ -154,13 +154,13 @@ class Evaluator:
         assert isinstance(examples, NextTokens)
         return majority_match(training.answers, [examples.answer(i) for i in range(len(examples))], self.answer_format)
 
-    def linear_baseline(self, name: str) -> dict[str, float]:
-        """Returns the metrics of a linear model of word counts; {} where the task has none."""
+    def word_baseline(self, name: str) -> dict[str, dict[str, float]]:
+        """Returns the metrics of the task's simple model of words, by its name; {} where the task has none."""
         setup, examples = self._setup, self.chosen(name)
         rows = setup.rows[name].select(range(len(set(examples.rows.tolist()))))
         training = (setup.rows["train"], setup.examples["train"])
         data, seed = setup.experiment.data, setup.experiment.train.seed
-        return setup.experiment.task.linear_baseline(setup.model, data, seed, training, (rows, examples))
+        return setup.experiment.task.word_baseline(setup.model, data, seed, training, (rows, examples))
 
     def answers(self, state: State, examples: NextTokens, title: str) -> list[str]:
         """Returns the model's answer to each example's prompt."""

@@ -32,6 +32,7 @@ _MODELS = {  # of a summary's eval
     "before": "untuned model",
     "majority": "majority answer",
     "linear": "TF-IDF + logistic regression",
+    "commonest": "commonest tag of each word",
     "after": "tuned model",
 }
 _TITLES = {
@@ -47,7 +48,7 @@ _TITLES = {
 
 
 def comparison(summary: Mapping[str, Any], fields: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Returns the columns and rows of the closing table: untuned model, majority answer, linear baseline, tuned model.
+    """Returns the columns and rows of the closing table: untuned model, majority answer, a simple model of words, tuned model.
 
     Args:
       summary: of the run.

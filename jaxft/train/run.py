@@ -445,8 +445,7 @@ def finish(begun: Begun, outcome: Outcome, elapsed: Callable[[], float]) -> dict
     after = evaluator.full(state, split, "After training")
     summary = _summarize(setup, outcome, after, elapsed())
     summary["eval"]["majority"] = evaluator.majority(split)
-    if linear := evaluator.linear_baseline(split):
-        summary["eval"]["linear"] = linear
+    summary["eval"] |= evaluator.word_baseline(split)
     exports = own_exports(setup, state)
     for name, format, method in exports:
         _export(setup, state, format, method, workdir / "export" / name, summary)

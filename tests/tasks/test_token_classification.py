@@ -329,6 +329,18 @@ def test_report_shown_and_majority():
     assert entity_report([["O"]], [["O"]], "IOB2").tables == ()
 
 
+def test_each_words_commonest_tag_is_measured_beside_it():
+    model, task, data = named("B-DRUG", "O"), TokenClassification(), DataConfig()
+    training = rows([["Pill", "pill", "pill", "day"], ["day"]], [["B-DRUG", "B-DRUG", "O", "O"], ["O"]])
+    test = rows([["PILL", "day", "night"]], [["B-DRUG", "B-DRUG", "O"]])
+    sets = [(found, task.examples(found, tokenizer(), data, model)) for found in (training, test)]
+    found = task.word_baseline(model, data, 0, *sets)["commonest"]
+    drug, other = 3 / 7, 4 / 7  # of all tags, with one of each added
+    shares = [(2 + drug) / 4, drug / 3, other]  # of pill's three, day's two, and a word that training lacks
+    assert found["loss"] == pytest.approx(-np.log(shares).mean())
+    assert (found["precision"], found["recall"], found["accuracy"]) == (1.0, 0.5, pytest.approx(2 / 3))
+
+
 def test_report_and_shown_of_plain_tags():
     model, task = named("DET", "NOUN"), TokenClassification()
     examples = task.examples(rows([list("ab")], [["DET", "NOUN"]]), tokenizer(), DataConfig(), model)
