@@ -22,6 +22,10 @@ MODES = {
     "export": ("format", "output"),
     "inspect": (),
     "plan": ("plan.device", "plan.count", "plan.mesh", "plan.price", "plan.full_rows"),
+    "sweep": (
+        *("sweep.limit", "sweep.filter", "sweep.executor", "sweep.workers"),
+        *("sweep.partition", "sweep.account", "sweep.time", "sweep.gpus", "sweep.cpus", "sweep.memory", "sweep.slurm"),
+    ),
 }
 
 FLAGS = flags.FlagValues()
@@ -43,6 +47,17 @@ flags.DEFINE_integer("plan.count", 0, "plan: how many of them; default: as many 
 flags.DEFINE_string("plan.mesh", "", "plan: their mesh, as data:1,fsdp:8,tensor:1; default: the configuration's.", flag_values=FLAGS)
 flags.DEFINE_float("plan.price", 0.0, "plan: US dollars that one costs an hour; default: a public price.", flag_values=FLAGS)
 flags.DEFINE_boolean("plan.full_rows", False, "plan: take full rows, without data and tokenizer.", flag_values=FLAGS)
+flags.DEFINE_integer("sweep.limit", 0, "sweep: the first so many runs alone; 0 is all.", flag_values=FLAGS)
+flags.DEFINE_string("sweep.filter", "", "sweep: the runs alone whose ID matches this regular expression.", flag_values=FLAGS)
+flags.DEFINE_string("sweep.executor", "local", "sweep: local, processes of this machine; slurm, jobs of Slurm.", flag_values=FLAGS)
+flags.DEFINE_integer("sweep.workers", 1, "sweep: runs at a time.", flag_values=FLAGS)
+flags.DEFINE_string("sweep.partition", "", "sweep, Slurm: the partition of a worker's job.", flag_values=FLAGS)
+flags.DEFINE_string("sweep.account", "", "sweep, Slurm: the account of a worker's job.", flag_values=FLAGS)
+flags.DEFINE_integer("sweep.time", 0, "sweep, Slurm: minutes that a worker's job may take; 0 is a day.", flag_values=FLAGS)
+flags.DEFINE_integer("sweep.gpus", 0, "sweep, Slurm: GPUs a worker.", flag_values=FLAGS)
+flags.DEFINE_integer("sweep.cpus", 0, "sweep, Slurm: CPU cores a worker.", flag_values=FLAGS)
+flags.DEFINE_integer("sweep.memory", 0, "sweep, Slurm: gigabytes of memory a worker.", flag_values=FLAGS)
+flags.DEFINE_list("sweep.slurm", [], "sweep, Slurm: other options of sbatch, as qos=high,constraint=a100.", flag_values=FLAGS)
 flags.DEFINE_boolean("list", False, "List the experiments.", flag_values=FLAGS)
 flags.DEFINE_boolean("help", False, "Show this.", flag_values=FLAGS)
 
@@ -92,6 +107,12 @@ def run(arguments: Sequence[str]) -> None:
     workdir = given_path(FLAGS.workdir or f"runs/{FLAGS.experiment.replace(':', '-')}")
     output = given_path(FLAGS.output) if FLAGS.output else None
     given = overrides.parse_flags(found, arguments)
+    if FLAGS.mode == "sweep":
+        from jaxft.sweep import sweep as sweeps
+
+        options: dict[str, Any] = {name.partition(".")[2]: FLAGS[name].value for name in MODES["sweep"]}
+        sweeps.sweep(given, experiments.load_sweep(name, variant), workdir, sweeps.Options(**options), overrides.given_paths(arguments))
+        return
 
     from jaxft.train import run as modes  # transformers, datasets and orbax: seconds, once everything given is known to be right
 

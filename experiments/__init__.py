@@ -1,7 +1,8 @@
 """The experiments: one file a recipe, found by its name.
 
 An experiment's file has a docstring, whose first line `launch.py --list` shows; `VARIANTS`, a literal tuple of the names it takes;
-and `get_config(variant)`, which returns an `Experiment`. Docstring and variants are read without running the file, so that listing
+and `get_config(variant)`, which returns an `Experiment`. Beside it there may be `sweep(variant)`, which returns a `jaxft.sweep.Sweep`, or
+its runs' overrides alone. Docstring and variants are read without running the file, so that listing
 and a mistyped name cost nothing.
 """
 
@@ -9,6 +10,7 @@ import ast
 import dataclasses
 import importlib
 import pathlib
+from typing import Any
 
 from jaxft.config import Experiment
 from jaxft.errors import UserError, unknown
@@ -23,6 +25,7 @@ class Entry:
     name: str
     summary: str  # first line of the docstring
     variants: tuple[str, ...]
+    sweeps: bool  # whether it has a sweep()
 
 
 def names() -> list[str]:
@@ -43,7 +46,8 @@ def entry(name: str) -> Entry:
         if isinstance(target, ast.Name)
     }
     variants = ast.literal_eval(constants["VARIANTS"]) if "VARIANTS" in constants else ()
-    return Entry(name, (ast.get_docstring(tree) or "").partition("\n")[0], variants)
+    sweeps = any(isinstance(node, ast.FunctionDef) and node.name == "sweep" for node in tree.body)
+    return Entry(name, (ast.get_docstring(tree) or "").partition("\n")[0], variants, sweeps)
 
 
 def load(name: str, variant: str = "") -> Experiment:
@@ -54,3 +58,11 @@ def load(name: str, variant: str = "") -> Experiment:
     if variant and variant not in found.variants:
         raise unknown(f"{name} variant", variant, found.variants)
     return importlib.import_module(f"experiments.{name}").get_config(variant)
+
+
+def load_sweep(name: str, variant: str = "") -> Any:
+    """Returns what `sweep(variant)` of an experiment that `load` takes returns; raises `UserError` where it has none."""
+    if not entry(name).sweeps:
+        known = ", ".join(found.name for found in map(entry, names()) if found.sweeps)
+        raise UserError(f"The experiment '{name}' has no sweep(): nothing says which runs to make. Known with one: {known}.")
+    return importlib.import_module(f"experiments.{name}").sweep(variant)

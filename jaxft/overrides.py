@@ -67,6 +67,53 @@ def parse_flags(experiment: Experiment, arguments: Sequence[str]) -> Experiment:
     return from_dict(found)
 
 
+def with_values(experiment: Experiment, values: Mapping[str, Any]) -> Experiment:
+    """Returns `experiment` with a value at each path: of a field, or a method, task or objective as a whole, before the fields of it.
+
+    Args:
+      experiment: what they are put into.
+      values: by path, without "config.": as Python has them, or as JSON does (`as_json`).
+
+    Raises:
+        UserError: no such field, or a value of another type.
+
+    >>> from jaxft.config import DataConfig, ModelConfig
+    >>> from jaxft.methods import IA3, LoRA
+    >>> from jaxft.tasks import SFT
+    >>> experiment = Experiment("example", ModelConfig(), DataConfig(), IA3(), SFT())
+    >>> found = with_values(experiment, {"method.rank": 4, "method": LoRA(), "train.seed": 1})
+    >>> found.method.rank, found.train.seed
+    (4, 1)
+    """
+    found = to_dict(experiment) | {name: as_json(values[name]) for name in _GROUPS if name in values}
+    known = list(fields_of(from_dict(found)))
+    for path in (path for path in values if path not in _GROUPS):
+        if path not in known:
+            raise _no_field(path, known)
+        *groups, name = path.split(".")
+        functools.reduce(operator.getitem, groups, found)[name] = _plain(values[path])
+    return from_dict(found)
+
+
+def as_json(value: Any) -> Any:
+    """Returns a field's value as JSON holds it; a method, task or objective with its class's name.
+
+    >>> from jaxft.methods import Full
+    >>> as_json((1, 2)), as_json(Full())
+    ([1, 2], {'class': 'Full', 'exclude': [], 'layer_decay': 1.0})
+    """
+    return _named(value) if dataclasses.is_dataclass(value) else _plain(value)
+
+
+def given_paths(arguments: Sequence[str]) -> list[str]:
+    """Returns the paths of the flags `--config.PATH=VALUE` among `arguments`.
+
+    >>> given_paths(["--config.train.steps=3", "--noconfig.data.packing"])
+    ['train.steps', 'data.packing']
+    """
+    return [match["path"] or "" for match in map(_FLAG.fullmatch, arguments) if match]
+
+
 def fields_of(experiment: Experiment) -> dict[str, tuple[Any, Any]]:
     """Returns the annotation and the value of every field, by its path ("data.limit"), those of the method and the task included."""
     return {path: (annotation, value) for path, annotation, value in _walk(experiment, "")}

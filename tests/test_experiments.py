@@ -23,7 +23,8 @@ def test_it_is_well_formed(name, variant):
 def test_its_docstring_says_what_it_is_and_how_to_run_it(name):
     module = __import__(f"experiments.{name}", fromlist=["get_config"])
     assert experiments.entry(name).summary
-    assert f"python launch.py --experiment={name}\n" in module.__doc__
+    mode = " --mode=sweep" if experiments.entry(name).sweeps else ""
+    assert f"python launch.py --experiment={name}{mode}\n" in module.__doc__
     assert "Hardware:" in module.__doc__
     for variant in experiments.entry(name).variants:
         assert f"python launch.py --experiment={name}:{variant}\n" in module.__doc__

@@ -28,13 +28,13 @@ def test_help_shows_the_flags(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Give --experiment=NAME[:VARIANT]. Known: adalora_llama2, "),
+        ([], "Give --experiment=NAME[:VARIANT]. Known: ablation_methods, "),
         (["--experiment=lora_lama2"], "There is no experiment 'lora_lama2'. Did you mean 'lora_llama2'?"),
         (["--experiment=lora_llama2:8b"], "There is no lora_llama2 variant '8b'. Did you mean '7b'?"),
         (["--experment=lora_llama2"], "There is no flag '--experment'. Did you mean '--experiment'?"),
         (
             ["--experiment=lora_llama2", "--mode=trian"],
-            "There is no mode 'trian'. Did you mean 'train'? Known: eval, export, generate, inspect, plan, train.",
+            "There is no mode 'trian'. Did you mean 'train'? Known: eval, export, generate, inspect, plan, sweep, train.",
         ),
         (["--experiment=lora_llama2", "--prompt=Hello"], "--prompt belongs to --mode=generate."),
         (["--experiment=lora_llama2", "--mode=eval", "--output=x"], "--output belongs to --mode=generate or export."),

@@ -3,8 +3,8 @@
 import json
 
 import jax
-import numpy as np
 import pytest
+import tiny_reviews
 import tokenizers
 import torch
 import transformers
@@ -16,8 +16,6 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = [f"w{number}" for number in range(40)]
-LABELS = ("bad",) * 8 + ("good",) * 3 + ("so",)
 
 
 @pytest.fixture(scope="module")
@@ -46,21 +44,8 @@ def material(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reviews(tmp_path_factory):
-    """A folder with a tiny BERT, `model`, and 48 rows of random texts, `rows.jsonl`, whose label is rarely anything but bad."""
-    folder = tmp_path_factory.mktemp("reviews")
-    random = np.random.default_rng(0)
-    rows = [{"text": " ".join(random.choice(WORDS, random.integers(3, 12))), "label": LABELS[i % 12]} for i in range(48)]
-    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "[UNK]"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    made.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
-    transformers.BertModel(transformers.BertConfig(vocab_size=len(vocabulary), **sizes)).save_pretrained(folder / "model")
-    return folder
+    """A folder with a tiny BERT, `model`, and its rows, `rows.jsonl`."""
+    return tiny_reviews.write(tmp_path_factory.mktemp("reviews"))
 
 
 @pytest.fixture(scope="module")

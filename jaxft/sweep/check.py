@@ -1,0 +1,44 @@
+"""What is known to be wrong with a sweep's runs before the first one starts."""
+
+from jaxft import overrides
+from jaxft.config import Experiment
+from jaxft.errors import UserError
+from jaxft.sweep.population import populations
+from jaxft.sweep.runs import Folder
+from jaxft.train.setup import check as check_values
+from jaxft.train.setup import describe_run
+
+
+def check(folder: Folder) -> str | list[list[str]]:
+    """Returns what the first run that can't be is refused for, or the runs' IDs in the groups that train together.
+
+    Every run's values are checked; what fits which model, and what the data holds, once for all runs that are alike in that.
+    """
+    experiments = folder.experiments()
+    described: set[str] = set()
+    for run, experiment in experiments.items():
+        try:
+            check_values(experiment)
+            if (kind := _kind(experiment)) not in described:
+                described.add(kind)
+                _check_fit(experiment)
+        except UserError as error:
+            return f"Run {run}: {error}"
+    names = list(experiments)
+    return [[names[i] for i in group] for group in populations(list(experiments.values()))]
+
+
+def _kind(experiment: Experiment) -> str:
+    """What runs are alike in that differ in numbers alone."""
+    config = overrides.to_dict(experiment)
+    train = {name: value for name, value in config["train"].items() if name not in ("seed", "steps", "epochs")}
+    return repr({name: value for name, value in config.items() if name not in ("optimizer", "train")} | train)
+
+
+def _check_fit(experiment: Experiment) -> None:
+    """Raises `UserError` for what the model's and the data's files say against a run."""
+    if "validation" not in describe_run(experiment)[1]:
+        raise UserError(
+            "A sweep chooses on validation, and there are no rows for it. Give config.data.validation, or a share of the training rows by "
+            "config.data.split."
+        )

@@ -1,0 +1,248 @@
+"""Sweeps as a user starts them, on a tiny BERT: to their end, with runs that die, killed at random, with what makes no sense."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny_reviews
+
+from experiments import full_bert_sentiment
+from jaxft import overrides
+from jaxft.errors import UserError
+from jaxft.methods import BitFit, LoRA
+from jaxft.sweep import Search, Sweep, choice, draws, executor, grid, log_uniform, product, seeds, uniform, zipped
+from jaxft.sweep import sweep as sweeps
+from jaxft.sweep.executor import Options
+from jaxft.sweep.runs import DONE, FAILED, Folder, name_runs
+
+ROOT = pathlib.Path(__file__).parents[2]
+RUNS = product(grid({"method": [LoRA(rank=2), BitFit()]}), grid({"optimizer.learning_rate": [1e-3, 1e-2]}))
+
+ALONE = [*RUNS[:1], {"method": BitFit()}]  # no population: a process each
+LISTS = {"whole": Sweep(RUNS, vary=("method",)), "alone": Sweep(ALONE, vary=("method",))}
+
+# What a process of its own runs
+PROGRAM = """
+import pathlib, sys
+sys.path[:0] = [{root!r}, {tests!r}, {here!r}]
+import test_sweep
+test_sweep.go(pathlib.Path({material!r}), pathlib.Path({workdir!r}), test_sweep.LISTS[{declared!r}])
+"""
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A folder with a tiny BERT and its rows."""
+    return tiny_reviews.write(tmp_path_factory.mktemp("sweeps"))
+
+
+def experiment(material, **changed):
+    """Returns a run of a few steps."""
+    values = {"model.source": str(material / "model"), "data.train": str(material / "rows.jsonl"), "data.test": "", "data.label": "label"}
+    values |= {"data.split": (0.5, 0.25, 0.25), "data.max_length": 32, "train.steps": 4, "train.batch_size": 2, "train.eval_every": 2}
+    return overrides.with_values(full_bert_sentiment.get_config(), values | changed)
+
+
+def go(material, workdir, declared=LISTS["whole"], options=Options(), given=(), **changed):  # noqa: B008 - frozen
+    """Runs a sweep."""
+    sweeps.sweep(experiment(material, **changed), declared, workdir, options, given)
+
+
+def start(material, workdir, declared="whole"):
+    """Starts the sweep in a process of its own."""
+    places = {"root": str(ROOT), "tests": str(ROOT / "tests"), "here": str(pathlib.Path(__file__).parent)}
+    text = PROGRAM.format(**places, declared=declared, material=str(material), workdir=str(workdir))
+    environment = os.environ | {"JAXFT_CACHE": str(material / "cache"), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    return subprocess.Popen([sys.executable, "-c", text], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def table(workdir):
+    """Returns what the finished table says of each run, without times, memory and how often it was tried."""
+    rows = json.loads((workdir / "results.json").read_text(encoding="utf-8"))["rows"]
+    return {row["id"]: {name: row[name] for name in ("state", "overrides", "validation", "after", "before", "curves")} for row in rows}
+
+
+@pytest.fixture(scope="module")
+def whole(material):
+    """A sweep that was left alone."""
+    workdir = material / "whole"
+    process = start(material, workdir)
+    out = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, out
+    return workdir, out
+
+
+@pytest.mark.slow
+def test_every_run_is_done_and_in_the_report(whole):
+    workdir, out = whole
+    found = table(workdir)
+    assert list(found) == ["000-lora-rank2-lr1e-3", "001-lora-rank2-lr1e-2", "002-bitfit-lr1e-3", "003-bitfit-lr1e-2"]
+    assert {row["state"] for row in found.values()} == {DONE}
+    assert "4 of 4 runs are done" in out
+    assert "000-lora-rank2-lr1e-3: done, validation loss" in out
+    for name in ("report.md", "report.html", "results.parquet", "runs/003-bitfit-lr1e-2/summary.json"):
+        assert (workdir / name).exists()
+    assert json.loads((workdir / "sweep.json").read_text())["versions"]["jaxft"]
+
+
+@pytest.mark.slow
+def test_killed_ten_times_the_table_is_that_of_a_sweep_left_alone(material, whole):
+    """SIGKILL at random moments, now of the sweep's own process, now of a worker's or a run's."""
+    workdir, chance = material / "killed", random.Random(0)
+    for number in range(10):
+        process = start(material, workdir)
+        time.sleep(chance.uniform(1.0, 7.0))
+        if number % 2 and (others := children(process.pid)):
+            os.kill(chance.choice(others), signal.SIGKILL)
+            time.sleep(chance.uniform(0.0, 2.0))
+        process.kill()
+        process.wait()
+    process = start(material, workdir)
+    out = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, out
+    assert table(workdir) == table(whole[0])
+
+
+def children(parent):
+    """Returns the processes that descend from one."""
+    found = {}
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        found.setdefault(int(fields[1]), []).append(int(path.parent.name))
+    below = [parent]
+    for one in below:
+        below += found.get(one, [])
+    return below[1:]
+
+
+@pytest.mark.slow
+def test_a_run_that_dies_is_tried_again_and_takes_nothing_with_it(material):
+    workdir, state = material / "dying", Folder(material / "dying").state
+    process, killed = start(material, workdir, "alone"), set()
+    while process.poll() is None:
+        time.sleep(0.05)
+        if state("001-bitfit").state == "running" and (attempt := state("001-bitfit").attempts) not in killed:
+            os.kill(children(process.pid)[-1], signal.SIGKILL)  # the youngest: the run's own, which its worker forked
+            killed.add(attempt)
+    out = process.communicate()[0]
+    assert process.returncode == 0, out
+    assert "001-bitfit: failed. It died 2 times" in out
+    assert state("000-lora-rank2-lr1e-3").state == DONE
+    dead = state("001-bitfit")
+    assert (dead.state, dead.attempts) == (FAILED, 2)
+    assert "It died 2 times. Its process was ended by SIGKILL" in dead.error
+    assert "It died 2 times" in (workdir / "report.md").read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------- what makes no sense
+
+
+@pytest.mark.parametrize(
+    ("declared", "words"),
+    [
+        (Sweep(()), "yields no run"),
+        (Sweep([{"train.seed": 0}, {"train.seed": 1}, {"train.seed": 0}]), "are the same. Leave one of them out"),
+        (Sweep([{"optimizer.learning_rat": 1.0}]), "optimizer.learning_rate"),
+        (Sweep([{"train.seed": "one"}]), "train.seed"),
+        (Sweep([{"train.seed": 0}], mode="most"), "min or max"),
+        (Sweep([{"train.seed": 0}], vary=("method",)), "which no run sets"),
+        (Sweep([{"train.seed": 0}], search=Search({"train.seed": choice(1)})), "not both"),
+        (Sweep(search=Search({"optimizer.learning_rate": log_uniform(1e-4, 1e-2)}, pruner="medien")), "Did you mean 'median'"),
+    ],
+)
+def test_a_sweep_that_can_not_be_is_refused(material, tmp_path, declared, words):
+    with pytest.raises(UserError) as caught:
+        go(material, tmp_path / "sweep", declared)
+    assert words in str(caught.value)
+    assert not (tmp_path / "sweep" / "runs").exists()
+
+
+def test_a_metric_that_nobody_logs_is_refused_before_the_first_run(material, tmp_path):
+    with pytest.raises(UserError, match="perplexity"):
+        go(material, tmp_path / "sweep", Sweep(RUNS, metric="perplexity"))
+    assert not list((tmp_path / "sweep" / "runs").glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (Options(executor="slurm"), "There is no Slurm here"),
+        (Options(executor="slrm"), "Did you mean 'slurm'"),
+        (Options(filter="dora"), "matches none of the 4 runs"),
+        (Options(filter="("), "no regular expression"),
+        (Options(partition="gpu"), "an option of Slurm's jobs"),
+        (Options(workers=0), "1 or more"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(material, tmp_path, options, words):
+    with pytest.raises(UserError, match=words):
+        go(material, tmp_path / "sweep", options=options)
+
+
+def test_an_override_that_every_run_sets_is_refused(material, tmp_path):
+    with pytest.raises(UserError, match=r"--config.optimizer.learning_rate has no effect"):
+        go(material, tmp_path / "sweep", given=("optimizer.learning_rate",))
+
+
+def test_the_folder_of_another_sweep_is_left_alone(material, whole, tmp_path):
+    before = (whole[0] / "sweep.json").read_bytes()
+    with pytest.raises(UserError, match=r"holds another sweep: run 001-lora-rank2-lr1e-2 was in it"):
+        go(material, whole[0], Sweep(RUNS[:1] + RUNS[2:], vary=("method",)))
+    with pytest.raises(UserError, match=r"holds another sweep: config.train.steps was 4 and is 5"):
+        go(material, whole[0], **{"train.steps": 5})
+    assert (whole[0] / "sweep.json").read_bytes() == before
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="holds no sweep"):
+        go(material, tmp_path)
+
+
+def test_slurm_is_given_its_options(monkeypatch, tmp_path):
+    monkeypatch.setattr(executor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    options = Options(executor="slurm", partition="gpu", gpus=1, time=90, slurm=("qos=high",))
+    executor.check(options)
+    made = executor.Workers(Folder(tmp_path), options, 1)._executor()._executor
+    given = made.parameters
+    assert (given["partition"], given["time"], given["gpus_per_node"]) == ("gpu", 90, 1)
+    assert given["additional_parameters"] == {"qos": "high"}
+
+
+# ---------------------------------------------------------------- what runs are made of
+
+
+def test_lists_of_overrides():
+    assert len(product(grid({"a": [1, 2], "b": [3, 4]}), seeds(3))) == 12
+    assert zipped({"a": [1, 2], "b": [3, 4]}) == [{"a": 1, "b": 3}, {"a": 2, "b": 4}]
+    with pytest.raises(UserError, match="2 of a, 1 of b"):
+        zipped({"a": [1, 2], "b": [3]})
+    with pytest.raises(UserError, match="two of them give a"):
+        product([{"a": 1}], [{"a": 2}])
+    found = draws({"x": uniform(0, 1), "y": log_uniform(1e-4, 1e-2), "z": choice("a", "b")}, 200)
+    assert found == draws({"x": uniform(0, 1), "y": log_uniform(1e-4, 1e-2), "z": choice("a", "b")}, 200)
+    assert abs(sum(run["x"] for run in found) / 200 - 0.5) < 0.07
+    assert abs(sum(run["y"] < 1e-3 for run in found) / 200 - 0.5) < 0.12  # half below the geometric mean
+    assert {run["z"] for run in found} == {"a", "b"}
+
+
+def test_runs_have_names_that_people_read():
+    (run,) = name_runs([{"method": LoRA(rank=16, dora=True), "optimizer.learning_rate": 2.5e-4, "train.seed": 3}], first=12)
+    assert run.id == "012-lora-rank16-dora-lr2.5e-4-seed3"
+
+
+@pytest.mark.slow
+def test_a_search_proposes_measures_and_prunes(material, tmp_path):
+    search = Search({"optimizer.learning_rate": log_uniform(1e-5, 1e-1)}, trials=3, sampler="tpe", pruner="median")
+    go(material, tmp_path / "search", Sweep(search=search))
+    rows = table(tmp_path / "search")
+    assert len(rows) == 3
+    assert len({row["overrides"]["optimizer.learning_rate"] for row in rows.values()}) == 3
+    go(material, tmp_path / "search", Sweep(search=search))  # is finished
+    assert table(tmp_path / "search") == rows
