@@ -6,9 +6,10 @@ MiniLM-L6, a BERT of six layers, with a new head; 540 reviews are trained on, 37
 the row's own drug or condition as it is spelt there (`jaxft.data.drug_tags`). Runs anywhere, with nothing downloaded.
 
 Hardware: two CPU cores, 1.3 GB of memory. 665,477 of 23,230,889 parameters train.
-Its result isn't measured yet; at a rate of 1e-3, one row a step, two epochs end where the majority tag stands. The majority tag, O, has
-0% F1 of entities at 99.0% accuracy and a loss of 0.069; the commonest tag that each word has in training, 21.7% (1.3) F1, mean and
-deviation of the splits of seeds 0, 1, 2.
+Its result over several seeds isn't measured yet. One run (seed 0) had 48.6% F1 of entities on the test, precision 52.2%, recall 45.5%, and
+a loss of 0.0255. The commonest tag that each word has in training has 23.6% (0.6) F1 and a loss of 0.0329, mean and deviation over the
+splits of seeds 0, 1, 2; the majority tag, O, 0% F1 at 99.0% accuracy and a loss of 0.069. Nothing but O is predicted for the first 400
+steps, so four epochs at 3e-4 end there, and a rate of 2e-3 stays there.
 """
 
 from jaxft.config import DataConfig, EvalConfig, Experiment, ModelConfig, OptimizerConfig, TrainConfig
@@ -34,7 +35,7 @@ def get_config(variant: str = "") -> Experiment:
         ),
         method=LoRA(rank=16, alpha=32),
         task=TokenClassification(),
-        train=TrainConfig(epochs=4.0, batch_size=2),  # 2 packed rows hold about 5 reviews
-        optimizer=OptimizerConfig(learning_rate=3e-4, weight_decay=0.01),
+        train=TrainConfig(epochs=8.0, batch_size=2, eval_every=100),  # 2 packed rows hold about 5 reviews
+        optimizer=OptimizerConfig(learning_rate=8e-4, warmup=0.1, weight_decay=0.01),
         eval=EvalConfig(),
     )
