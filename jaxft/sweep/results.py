@@ -201,7 +201,7 @@ def gather(folder: pathlib.Path) -> Results:
     vary = tuple(sweep.get("vary") or (path for path in changed if path != SEED and not path.startswith("optimizer.")))
     configs = [_read(folder / "runs" / run["id"] / "config.json") or {} for run in runs]
     summaries = [_read(folder / "runs" / run["id"] / "summary.json") or {} for run in runs]
-    labels = _labels([_values(run["overrides"], vary, config) for run in runs], [one.get("method") for one in summaries])
+    labels = _labels([_values(run["overrides"], vary, config) for run in runs])
     tuned = [path for path in changed if path not in vary and path != SEED]
     rows = []
     for run, summary, label in zip(runs, summaries, labels, strict=True):
@@ -324,21 +324,17 @@ def _values(overrides: Mapping[str, Any], paths: Sequence[str], config: Any) -> 
     return {path: _value(overrides, path, config) for path in paths}
 
 
-def _labels(values: Sequence[Mapping[str, Any]], titles: Sequence[str | None]) -> list[str]:
+def _labels(values: Sequence[Mapping[str, Any]]) -> list[str]:
     """A label for each run's values: what differs among the runs, as short as it tells them apart."""
     kinds = [{path: value.get(_CLASS) if isinstance(value, dict) else None for path, value in one.items()} for one in values]
-    known: dict[str, str] = {}  # title of a setting, from a run of it that is done
     keys = [json.dumps(one, sort_keys=True) for one in values]
-    for key, title in zip(keys, titles, strict=True):
-        if title:
-            known.setdefault(key, title)
     labels = []
-    for one, kind, key in zip(values, kinds, keys, strict=True):
+    for one, kind in zip(values, kinds, strict=True):
         parts = []
         for path, value in one.items():
             others = [other[path] for other, its in zip(values, kinds, strict=True) if its[path] == kind[path]]
             if kind[path] is not None:
-                parts.append(" ".join([str(known.get(key, kind[path]) if path == "method" else kind[path]), *_fields(value, others)]))
+                parts.append(" ".join([_title(value), *_fields(value, others)]))
             elif any(other[path] != value for other in values):
                 parts.append(_named(path.rpartition(".")[2], value))
         labels.append(", ".join(filter(None, parts)) or "all")
@@ -349,9 +345,19 @@ def _labels(values: Sequence[Mapping[str, Any]], titles: Sequence[str | None]) -
     return [f"{one} ({i + 1})" if (i := numbers[one].index(key)) else one for one, key in zip(labels, keys, strict=True)]
 
 
+def _title(value: Mapping[str, Any]) -> str:
+    """The class of a method, or those of a sum's parts.
+
+    >>> _title({"class": "Compose", "methods": [{"class": "LoRA"}, {"class": "BitFit"}]})
+    'LoRA + BitFit'
+    """
+    return " + ".join(map(_title, value["methods"])) if "methods" in value else str(value[_CLASS])
+
+
 def _fields(value: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> list[str]:
     """The fields of a method that others of its class have other values of."""
-    return [_named(name, own) for name, own in value.items() if any(other.get(name) != own for other in others)]
+    own_fields = ((name, own) for name, own in value.items() if name != "methods")
+    return [_named(name, own) for name, own in own_fields if any(other.get(name) != own for other in others)]
 
 
 def _named(name: str, value: Any) -> str:
