@@ -404,8 +404,15 @@ def _load_drug_questions(split: str) -> Rows:
     return _from_records(records, f"bundled:drug-questions:{split}", "row", range(1, len(records) + 1))
 
 
+def _load_general_text(split: str) -> Rows:
+    """Returns two dozen short paragraphs of plain English on everyday subjects, written for jaxft; they have no splits."""
+    records = [json.loads(line) for line in (pathlib.Path(__file__).parent / "general_text.jsonl").read_text(encoding="utf-8").splitlines()]
+    return _from_records(records, "bundled:general-text", "row", range(1, len(records) + 1))
+
+
 _BUNDLED_SETS: dict[str, Callable[[str], Rows]] = {
     "drug-reviews": _load_drug_reviews,
     "drug-questions": _load_drug_questions,
     "drug-tags": _load_drug_tags,
+    "general-text": _load_general_text,
 }

@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxft import console
-from jaxft.config import Experiment
+from jaxft.config import DataConfig, Experiment
 from jaxft.data.batches import NO_ROOM, Batches, Room
 from jaxft.data.examples import Examples
 from jaxft.data.folds import load_sets
@@ -86,6 +86,23 @@ def load_measured(experiment: Experiment, tokenizer: Any, model: nn.Module) -> t
     return rows, {split: examples}
 
 
+GENERAL = "general"  # the name of the plain texts among a run's examples
+
+
+def load_general(experiment: Experiment, tokenizer: Any, model: nn.Module) -> dict[str, Examples]:
+    """Returns the plain texts of `eval.general` as tokens, all scored, by their name; {} where none are given; prints their lengths."""
+    source = experiment.eval.general
+    if not source:
+        return {}
+    plain = dataclasses.replace(DataConfig(), max_length=experiment.data.max_length, cache=experiment.data.cache, loss="all")
+    rows = load_source(source, "train")
+    if "text" not in rows.dataset.column_names:
+        raise UserError(f"{rows.name}, of config.eval.general, has no column 'text', but {', '.join(rows.dataset.column_names)}.")
+    found = experiment.task.examples(rows, tokenizer, plain, model)
+    console.table("General text", COLUMNS, [describe(found, GENERAL)])
+    return {GENERAL: found}
+
+
 def check_split(name: str, sets: Collection[str]) -> None:
     """Raises `UserError` where the set that is to be measured isn't among those that there are."""
     if name not in sets:
@@ -122,7 +139,7 @@ def load_training_data(experiment: Experiment, model: Any, tokenizer: Any, shape
     check_objective(experiment, room)
     others = load_unlabelled(experiment, model, tokenizer, shapes, rows)
     rows = {name: found for name, found in rows.items() if name != UNLABELLED}
-    examples = load_examples(experiment, rows, tokenizer, model)
+    examples = load_examples(experiment, rows, tokenizer, model) | load_general(experiment, tokenizer, model)
     check_positions(examples, experiment, model, virtual_tokens(shapes))
     share_prefix = model.pooling == LAST and not train.neftune_alpha  # its noise follows each example's length
     training = experiment.task.for_training(model, examples["train"])

@@ -17,7 +17,7 @@ from jaxft.methods.partition import partition
 from jaxft.models.heads import LAST
 from jaxft.tasks.answers import AnswerFormat, equal_answers, majority_match, overlap
 from jaxft.train import placement
-from jaxft.train.data import check_split, pad_token
+from jaxft.train.data import GENERAL, check_split, pad_token
 from jaxft.train.gap import sample
 from jaxft.train.setup import Setup, end_tokens
 from jaxft.train.state import State
@@ -125,9 +125,14 @@ class Evaluator:
             yield rows, jax.tree.map(float, sums), outputs
 
     def full(self, state: State, name: str, title: str) -> Evaluation:
-        """Returns the metrics and, where the task generates and `eval.generate` is on, those of generated answers."""
+        """Returns the metrics, with `eval.general` the loss on those texts, and, where the task generates and `eval.generate` is on, the
+        metrics of generated answers.
+        """
         examples = self.chosen(name)
         measured = self.measure(state, examples)
+        if general := self._setup.examples.get(GENERAL):
+            found = {f"{GENERAL}_loss": self.measure(state, general).metrics["loss"]}
+            measured = dataclasses.replace(measured, metrics=measured.metrics | found)
         if not self.generates:
             return measured
         assert isinstance(examples, NextTokens)

@@ -51,7 +51,7 @@ class WandB:
         import wandb
 
         self.id = run.id or uuid.uuid4().hex[:8]
-        mode = os.environ.get("WANDB_MODE") or "offline"
+        mode: Any = os.environ.get("WANDB_MODE") or "offline"
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or _PROJECT,
             group=run.experiment,
@@ -60,7 +60,7 @@ class WandB:
             resume=None if mode == "offline" else "allow",  # offline, the same id says it: `wandb sync` joins what has one
             dir=run.folder,
             config=dict(run.config),
-            mode=mode,  # type: ignore[arg-type]
+            mode=mode,
             reinit="create_new",  # the runs of a population are open side by side
             settings=wandb.Settings(console="off", silent=True),
         )

@@ -36,6 +36,7 @@ _MODELS = {  # of a summary's eval
     "after": "tuned model",
 }
 _TITLES = {
+    "general_loss": "loss on general text",
     "macro_f1": "macro F1",
     "micro_f1": "micro F1",
     "mcc": "MCC",
@@ -58,6 +59,7 @@ def comparison(summary: Mapping[str, Any], fields: Sequence[str]) -> tuple[list[
     metrics = {f"exact_match_{name}": name for name in fields} if len(fields) > 1 else {}
     if "exact_match" in found["after"] and "f1" not in found["after"]:  # of generated answers
         metrics |= {"exact_match": "all" if metrics else "exact match", "loss": "loss"}
+        metrics |= {name: _TITLES[name] for name in ("general_loss",) if name in found["after"]}
     else:
         metrics = {name: _TITLES.get(name, name) for name in found["after"]}
     rows = []
@@ -70,7 +72,7 @@ def comparison(summary: Mapping[str, Any], fields: Sequence[str]) -> tuple[list[
 def _cell(name: str, found: Mapping[str, float]) -> str:
     if name not in found:
         return "-"
-    return f"{found[name]:.3f}" if name == "loss" else number(name, found[name])
+    return f"{found[name]:.3f}" if name in ("loss", "general_loss") else number(name, found[name])
 
 
 def print_comparison(summary: Mapping[str, Any], fields: Sequence[str], title: str) -> None:

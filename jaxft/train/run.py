@@ -34,6 +34,7 @@ from jaxft.methods.partition import size
 from jaxft.tasks.base import Report
 from jaxft.train import requantize
 from jaxft.train.checkpoint import Checkpoints, Progress, check_same, fingerprint, newest_step
+from jaxft.train.data import GENERAL
 from jaxft.train.evaluate import Evaluation, Evaluator, make_sampling
 from jaxft.train.folds import fold_folder, is_cross_validation, one_fold, print_folds, together
 from jaxft.train.logs import peak_memory_bytes
@@ -363,8 +364,8 @@ def _start(
     _check_base(progress, base, setup)
     _check_data(progress, data, setup)
     console.say(f"Going on from step {newest} of {setup.steps}.")
-    same_set = progress.data.get(split) == data[split]
-    if not same_set or _measured(progress.config) != _measured(resolved):  # the table compares figures of one set
+    same_sets = all(progress.data.get(name) == data.get(name) for name in (split, GENERAL))
+    if not same_sets or _measured(progress.config) != _measured(resolved):  # the table compares figures of the same sets
         before = evaluator.full(setup.state, split, "Before training").metrics
         progress = dataclasses.replace(progress, config=resolved, before=before, data=data)
     return checkpoints.restore(newest, setup.state, setup.state_sharding), progress

@@ -200,6 +200,10 @@ def _check_given(experiment: Experiment, count: int | None = None) -> Any:
         raise UserError("There is no model: set config.model.source to a hub id, a local folder, a .gguf file, or bundled:NAME.")
     experiment.task.check(experiment.data)
     experiment.task.check_evaluation(experiment.eval)
+    if experiment.eval.general and not experiment.task.generates:
+        raise UserError(
+            f"config.eval.general measures a causal model's loss on plain texts; {type(experiment.task).__name__} has none. Leave it out."
+        )
     objective_of(experiment).check(experiment)
     chosen = experiment.objective
     check_unlabelled(experiment.data, experiment.train, type(chosen).__name__ if chosen else "", objective_of(experiment).unlabelled)

@@ -12,7 +12,8 @@ import torch
 import transformers
 
 import experiments
-from jaxft.config import ModelConfig
+from jaxft.config import EvalConfig, ModelConfig
+from jaxft.data.sources import load_rows
 from jaxft.errors import UserError
 from jaxft.train import run
 
@@ -43,7 +44,7 @@ def recipe(tmp_path_factory):
         model=ModelConfig(source=str(folder / "model")),
         data=dataclasses.replace(found.data, train=str(folder / "rows.jsonl"), test="", split=(0.8, 0.1, 0.1), max_length=256, cache=False),
         train=dataclasses.replace(found.train, steps=STEPS, batch_size=2),  # a row a device
-        eval=dataclasses.replace(found.eval, limit=2, max_new_tokens=NEW),
+        eval=dataclasses.replace(found.eval, limit=2, max_new_tokens=NEW, general="bundled:general-text"),
     )
     with pytest.MonkeyPatch.context() as patched, jax.numpy_dtype_promotion("standard"):  # as optax's own code wants it
         patched.setattr(run, "_keep_compiled", lambda: None)  # programs on disk are for processes, not for this one
@@ -64,6 +65,33 @@ def test_it_trains_and_is_evaluated(recipe):
     measured = run.evaluate(found, folder / "run")
     assert measured["loss"] == pytest.approx(summary["eval"]["after"]["loss"], rel=1e-6)
     assert measured["loss"] != pytest.approx(summary["eval"]["before"]["loss"], rel=1e-4)
+
+
+def test_what_is_forgotten_is_the_change_of_transformers_loss_on_the_plain_texts(recipe):
+    found, folder, summary = recipe
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
+    texts = [row["text"] for row in load_rows("bundled:general-text", "train").dataset]
+    assert len(texts) == 24
+    models = {"before": transformers.AutoModelForCausalLM.from_pretrained(folder / "model").eval(), "after": merged(found, folder)}
+    for when, model in models.items():
+        total = count = 0
+        for text in texts:
+            ids = torch.tensor([[*tokenizer(text).input_ids, tokenizer.eos_token_id][:256]])
+            with torch.no_grad():
+                total += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+            count += ids.shape[1] - 1
+        assert summary["eval"][when]["general_loss"] == pytest.approx(total / count, rel=1e-4)
+    assert summary["eval"]["after"]["general_loss"] != pytest.approx(summary["eval"]["before"]["general_loss"], rel=1e-5)
+
+
+def test_plain_texts_are_refused_where_nothing_reads_them(recipe):
+    found, folder, _ = recipe
+    eval = dataclasses.replace(found.eval, general=str(folder / "rows.csv"))
+    (folder / "rows.csv").write_text("words\nnone\n")
+    with pytest.raises(UserError, match=r"of config.eval.general, has no column 'text', but words"):
+        run.train(dataclasses.replace(found, eval=eval), folder / "other")
+    with pytest.raises(UserError, match="config.eval.general measures a causal model's loss on plain texts"):
+        run.train(dataclasses.replace(experiments.load("full_bert_sentiment"), eval=EvalConfig(general=eval.general)), folder / "another")
 
 
 def test_the_adapter_in_peft_is_the_merged_model_in_transformers(recipe):
