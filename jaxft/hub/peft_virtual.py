@@ -94,7 +94,9 @@ class VirtualTokens:
         A key that jaxft doesn't know passes where its value is off (null, false, empty): newer versions of peft write such.
         """
         if config.get("num_transformer_submodules") not in (None, 1):
-            raise UserError(f"{where}: num_transformer_submodules is {config['num_transformer_submodules']!r}; a causal model has 1.")
+            raise UserError(
+                f"{where}: num_transformer_submodules is {config['num_transformer_submodules']!r}; a causal model or an encoder has 1."
+            )
         for key, value in self.shape(base).items():
             if config.get(key) not in (None, value):
                 raise UserError(f"{where}: {key} is {config[key]!r}; this model's is {value}: the adapter is of another base model.")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxft.config import DataConfig
-from jaxft.data.batches import Batches, balanced
+from jaxft.data.batches import Batches, Room, balanced, lay_out
 from jaxft.data.examples import NextTokens
 from jaxft.models.attention import PADDING, SHARED
 
@@ -204,3 +204,20 @@ def test_any_classes_are_balanced(drawn):
         assert set(counts) <= {0, counts.max()}
         assert counts.max() == np.bincount(classes).max()
         assert set(epoch) == set(range(len(classes)))
+
+
+@pytest.mark.parametrize("read", [False, True])
+@pytest.mark.parametrize("packing", [False, True])
+def test_each_example_has_room_before_it_and_one_of_max_length_still_fits(packing, read):
+    lengths, room = [64, 30, 20, 7], 3
+    examples = make_examples(lengths, prefix=4)
+    layout = lay_out(examples, np.arange(4), DataConfig(max_length=64, packing=packing), True, 0, Room(room, read))
+    batch = layout.fill(range(len(layout.rows)))
+    expected = [((0,) * room + tuple(examples[i][0]), tuple(range(room + length))) for i, length in enumerate(lengths)]
+    assert sorted(unpacked(batch)) == sorted(expected)
+    assert layout.length == 64 + room
+    assert layout.prefix == 0
+    assert sum(layout.computed_tokens(row) for row in range(len(layout.rows))) == sum(lengths) + room * len(lengths)
+    scored = [examples.slots.reads[examples.slots.part(i)] + (0 if read else room) for i in range(4)]
+    rows, slots = np.nonzero(batch["weights"])
+    assert sorted(batch["positions"][rows, batch["scored"][rows, slots]]) == sorted(np.concatenate(scored))
