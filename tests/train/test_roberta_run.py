@@ -15,6 +15,7 @@ import experiments
 import jaxft
 from jaxft.config import ModelConfig
 from jaxft.hub.tokenizer import load_tokenizer
+from jaxft.methods import Prompt, PTuning
 from jaxft.train import run
 
 STEPS = 3
@@ -40,10 +41,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_it_trains_is_evaluated_and_peft_has_what_it_exports(folder):
-    found = experiments.load("roberta_sentiment")
+@pytest.mark.parametrize("method", [None, Prompt(virtual_tokens=3), PTuning(virtual_tokens=3)], ids=["recipe", "prompt", "ptuning"])
+def test_it_trains_is_evaluated_and_peft_has_what_it_exports(folder, method):
+    found, workdir = experiments.load("roberta_sentiment"), folder / f"run-{type(method).__name__}"
     found = dataclasses.replace(
         found,
+        method=method or found.method,
         model=ModelConfig(source=str(folder / "model")),
         data=dataclasses.replace(found.data, train=str(folder / "rows.jsonl"), test="", split=(0.6, 0.2, 0.2), max_length=64),
         train=dataclasses.replace(found.train, steps=STEPS, batch_size=2, eval_every=0),
@@ -51,14 +54,15 @@ def test_it_trains_is_evaluated_and_peft_has_what_it_exports(folder):
     )
     with pytest.MonkeyPatch.context() as patched, jax.numpy_dtype_promotion("standard"):  # as optax's own code wants it
         patched.setattr(run, "_keep_compiled", lambda: None)  # programs on disk are for processes, not for this one
-        summary = run.train(found, folder / "run")
+        summary = run.train(found, workdir)
     assert summary["steps"] == STEPS
     assert summary["eval"]["after"]["loss"] != pytest.approx(summary["eval"]["before"]["loss"], rel=1e-4)
-    setup, state = run._load_best(found, folder / "run")
+    assert run.evaluate(found, workdir)["loss"] == pytest.approx(summary["eval"]["after"]["loss"], rel=1e-6)
+    setup, state = run._load_best(found, workdir)
     tokenizer, text = transformers.AutoTokenizer.from_pretrained(folder / "model"), "It helped 7 times."
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     base = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "model", num_labels=3)
-    adapted = peft.PeftModel.from_pretrained(base, folder / "run" / "export" / "peft").eval()
+    adapted = peft.PeftModel.from_pretrained(base, workdir / "export" / "peft").eval()
     with torch.no_grad():
         expected = adapted(ids).logits.numpy()
     ours = setup.model.apply({"params": setup.params(state)}, ids.numpy().astype(np.int32)).logits
