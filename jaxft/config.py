@@ -110,9 +110,7 @@ class EvalConfig:
     split: str = "test"  # validation, test or train; of folds, each in its turn, the part held out
     limit: int = 0  # examples; 0 is all
     batch_size: int = 16  # rows a batch
-    general: str = (
-        ""  # plain texts, as data.train names rows: the loss on them before and after training tells what is forgotten; SFT alone
-    )
+    general: str = ""  # plain texts, named as data.train: their loss before and after training tells what is forgotten; SFT alone
     gap: bool = True  # at each evaluation in training, also measure the loss on as many training rows as validation has
     generate: bool = True  # also generate answers and compare them with the true ones
     max_new_tokens: int = 32  # of a generated answer, at most

@@ -12,8 +12,10 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Two devices on two cores: programs that wait for each other's parts while others hold the threads end the process, by XLA's own timeout.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 
-LONGEST = ("train/test_run.py", "benchmarks/test_sft.py", "train/test_placement.py", "hub/test_peft.py")  # files, the longest first
+LONGEST = ("train/test_run.py", "sweep/test_sweep.py", "train/test_placement.py", "hub/test_peft.py")  # files, the longest first
 
 
 def pytest_collection_modifyitems(items):

@@ -99,7 +99,7 @@ def draws(space: Mapping[str, Draw], count: int, seed: int = 0) -> list[Override
     """Returns `count` runs with a value of each path, drawn at random.
 
     >>> [run["method"] for run in draws({"method": choice("a", "b")}, 5)]
-    ['b', 'b', 'b', 'a', 'a']
+    ['a', 'b', 'b', 'b', 'b']
     """
     random = np.random.default_rng((seed, *b"draws"))
     return [{path: draw.sample(random) for path, draw in space.items()} for _ in range(count)]

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytest.importorskip("trl")
+
 SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "sft.py"
 
 # Float32 on both sides, the same examples and the same start: rounding is about 1e-7, one wrong token about 1e-3

@@ -97,10 +97,10 @@ def test_killed_ten_times_the_table_is_that_of_a_sweep_left_alone(material, whol
     workdir, chance = material / "killed", random.Random(0)
     for number in range(10):
         process = start(material, workdir)
-        time.sleep(chance.uniform(1.0, 7.0))
+        time.sleep(chance.uniform(0.5, 5.5))
         if number % 2 and (others := children(process.pid)):
             os.kill(chance.choice(others), signal.SIGKILL)
-            time.sleep(chance.uniform(0.0, 2.0))
+            time.sleep(chance.uniform(0.0, 1.0))
         process.kill()
         process.wait()
     process = start(material, workdir)
