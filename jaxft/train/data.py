@@ -74,7 +74,7 @@ def load_examples(experiment: Experiment, rows: dict[str, Rows], tokenizer: Any,
 
 
 def load_measured(experiment: Experiment, tokenizer: Any, model: nn.Module) -> tuple[dict[str, Rows], dict[str, Examples]]:
-    """Returns the one set that a trained model is measured on, and the same, tokenized; prints its lengths.
+    """Returns the one set that a trained model is measured on, and the same, tokenized, with the texts of `eval.general`; prints lengths.
 
     No other set is tokenized, nor read where this one isn't cut from it.
     """
@@ -83,7 +83,7 @@ def load_measured(experiment: Experiment, tokenizer: Any, model: nn.Module) -> t
     check_split(split, rows)
     examples = experiment.task.examples(rows[split], tokenizer, experiment.data, model)
     console.table("Data", COLUMNS, [describe(examples, split)])
-    return rows, {split: examples}
+    return rows, {split: examples} | load_general(experiment, tokenizer, model)
 
 
 GENERAL = "general"  # the name of the plain texts among a run's examples

@@ -63,6 +63,7 @@ def test_it_trains_and_is_evaluated(recipe):
     assert summary["steps"] == STEPS
     assert np.isfinite(summary["train_loss"])
     measured = run.evaluate(found, folder / "run")
+    assert measured["general_loss"] == pytest.approx(summary["eval"]["after"]["general_loss"], rel=1e-6)
     assert measured["loss"] == pytest.approx(summary["eval"]["after"]["loss"], rel=1e-6)
     assert measured["loss"] != pytest.approx(summary["eval"]["before"]["loss"], rel=1e-4)
 
