@@ -357,7 +357,7 @@ def _title(value: Mapping[str, Any]) -> str:
 def _fields(value: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> list[str]:
     """The fields of a method that others of its class have other values of."""
     own_fields = ((name, own) for name, own in value.items() if name != "methods")
-    return [_named(name, own) for name, own in own_fields if any(other.get(name) != own for other in others)]
+    return [text for name, own in own_fields if any(other.get(name) != own for other in others) and (text := _named(name, own))]
 
 
 def _named(name: str, value: Any) -> str:
