@@ -170,22 +170,24 @@ class Folder:
 
     # What becomes of a run, said by who holds its lock
 
-    def begin(self, run: str, session: int) -> bool:
-        """Notes that an attempt begins; returns False where none shall: the run has ended, or has died too often."""
-        self.settle(run, session)
+    def begin(self, run: str, session: int) -> None:
+        """Notes that an attempt begins, of a run that was settled and hasn't ended."""
         state = self.state(run)
-        if state.state in ENDED:
-            return False
-        deaths = state.deaths if state.session == session else 0
         began: dict[str, Any] = {
             "state": RUNNING,
             "attempts": state.attempts + 1,
             "began": now(),
             "ended": None,
             "host": socket.gethostname(),
+            "session": session,
+            "deaths": state.deaths if self.has_died(run, session) else 0,
         }
-        self.write_state(run, dataclasses.replace(state, **began, session=session, deaths=deaths))
-        return True
+        self.write_state(run, dataclasses.replace(state, **began))
+
+    def has_died(self, run: str, session: int) -> bool:
+        """Returns whether an attempt of this start of the sweep died."""
+        state = self.state(run)
+        return state.session == session and state.deaths > 0
 
     def settle(self, run: str, session: int) -> None:
         """Notes what an attempt came to that ended without saying so.

@@ -72,18 +72,22 @@ def _take(folder: Folder, job: Sequence[str], session: int, alive: Callable[[], 
     if all(folder.state(run).state in ENDED for run in job):
         return False
     with folder.lock(job[0]) as mine:
-        begun = [run for run in job if mine and folder.begin(run, session)]
-        if not begun:
+        if not mine:
             return False
-        together = len(begun) > 1 and not any(folder.state(run).deaths for run in begun)  # one that kills the others is found alone
-        for part in [begun] if together else [[run] for run in begun]:
+        for run in job:
+            folder.settle(run, session)
+        left = [run for run in job if folder.state(run).state not in ENDED]
+        together = len(left) > 1 and not any(folder.has_died(run, session) for run in left)  # one that kills the others is found alone
+        for part in [left] if together else [[run] for run in left]:
             if not alive():
                 break
+            for run in part:  # only now: what is charged to a run is what befell it
+                folder.begin(run, session)
             pruned = lambda part=part: all(folder.prune(run).exists() for run in part)  # noqa: E731
             death, errors = _forked(_train, (folder, part), folder.log(part[0]), alive, pruned)
             for run in part:
                 _note(folder, run, death, errors, pruned(), together)
-    return True
+    return bool(left)
 
 
 def _note(folder: Folder, run: str, death: str | None, errors: dict[str, str] | str | None, pruned: bool, together: bool) -> None:
