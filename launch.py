@@ -77,6 +77,8 @@ def main(argv: Sequence[str]) -> None:
 
 def parse(argv: Sequence[str]) -> list[str]:
     """Fills `FLAGS`; returns the arguments that are left, those of `--config`."""
+    for name in FLAGS:  # nothing is left of an earlier call in this process
+        FLAGS[name].unparse()
     try:
         rest = FLAGS(argv, known_only=True)[1:]
     except flags.Error as error:

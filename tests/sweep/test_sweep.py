@@ -12,6 +12,7 @@ import time
 import pytest
 import tiny_reviews
 
+import experiments
 from experiments import full_bert_sentiment
 from jaxft import overrides
 from jaxft.errors import UserError
@@ -93,11 +94,14 @@ def test_every_run_is_done_and_in_the_report(whole):
 
 @pytest.mark.slow
 def test_killed_ten_times_the_table_is_that_of_a_sweep_left_alone(material, whole):
-    """SIGKILL at random moments, now of the sweep's own process, now of a worker's or a run's."""
+    """SIGKILL at random moments, now of the sweep's own process, now of a worker or a run first; seven while runs are at work."""
     workdir, chance = material / "killed", random.Random(0)
     for number in range(10):
+        before = attempts(workdir)
         process = start(material, workdir)
-        time.sleep(chance.uniform(0.5, 5.5))
+        while number > 2 and process.poll() is None and attempts(workdir) == before:
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0.0, 2.5) if number > 2 else chance.uniform(0.5, 4.0))
         if number % 2 and (others := children(process.pid)):
             os.kill(chance.choice(others), signal.SIGKILL)
             time.sleep(chance.uniform(0.0, 1.0))
@@ -106,7 +110,13 @@ def test_killed_ten_times_the_table_is_that_of_a_sweep_left_alone(material, whol
     process = start(material, workdir)
     out = process.communicate(timeout=600)[0]
     assert process.returncode == 0, out
+    assert attempts(workdir) >= len(RUNS) + 4, "hardly a run was killed at its work"
     assert table(workdir) == table(whole[0])
+
+
+def attempts(workdir):
+    """Returns how often runs have begun."""
+    return sum(Folder(workdir).state(run.id).attempts for run in name_runs(RUNS))
 
 
 def children(parent):
@@ -124,15 +134,26 @@ def children(parent):
     return below[1:]
 
 
+def forked(parent):
+    """Returns the run's own process, which its worker forked: the command line is the worker's still; or None, where there is none yet."""
+    youngest = [parent, *children(parent)][-2:]
+    try:
+        lines = {pathlib.Path(f"/proc/{process}/cmdline").read_bytes() for process in youngest}
+    except OSError:  # one has ended
+        return None
+    return youngest[-1] if len(youngest) == 2 and len(lines) == 1 else None
+
+
 @pytest.mark.slow
 def test_a_run_that_dies_is_tried_again_and_takes_nothing_with_it(material):
     workdir, state = material / "dying", Folder(material / "dying").state
     process, killed = start(material, workdir, "alone"), set()
     while process.poll() is None:
         time.sleep(0.05)
-        if state("001-bitfit").state == "running" and (attempt := state("001-bitfit").attempts) not in killed:
-            os.kill(children(process.pid)[-1], signal.SIGKILL)  # the youngest: the run's own, which its worker forked
-            killed.add(attempt)
+        found = state("001-bitfit")
+        if found.state == "running" and found.attempts not in killed and (run := forked(process.pid)):
+            os.kill(run, signal.SIGKILL)
+            killed.add(found.attempts)
     out = process.communicate()[0]
     assert process.returncode == 0, out
     assert "001-bitfit: failed. It died 2 times" in out
@@ -213,6 +234,11 @@ def test_slurm_is_given_its_options(monkeypatch, tmp_path):
     given = made.parameters
     assert (given["partition"], given["time"], given["gpus_per_node"]) == ("gpu", 90, 1)
     assert given["additional_parameters"] == {"qos": "high"}
+
+
+def test_an_experiment_without_a_sweep_is_told_with_those_that_have_one():
+    with pytest.raises(UserError, match=r"'lora_llama2' has no sweep\(\).* Known with one: ablation_methods, "):
+        experiments.load_sweep("lora_llama2")
 
 
 # ---------------------------------------------------------------- what runs are made of

@@ -80,8 +80,6 @@ def here(material, monkeypatch):
     monkeypatch.setattr(run, "_keep_compiled", lambda: None)  # leaves jax's cache of programs as the other tests have it
 
     def go(workdir, *flags, mode="train"):
-        for name in launch.FLAGS:
-            launch.FLAGS[name].unparse()
         with contextlib.redirect_stdout(io.StringIO()) as out, jax.numpy_dtype_promotion("standard"):  # optax mixes types
             try:
                 launch.main(command(material, workdir, *flags, mode=mode)[1:])
