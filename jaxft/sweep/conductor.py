@@ -27,7 +27,9 @@ class Conductor:
         self._look(runs)
         progress = self._progress(len(runs))
         try:
-            jobs = [[run.id] for run in runs] if len(runs) == 1 else self._checked(runs)
+            jobs = [[run.id] for run in runs]
+            if len(runs) > 1:  # one is checked by itself
+                jobs = self._grouped({run.id for run in runs}, self._checked())
             self._folder.write_queue(self._session, jobs, open=False)
             while self._unfinished(jobs):
                 self._have_workers(len(self._unfinished(jobs)))
@@ -40,7 +42,10 @@ class Conductor:
             progress.close()
 
     def search(self, runs: Sequence[Run], searcher: Searcher, trials: int) -> Mapping[str, State]:
-        """Returns the states of `trials` runs, those that are known and others that the searcher proposes, once all have ended."""
+        """Returns the states of `trials` runs, those that are known and others that the searcher proposes, once all have ended.
+
+        Raises `UserError` for what is wrong with the first that it proposes: most of that is wrong with all.
+        """
         runs = list(runs)
         self._look(runs)
         progress = self._progress(trials)
@@ -48,6 +53,10 @@ class Conductor:
             for run in runs:
                 searcher.adopt(run)
                 self._observe(searcher, [run])
+            if not runs:
+                self._propose(searcher, runs, trials)
+                self._checked()
+                self._folder.write_queue(self._session, [[run.id] for run in runs], open=True)
             while True:
                 self._propose(searcher, runs, trials)
                 jobs = [[run.id] for run in runs]
@@ -65,8 +74,8 @@ class Conductor:
 
     # ------------------------------------------------------------ what is to be done
 
-    def _checked(self, runs: Sequence[Run]) -> list[list[str]]:
-        """The runs in jobs, once a worker found nothing wrong with any of them."""
+    def _checked(self) -> list[list[str]]:
+        """The groups of runs that train together, once a worker found nothing wrong with any of them."""
         while (found := read_json(self._folder.checked)) is None:
             self._folder.write_queue(self._session, None, open=True)
             self._have_workers(1)
@@ -74,7 +83,7 @@ class Conductor:
         if found["error"] is not None:
             self._folder.checked.unlink()  # another start looks anew
             raise UserError(found["error"])
-        return self._grouped({run.id for run in runs}, found["groups"])
+        return list(found["groups"])
 
     def _grouped(self, chosen: set[str], groups: Sequence[Sequence[str]]) -> list[list[str]]:
         """The chosen runs in jobs: populations of earlier starts as they were, then of the others those that `groups` says."""

@@ -137,6 +137,10 @@ class Folder:
         """Says what became of a run: only who holds its lock may."""
         write_json(self.runs / f"{run}.json", dataclasses.asdict(state))
 
+    def begun(self) -> bool:
+        """Returns whether any run ever began."""
+        return any(self.runs.glob("*.json"))
+
     def sweep(self) -> dict[str, Any]:
         """Returns sweep.json, or an empty dictionary where there is none."""
         return read_json(self.path / "sweep.json") or {}

@@ -175,9 +175,11 @@ def _owned(folder: Folder) -> Iterator[int]:
 def _written(folder: Folder, base: dict[str, Any], runs: Sequence[Run]) -> list[Run]:
     """Says in sweep.json what the sweep is, and returns its runs, those of a search that were proposed before among them.
 
-    Runs may have come behind those that were there. Raises `UserError` where the folder holds another sweep.
+    Runs may have come behind those that were there. Raises `UserError` where the folder holds another sweep of which a run has begun.
     """
-    saved = folder.sweep()
+    saved = folder.sweep() if folder.begun() else {}
+    if not saved:  # what a sweep left that was refused
+        folder.checked.unlink(missing_ok=True)
     known = [Run(**run) for run in saved.get("runs", [])]
     if saved:
         for name in ("experiment", "config", "search"):

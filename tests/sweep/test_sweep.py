@@ -187,10 +187,22 @@ def test_a_sweep_that_can_not_be_is_refused(material, tmp_path, declared, words)
     assert not (tmp_path / "sweep" / "runs").exists()
 
 
-def test_a_metric_that_nobody_logs_is_refused_before_the_first_run(material, tmp_path):
+SEARCH = Search({"optimizer.learning_rate": log_uniform(1e-5, 1e-1)}, trials=3, sampler="tpe", pruner="median")
+
+
+@pytest.mark.parametrize("declared", [Sweep(RUNS, metric="perplexity"), Sweep(search=SEARCH, metric="perplexity")], ids=["runs", "search"])
+def test_a_metric_that_nobody_logs_is_refused_before_the_first_run(material, tmp_path, declared):
     with pytest.raises(UserError, match="perplexity"):
-        go(material, tmp_path / "sweep", Sweep(RUNS, metric="perplexity"))
+        go(material, tmp_path / "sweep", declared)
     assert not list((tmp_path / "sweep" / "runs").glob("*.json"))
+
+
+@pytest.mark.slow
+def test_a_sweep_that_was_refused_before_its_first_run_may_be_mended(material, tmp_path):
+    with pytest.raises(UserError, match="rows for it"):
+        go(material, tmp_path / "sweep", Sweep(RUNS[:2]), **{"data.split": (0.7, 0.0, 0.3)})
+    go(material, tmp_path / "sweep", Sweep(RUNS[:1]))
+    assert [row["state"] for row in table(tmp_path / "sweep").values()] == [DONE]
 
 
 @pytest.mark.parametrize(
@@ -265,10 +277,9 @@ def test_runs_have_names_that_people_read():
 
 @pytest.mark.slow
 def test_a_search_proposes_measures_and_prunes(material, tmp_path):
-    search = Search({"optimizer.learning_rate": log_uniform(1e-5, 1e-1)}, trials=3, sampler="tpe", pruner="median")
-    go(material, tmp_path / "search", Sweep(search=search))
+    go(material, tmp_path / "search", Sweep(search=SEARCH))
     rows = table(tmp_path / "search")
     assert len(rows) == 3
     assert len({row["overrides"]["optimizer.learning_rate"] for row in rows.values()}) == 3
-    go(material, tmp_path / "search", Sweep(search=search))  # is finished
+    go(material, tmp_path / "search", Sweep(search=SEARCH))  # is finished
     assert table(tmp_path / "search") == rows
