@@ -117,9 +117,10 @@ def run(arguments: Sequence[str]) -> None:
         return
 
     from jaxft.train import run as modes  # transformers, datasets and orbax: seconds, once everything given is known to be right
+    from jaxft.train.workdir import saved_experiment
 
     if FLAGS.mode not in ("train", "plan"):  # what was trained is in its folder; flags change what may change
-        given = overrides.parse_flags(modes.saved_experiment(workdir, found.name) or found, arguments)
+        given = overrides.parse_flags(saved_experiment(workdir, found.name) or found, arguments)
     found = given
 
     if FLAGS.mode == "train":

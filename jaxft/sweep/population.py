@@ -26,6 +26,7 @@ from jaxft.train.folds import is_cross_validation
 from jaxft.train.loop import Course, Outcome, StopRequest
 from jaxft.train.setup import TrainingSetup
 from jaxft.train.state import State
+from jaxft.train.workdir import summary_of
 
 # (number of the member, steps done, metrics on validation) -> whether it stops here
 Pruner = Callable[[int, int, Mapping[str, float]], bool]
@@ -202,7 +203,7 @@ class _Population:
                 self._shares.spend_on([number])
             try:
                 run.prepare(self._experiments[number], self._workdirs[number])
-                if summary := run.summary_of(self._workdirs[number]):
+                if summary := summary_of(self._workdirs[number]):
                     self._found[number] = summary
                     continue
                 console.say(f"Run {number + 1} of {len(self._experiments)}, in {self._workdirs[number]}.\n")
@@ -291,9 +292,8 @@ class _Population:
 
     def _finish(self, seat: _Seat, state: State) -> None:
         """Measures, exports and reports a run that has come to its end."""
-        seat.course.close(complete=True)
         seat.begun.checkpoints.wait()
-        outcome = Outcome(state, seat.course.progress, seat.compile_seconds)
+        outcome = Outcome(state, seat.course.progress, seat.compile_seconds, seat.course.logs)
         self._found[seat.number] = run.finish(seat.begun, outcome, seat.elapsed)
 
     def _fail(self, number: int, error: UserError) -> None:

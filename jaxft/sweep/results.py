@@ -337,7 +337,8 @@ def _labels(values: Sequence[Mapping[str, Any]]) -> list[str]:
                 parts.append(" ".join([_title(value), *_fields(value, others)]))
             elif any(other[path] != value for other in values):
                 parts.append(_named(path.rpartition(".")[2], value))
-        labels.append(", ".join(filter(None, parts)) or "all")
+        parts = list(filter(None, parts))
+        labels.append(", ".join([part for part in parts if not part.endswith(_OFF)] or parts) or "all")
     by_label: dict[str, list[str]] = {}  # settings of one label, which get a number
     for label, key in zip(labels, keys, strict=True):
         by_label.setdefault(label, []).append(key)
@@ -366,6 +367,9 @@ def _named(name: str, value: Any) -> str:
     if isinstance(value, list):
         value = "+".join(map(str, value)) or "none"
     return f"{name.replace('_', ' ')} {_short(value)}"
+
+
+_OFF = " none"  # behind the name of what is off: said only where nothing else is
 
 
 def _tuned_label(values: Mapping[str, Any]) -> str:

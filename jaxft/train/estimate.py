@@ -183,7 +183,7 @@ def of_step(run: Described, material: Material) -> Plan:
         "activations": min(kept, used.temp_size_in_bytes),
         "workspace": max(used.temp_size_in_bytes - kept, 0) + used.output_size_in_bytes - used.alias_size_in_bytes,
     }
-    found = _plan(run, material, arrays, _bytes(batch), rest, offloaded)
+    found = _plan(run, material, arrays, _work(run, material, arrays), _bytes(batch), rest, offloaded)
     own = after + int(_EVALUATION * max(after - before, 0)) if jax.default_backend() == "cpu" else 0
     return dataclasses.replace(found, process=own)
 
@@ -205,16 +205,16 @@ def estimate(run: Described, material: Material) -> Plan:
     arrays = _arrays(run, material)
     local = material.batch_of(run.experiment, run.mesh.shape["data"] * run.mesh.shape["fsdp"])
     kept, offloaded = _kept_for_backward(run, arrays.state, arrays.frozen, local, material.steps)
-    made = _work(run, material, arrays).peak_bytes - (_whole_bytes(arrays.state.trainable) - _bytes(arrays.state.trainable))
+    done = _work(run, material, arrays)
+    made = done.peak_bytes - (_whole_bytes(arrays.state.trainable) - _bytes(arrays.state.trainable))
     if run.experiment.optimizer.offload:
         made += _bytes(arrays.state.optimizer)
     rest = {"activations": min(kept, max(made, 0)), "workspace": max(made - kept, 0) + _gathered(run, arrays)}
-    return _plan(
-        run, material, arrays, sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(local)), rest, offloaded
-    )
+    batch = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(local))
+    return _plan(run, material, arrays, done, batch, rest, offloaded)
 
 
-def _plan(run: Described, material: Material, arrays: _Arrays, batch: int, rest: dict[str, int], offloaded: int) -> Plan:
+def _plan(run: Described, material: Material, arrays: _Arrays, done: Work, batch: int, rest: dict[str, int], offloaded: int) -> Plan:
     state = arrays.state
     on_host, on_device = partition(state.optimizer, jax.tree.map(placement.is_in_host_memory, state.optimizer))
     memory = {
@@ -233,7 +233,7 @@ def _plan(run: Described, material: Material, arrays: _Arrays, batch: int, rest:
         size(arrays.whole),
         memory,
         host,
-        _work(run, material, arrays),
+        done,
         material.tokens,
         material.steps,
         dict(run.mesh.shape),

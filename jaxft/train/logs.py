@@ -57,6 +57,25 @@ class Logs:
         """Prints a line above the bar."""
         tqdm.write(text, file=sys.stdout)
 
+    @contextlib.contextmanager
+    def end(self, step: int) -> Iterator[dict[str, float]]:
+        """Of a run that took its last `step`: closes the bar, and takes the figures of the evaluation after it for all but metrics.jsonl.
+
+        Everything is closed behind the `with`; the loggers are told whether it ended well.
+        """
+        self._bar.close()
+        figures: dict[str, float] = {}
+        complete = False
+        try:
+            yield figures
+            with self._explained():
+                self._board.write(step, figures)
+                for logger in self._loggers:
+                    logger.write(step, figures)
+            complete = True
+        finally:
+            self.close(complete)
+
     def close(self, complete: bool = False) -> None:
         """Closes the bar, the files and the loggers, which are told whether the run is `complete`.
 

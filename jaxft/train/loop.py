@@ -99,6 +99,7 @@ class Outcome:
     state: State
     progress: Progress
     compile_seconds: float
+    logs: Logs  # open still where it came to its end: the last figures are to come
     stopped: str = ""  # the signal that stopped it before its end
 
 
@@ -186,9 +187,9 @@ class Course:
         """Writes a checkpoint, where there is none of this step."""
         self._checkpoints.save(state, dataclasses.replace(self.progress, elapsed=self._elapsed()))
 
-    def close(self, complete: bool = False) -> None:
-        """Closes the logs; `complete` is whether the run came to its end."""
-        self.logs.close(complete)
+    def close(self) -> None:
+        """Closes the logs of a run that didn't come to its end."""
+        self.logs.close()
 
     def _is_kept(self, step: int) -> bool:
         return step == self._setup.steps or step % self._train.checkpoint_every == 0
@@ -285,9 +286,10 @@ class Loop:
                         break
             self._checkpoints.wait()
             complete = not request.name
-            return Outcome(state, course.progress, compile_seconds, request.name)
+            return Outcome(state, course.progress, compile_seconds, course.logs, request.name)
         finally:
-            course.close(complete)
+            if not complete:
+                course.close()
 
     def _advance(self, step: Any, state: State, index: int, timed: bool, course: Course) -> State:
         """One step, and what is written of it."""

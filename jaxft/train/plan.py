@@ -53,18 +53,18 @@ def plan(experiment: Experiment, asked: Asked = Asked(), workdir: pathlib.Path |
     _say_memory(found, count is None)
     _say_work(found)
     _say_time(found, targets, asked.price, measured(workdir, own) if workdir else None)
-    _say_advice(own, material, found, targets[0], _command(experiment, asked, arguments))
+    _say_advice(own, material, found, count is None, targets[0], _command(experiment, asked, arguments))
     return found
 
 
-def _say_advice(experiment: Experiment, material: Material, found: Plan, device: Device, command: Sequence[str]) -> None:
-    """Prints what makes it fit on a device, or need less there."""
+def _say_advice(experiment: Experiment, material: Material, found: Plan, compiled: bool, device: Device, command: Sequence[str]) -> None:
+    """Prints what makes it fit on a device, or need less there: changes are told from their programs, and compared with such a plan."""
 
     def planned(changed: Experiment) -> Plan:
         return dataclasses.replace(estimate(describe(changed, material, found.count), material), process=found.process)
 
     options = advice.changes(experiment, device, found.mesh["data"] * found.mesh["fsdp"]) + advice.meshes(found.count, experiment)
-    before = planned(experiment)
+    before = planned(experiment) if compiled else found
     advice.say(advice.ranked(experiment, options, planned, before, device), before, device, command)
 
 

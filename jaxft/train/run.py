@@ -4,15 +4,12 @@ import dataclasses
 import json
 import os
 import pathlib
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from typing import Any
 
 import jax
 
-import jaxft
 from jaxft import console, overrides
 from jaxft.config import Experiment
 from jaxft.data import folds
@@ -33,22 +30,32 @@ from jaxft.methods.base import Compose, Method
 from jaxft.methods.partition import size
 from jaxft.tasks.base import Report
 from jaxft.train import requantize
-from jaxft.train.checkpoint import Checkpoints, Progress, check_same, fingerprint, newest_step
+from jaxft.train.checkpoint import Checkpoints, Progress, fingerprint
 from jaxft.train.data import GENERAL
 from jaxft.train.evaluate import Evaluation, Evaluator, make_sampling
+from jaxft.train.fit import can_merge
 from jaxft.train.folds import fold_folder, is_cross_validation, one_fold, print_folds, together
 from jaxft.train.logs import peak_memory_bytes
 from jaxft.train.loop import Loop, Outcome
 from jaxft.train.observed import Observed
 from jaxft.train.report import adapter_command, card, model_command, print_answers, print_comparison, print_report
-from jaxft.train.setup import Setup, TrainingSetup, can_merge, is_averaged, on_host, set_up, set_up_trained
+from jaxft.train.setup import Setup, TrainingSetup, is_averaged, on_host, set_up, set_up_trained
 from jaxft.train.state import State
+from jaxft.train.workdir import (
+    CONFIG,
+    INSPECTION,
+    INSPECTION_PAGE,
+    SUMMARY,
+    check_folder,
+    check_workdir,
+    summary_of,
+    write_config,
+    write_json,
+    write_text,
+)
 
 WHOLE = (HF, BITSANDBYTES)  # formats of a merged model
 FORMATS = ("peft", "adapterhub", *WHOLE)
-CONFIG, SUMMARY = "config.json", "summary.json"
-INSPECTION, INSPECTION_PAGE = "inspect.json", "inspect.html"
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 
 
 def train(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
@@ -63,18 +70,18 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
 def _train_folds(experiment: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     """Trains the folds that aren't finished; returns the summary of all, or an empty one where a signal stopped it."""
     resolved, runs = overrides.to_dict(experiment), [one_fold(experiment, fold) for fold in range(experiment.data.folds)]
-    _check_workdir(workdir, resolved)
-    _write_config(workdir, resolved)
+    check_workdir(workdir, resolved)
+    write_config(workdir, resolved)
     summaries = []
     for fold, own in enumerate(runs):
         folder = fold_folder(workdir, fold)
-        _check_workdir(folder, overrides.to_dict(own))
+        check_workdir(folder, overrides.to_dict(own))
         console.say(f"Fold {fold} of {experiment.data.folds}, in {folder}{', is finished' if summary_of(folder) else ''}.\n")
         if not (summary := summary_of(folder) or _train_one(own, folder)):
             return {}
         summaries.append(summary)
     found = together(summaries)
-    _write_json(workdir / SUMMARY, found)
+    write_json(workdir / SUMMARY, found)
     print_folds(found)
     return found
 
@@ -108,7 +115,7 @@ class Begun:
 
 def prepare(experiment: Experiment, workdir: pathlib.Path) -> None:
     """Raises `UserError` unless the folder is free or holds this very run; has compiled programs kept on disk from now on."""
-    _check_workdir(workdir, overrides.to_dict(experiment))
+    check_workdir(workdir, overrides.to_dict(experiment))
     _keep_compiled()
 
 
@@ -126,7 +133,8 @@ def begin(
     """
     own_exports(setup, setup.state)  # what could be written nowhere is refused before it trains
     resolved = overrides.to_dict(experiment)
-    checkpoints = _open_workdir(workdir, resolved, experiment)
+    write_config(workdir, resolved)
+    checkpoints = Checkpoints(workdir / "checkpoints", experiment.train.keep)
     state, progress = _start(setup, checkpoints, evaluator, resolved, before)
     return Begun(setup, workdir, checkpoints, evaluator, state, progress)
 
@@ -227,7 +235,7 @@ def inspect(experiment: Experiment, workdir: pathlib.Path) -> Look:
 
     Of the model the tokenizer alone is loaded. A run that lives in the folder is left as it is.
     """
-    _check_folder(workdir)
+    check_folder(workdir)
     if not experiment.model.source:
         raise UserError("There is no model, whose tokenizer is needed: set config.model.source to a hub id, a folder, or bundled:NAME.")
     tokenizer = experiment.task.fit_tokenizer(load_tokenizer(experiment.model.source, experiment.model.revision))
@@ -237,8 +245,8 @@ def inspect(experiment: Experiment, workdir: pathlib.Path) -> Look:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{workdir} can't be written ({error.strerror}). Choose another --workdir.") from error
-    _write_json(workdir / INSPECTION, report.as_json(found))
-    _write_text(workdir / INSPECTION_PAGE, page(found))
+    write_json(workdir / INSPECTION, report.as_json(found))
+    write_text(workdir / INSPECTION_PAGE, page(found))
     console.say(f"All of it, with pictures, is in {workdir / INSPECTION_PAGE}, and for programs in {workdir / INSPECTION}.")
     return found
 
@@ -276,71 +284,6 @@ def own_exports(setup: Setup, state: State) -> list[tuple[str, str, Method]]:
             )
         exports.append((f"{number}-{part.title}", found, part))
     return exports
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of jaxft, Python and what decides a run's numbers."""
-    return {"jaxft": jaxft.__version__, "python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES}
-
-
-def device() -> dict[str, Any]:
-    """Returns the devices a run uses."""
-    devices = jax.devices()
-    return {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices), "cpus": os.cpu_count()}
-
-
-def _check_workdir(workdir: pathlib.Path, resolved: Mapping[str, Any], trains: bool = True) -> None:
-    """Raises `UserError` unless the folder is free or holds this very run; writes nothing; `trains` as of `check_same`."""
-    _check_folder(workdir)
-    if (workdir / CONFIG).is_file():
-        saved = _saved_config(workdir)
-        if newest_step(workdir / "checkpoints") is not None or fold_folder(workdir, 0).exists():  # else nothing was trained with it yet
-            known = overrides.to_dict(overrides.from_dict(saved))  # with the defaults of fields that came since
-            check_same(known, resolved, workdir, trains)
-
-
-def _check_folder(workdir: pathlib.Path) -> None:
-    """Raises `UserError` unless the folder is free, or holds a run of jaxft or a look at data, and can be written."""
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"{workdir} is a file. Choose another --workdir.")
-    ours = (INSPECTION, INSPECTION_PAGE)
-    held = [path for path in workdir.iterdir() if not path.name.endswith(".partial") and path.name not in ours] if workdir.exists() else []
-    if held and not (workdir / CONFIG).is_file():
-        raise UserError(f"{workdir} isn't empty and holds no run of jaxft. Choose another --workdir.")
-    above = next(folder for folder in (workdir.absolute(), *workdir.absolute().parents) if folder.exists())
-    if not os.access(above, os.W_OK):
-        raise UserError(f"{workdir} can't be written: {above} allows no writing. Choose another --workdir.")
-
-
-def saved_experiment(workdir: pathlib.Path, name: str) -> Experiment | None:
-    """Returns the experiment that a working folder holds, or None where it holds none; raises `UserError` for another one's."""
-    if not (workdir / CONFIG).is_file():
-        return None
-    found = overrides.from_dict(_saved_config(workdir))
-    if found.name != name:
-        raise UserError(f"{workdir} holds a run of {found.name}, not of {name}. Give --experiment={found.name}, or another --workdir.")
-    return found
-
-
-def _saved_config(workdir: pathlib.Path) -> dict[str, Any]:
-    found = _read_json(workdir / CONFIG)
-    if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
-        raise UserError(f"{workdir / CONFIG} isn't one that jaxft wrote: {workdir} holds no run of jaxft. Choose another --workdir.")
-    return found["config"]
-
-
-def _open_workdir(workdir: pathlib.Path, resolved: Mapping[str, Any], experiment: Experiment) -> Checkpoints:
-    """The run's checkpoints; its folder is made, and says whose it is."""
-    _write_config(workdir, resolved)
-    return Checkpoints(workdir / "checkpoints", experiment.train.keep)
-
-
-def _write_config(workdir: pathlib.Path, resolved: Mapping[str, Any]) -> None:
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        _write_json(workdir / CONFIG, {"config": resolved, "versions": versions(), "device": device()})
-    except OSError as error:
-        raise UserError(f"{workdir} can't be written ({error.strerror}). Choose another --workdir.") from error
 
 
 def _keep_compiled() -> None:
@@ -411,7 +354,7 @@ def _load_best(experiment: Experiment, workdir: pathlib.Path, measured: bool = F
     """The run of a working folder, at its best checkpoint; where it shall be `measured`, with the set of `eval.split`."""
     if not (workdir / CONFIG).is_file():
         raise UserError(f"{workdir} holds no run of jaxft. Train one first (--mode=train), or name its folder by --workdir.")
-    _check_workdir(workdir, overrides.to_dict(experiment), trains=False)
+    check_workdir(workdir, overrides.to_dict(experiment), trains=False)
     if is_cross_validation(experiment):
         folder = fold_folder(workdir, 0)
         raise UserError(f"{workdir} holds a run for each of {experiment.data.folds} folds. Name one of them, as --workdir={folder}.")
@@ -431,6 +374,8 @@ def _load_best(experiment: Experiment, workdir: pathlib.Path, measured: bool = F
 def finish(begun: Begun, outcome: Outcome, elapsed: Callable[[], float]) -> dict[str, Any]:
     """Evaluates the best state, exports it, writes and prints what came out; returns the summary.
 
+    TensorBoard and the loggers have the figures as "SPLIT_METRIC" of the last step.
+
     Args:
       begun: the run.
       outcome: how its loop ended.
@@ -443,7 +388,9 @@ def finish(begun: Begun, outcome: Outcome, elapsed: Callable[[], float]) -> dict
         state = checkpoints.restore(best, setup.state, setup.state_sharding)
         console.say(f"Step {best} was the best on validation.")
     split = setup.experiment.eval.split
-    after = evaluator.full(state, split, "After training")
+    with outcome.logs.end(int(outcome.state.step)) as figures:
+        after = evaluator.full(state, split, "After training")
+        figures.update({f"{split}_{name}": value for name, value in after.metrics.items()})
     summary = _summarize(setup, outcome, after, elapsed())
     summary["eval"]["majority"] = evaluator.majority(split)
     summary["eval"] |= evaluator.word_baseline(split)
@@ -451,7 +398,7 @@ def finish(begun: Begun, outcome: Outcome, elapsed: Callable[[], float]) -> dict
     for name, format, method in exports:
         _export(setup, state, format, method, workdir / "export" / name, summary)
     summary["seconds"] = elapsed()
-    _write_json(workdir / SUMMARY, summary)
+    write_json(workdir / SUMMARY, summary)
     chosen = evaluator.chosen(split)
     fields = evaluator.answer_format.names if evaluator.generates else ()
     print_comparison(summary, fields, f"On {len(set(chosen.rows.tolist())):,} rows of {split}")
@@ -498,29 +445,3 @@ def _export(setup: Setup, state: State, format: str, method: Method, folder: pat
         save_adapter(folder, setup.model, params, method, base_model=experiment.model.source, card=text)
     else:
         save_pretrained(folder, setup.model, method.merge(setup.model, on_host(params)), setup.tokenizer, card=text)
-
-
-def summary_of(workdir: pathlib.Path) -> dict[str, Any]:
-    """Returns the summary of a finished run, or {} where the folder holds none."""
-    return _read_json(workdir / SUMMARY) if (workdir / SUMMARY).is_file() else {}
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} can't be read: {error}.") from error
-
-
-def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-    _write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-    """Writes beside the place and renames, so that no reader sees half of it."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} can't be written ({error.strerror}). Make room, or choose another --workdir.") from error

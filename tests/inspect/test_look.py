@@ -25,6 +25,7 @@ from jaxft.methods import LoRA
 from jaxft.models.heads import SINGLE_LABEL
 from jaxft.tasks import SFT, MultipleChoice, QuestionAnswering, SequenceClassification, TokenClassification
 from jaxft.train import run
+from jaxft.train.workdir import check_workdir
 
 SIGNS = {"Acne": "skin spots face", "Asthma": "breath lungs cough", "Migraine": "head light nausea"}
 NAMES = tuple(SIGNS)
@@ -373,7 +374,7 @@ def test_the_mode_writes_into_a_free_folder_which_stays_free(tmp_path, tokenizer
         run.inspect(given, workdir)
     assert {path.name for path in workdir.iterdir()} == {"inspect.json", "inspect.html"}
     assert json.loads((workdir / "inspect.json").read_text(encoding="utf-8"))["experiment"] == "lora_llama2"
-    run._check_workdir(workdir, overrides.to_dict(given))  # a training may begin here
+    check_workdir(workdir, overrides.to_dict(given))  # a training may begin here
     assert str(workdir / "inspect.html") in capsys.readouterr().out
 
 

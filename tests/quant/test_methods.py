@@ -18,7 +18,7 @@ from jaxft.models import segments
 from jaxft.models.node import dense as dense_of
 from jaxft.models.node import is_node, is_quantized
 from jaxft.tasks import SFT
-from jaxft.train.setup import check_method
+from jaxft.train.fit import check_method
 
 FORMAT = jaxft.Format()
 SPARSE = SparseMask(rank=1, choice="magnitude", targets=("up_proj",))

@@ -87,3 +87,12 @@ def test_a_sweep_before_its_first_run_ends_has_a_report(tmp_path: pathlib.Path):
 def test_a_folder_without_a_sweep_is_told(tmp_path: pathlib.Path):
     with pytest.raises(UserError, match="holds no sweep"):
         gather(tmp_path)
+
+
+def test_a_label_leaves_out_what_is_off(tmp_path: pathlib.Path):
+    methods = [({"class": "LoRA", "rank": 8}, "none"), ({"class": "LoRA", "rank": 8}, "nf4"), ({"class": "IA3"}, "none")]
+    runs = [{"overrides": {"method": method, "model.quantization": kind}} for method, kind in methods]
+    write_sweep(tmp_path, runs, vary=("method", "model.quantization"))
+    assert [row.setting for row in gather(tmp_path).rows] == ["LoRA", "LoRA, quantization nf4", "IA3"]
+    write_sweep(tmp_path, [{"overrides": {"model.quantization": kind}} for kind in ("none", "nf4")], vary=("model.quantization",))
+    assert [row.setting for row in gather(tmp_path).rows] == ["quantization none", "quantization nf4"]

@@ -8,7 +8,8 @@ from method_checks import base
 
 from jaxft.errors import UserError
 from jaxft.methods import IA3, AdaLoRA, BitFit, Bottleneck, LoRA, Partial, Prefix, Prompt, SparseMask, VeRA
-from jaxft.train.setup import check_method, virtual_tokens
+from jaxft.models.node import virtual_tokens
+from jaxft.train.fit import check_method
 
 LOOK = [SparseMask(rank=1, choice=choice, targets=("q_proj",)) for choice in ("random", "magnitude", "gradient", "fisher")]
 

@@ -14,6 +14,7 @@ from jaxft import overrides
 from jaxft.data.folds import load_sets
 from jaxft.errors import UserError
 from jaxft.train import run, setup
+from jaxft.train import workdir as workdirs
 from jaxft.train.evaluate import Evaluator
 from jaxft.train.logs import Logs
 
@@ -140,7 +141,7 @@ def test_folds_are_runs_of_their_own_and_go_on_where_they_were_stopped(reviews, 
     assert "Over 3 folds, each measured on the part that it held out" in capsys.readouterr().out
     with pytest.raises(UserError, match=f"holds a run for each of 3 folds. Name one of them, as --workdir={workdir / 'fold-0'}"):
         run.evaluate(experiment(reviews, *FOLDS), workdir)
-    one = run.saved_experiment(workdir / "fold-1", "full_bert_sentiment")
+    one = workdirs.saved_experiment(workdir / "fold-1", "full_bert_sentiment")
     assert one.data.fold == 1
     picture = (workdir / "fold-1" / "confusion.png").stat().st_mtime_ns
     np.testing.assert_allclose(run.evaluate(one, workdir / "fold-1")["loss"], each[1]["loss"], rtol=1e-6)

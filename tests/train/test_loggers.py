@@ -29,11 +29,16 @@ def run(folder, asked, start, stop, complete=True):
         logs.write(step, {"loss": step / 2})
         if step % 2 == 0:
             logs.write(step, {"validation_loss": float(step)})
-    logs.close(complete)
+    if not complete:
+        logs.close()
+        return
+    with logs.end(stop) as figures:
+        figures["test_loss"] = 0.25
 
 
-def expected(stop):
-    return {"loss": [(step, step / 2) for step in range(1, stop + 1)], "validation_loss": [(s, float(s)) for s in range(2, stop + 1, 2)]}
+def expected(stop, complete=True):
+    steps = {"loss": [(step, step / 2) for step in range(1, stop + 1)], "validation_loss": [(s, float(s)) for s in range(2, stop + 1, 2)]}
+    return steps | {"test_loss": [(stop, 0.25)] if complete else []}
 
 
 def of_mlflow(folder):
@@ -72,7 +77,10 @@ def test_a_run_given_up_before_its_first_checkpoint_leaves_another_one_its_own(t
     run(tmp_path, experiment("mlflow"), 0, 2, complete=False)
     run(tmp_path, experiment("mlflow"), 0, 3, complete=False)  # the same: it goes on
     run(tmp_path, experiment("mlflow", **{"optimizer.learning_rate": 0.5}), 0, 4)
-    assert [(status, figures) for status, _, figures in of_mlflow(tmp_path)] == [("KILLED", expected(3)), ("FINISHED", expected(4))]
+    assert [(status, figures) for status, _, figures in of_mlflow(tmp_path)] == [
+        ("KILLED", expected(3, complete=False)),
+        ("FINISHED", expected(4)),
+    ]
 
 
 def records(path):
