@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-import os
-import signal
 
 import numpy as np
 import pytest
 import safetensors.numpy
+from stopped_runs import stop_at
 
 import experiments
 from jaxft import overrides
@@ -15,7 +14,6 @@ from jaxft.errors import UserError
 from jaxft.sweep import population
 from jaxft.sweep.population import populations, train_population
 from jaxft.train import run
-from jaxft.train.logs import Logs
 
 pytestmark = pytest.mark.usefixtures("as_launched")
 
@@ -84,18 +82,6 @@ def check_alike(alone, together):
     assert ours.keys() == theirs.keys()
     for when, figures in theirs["eval"].items():
         assert ours["eval"][when] == pytest.approx(figures, rel=1e-4, abs=1e-6)
-
-
-def stop_at(monkeypatch, step):
-    """Ends the program as SIGTERM does, after so many steps of its runs."""
-    count = iter(range(1, 1000))
-
-    def advance(self, *arguments, original=Logs.advance):
-        original(self, *arguments)
-        if next(count) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Logs, "advance", advance)
 
 
 @pytest.fixture

@@ -385,8 +385,8 @@ def test_the_scores_of_a_perfect_head_and_the_majority_answer():
     assert TASK.majority(model, training, training)["exact_match"] == 0.5
 
 
-def test_a_run_measures_shows_and_exports_what_transformers_loads(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "_keep_compiled", lambda: None)
+@pytest.mark.usefixtures("as_launched")
+def test_a_run_measures_shows_and_exports_what_transformers_loads(tmp_path, capsys):
     pair("bert")[0].save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     file = tmp_path / "rows.jsonl"
@@ -399,8 +399,7 @@ def test_a_run_measures_shows_and_exports_what_transformers_loads(tmp_path, monk
         task=TASK,
         train=TrainConfig(steps=2, batch_size=4, eval_every=1, best_metric="f1", best_mode="max"),
     )
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        after = run.train(found, tmp_path / "run")["eval"]["after"]
+    after = run.train(found, tmp_path / "run")["eval"]["after"]
     printed = capsys.readouterr().out
     assert f"5 in {len(windows_of('bert'))} windows" in printed
     assert "AutoModelForQuestionAnswering.from_pretrained" in printed

@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-import os
-import signal
 
 import numpy as np
 import pytest
 import safetensors.numpy
+from stopped_runs import stop_at
 
 import experiments
 from jaxft import overrides
@@ -16,7 +15,6 @@ from jaxft.errors import UserError
 from jaxft.train import run, setup
 from jaxft.train import workdir as workdirs
 from jaxft.train.evaluate import Evaluator
-from jaxft.train.logs import Logs
 
 pytestmark = pytest.mark.usefixtures("as_launched")
 
@@ -43,18 +41,6 @@ def lines(workdir):
 
 def exported(workdir):
     return (workdir / "export" / "hf" / "model.safetensors").read_bytes()
-
-
-def stop_at(monkeypatch, step):
-    """Ends the run as SIGTERM does, after so many of its steps."""
-    count = iter(range(1, 1000))
-
-    def advance(self, *arguments, original=Logs.advance):
-        original(self, *arguments)
-        if next(count) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Logs, "advance", advance)
 
 
 @pytest.fixture(scope="module")
