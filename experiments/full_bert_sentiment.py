@@ -4,8 +4,9 @@
 
 MiniLM-L6, a BERT of six layers, with a new head; 540 reviews are trained on, 379 are the test. Runs anywhere, with nothing downloaded.
 
-Hardware: two CPU cores, 2.6 GB of memory. 22,714,371 parameters train.
-Its result over several seeds isn't measured yet. One run had 73.4% accuracy and 48.7% macro F1; the majority class has 65.4% and 26.4%.
+Hardware: two CPU cores, 2.7 GB of memory; 15 minutes on one of them. 22,714,371 parameters train.
+On the test, mean and deviation of seeds 0, 1, 2: 72.6% (1.0) accuracy, 47.6% (1.1) macro F1, a loss of 0.712 (0.003); the majority class
+has 65.4%, 26.4% and 0.849, a logistic regression on TF-IDF 70.8% (0.2), 38.8% (0.3) and 0.719 (0.003).
 """
 
 from jaxft.config import DataConfig, EvalConfig, Experiment, ModelConfig, OptimizerConfig, TrainConfig

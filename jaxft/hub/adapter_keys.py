@@ -75,7 +75,7 @@ PEFT: dict[str, Kind] = {
     "alpha_pattern": _object_of(ABOVE_0, "numbers above 0") | NULL,
     "beta1": INSIDE,
     "beta2": INSIDE,
-    "bias": _one_of("none", "all", "lora_only") | NULL,
+    "bias": _one_of("none", "all", "lora_only", "vera_only") | NULL,
     "d_initial": NUMBER,
     "deltaT": POSITIVE,
     "encoder_hidden_size": POSITIVE | NULL,
@@ -107,6 +107,7 @@ PEFT: dict[str, Kind] = {
     "tinit": NATURAL | NULL,
     "total_step": NATURAL | NULL,
     "use_dora": SWITCH | NULL,
+    "save_projection": SWITCH,
     "use_rslora": SWITCH | NULL,
     "vera_dropout": RATE | NULL,
 }

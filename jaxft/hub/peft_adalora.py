@@ -12,11 +12,12 @@ from flax import linen as nn
 from jaxft.errors import UserError
 from jaxft.hub import peft_leaves, peft_lora_config, peft_tensors
 from jaxft.hub.checkpoint import ADAPTER_CONFIG
-from jaxft.hub.names import Entry, is_conv1d, linear_layers, nodes_of
+from jaxft.hub.names import Entry, is_conv1d, linear_layers, nodes_of, tensors_of
 from jaxft.hub.peft_format import PREFIX, WEIGHTS, Params, Written
 from jaxft.hub.peft_lora import place
 from jaxft.hub.peft_tensors import Slot
 from jaxft.methods.adalora import AdaLoRA, AdaLoRAKernel
+from jaxft.methods.kernels import NO_BIAS
 
 METHOD = AdaLoRA
 PEFT_TYPE = "ADALORA"
@@ -47,6 +48,7 @@ DEFAULTS = peft_lora_config.DEFAULTS | {
     "total_step": None,
 }
 _HONOURED = frozenset(_NAMES) | {
+    "bias",
     "fan_in_fan_out",
     "target_modules",
     "exclude_modules",
@@ -72,6 +74,7 @@ def write(model: nn.Module, params: Params, method: AdaLoRA) -> Written:
         kept = {module: np.ones(method.init_rank, bool) for module in kept}
     modules = [entry.module for entry in adapted]
     config = {theirs: getattr(method, ours) for theirs, ours in _NAMES.items()} | {
+        "bias": method.bias,
         "fan_in_fan_out": is_conv1d(adapted),
         "lora_alpha": int(method.alpha) if method.alpha == int(method.alpha) else method.alpha,
         # peft takes no adapter without a schedule, though one that is trained has no more use for it
@@ -79,8 +82,10 @@ def write(model: nn.Module, params: Params, method: AdaLoRA) -> Written:
         "rank_pattern": {f"{module}.lora_E": mask.tolist() for module, mask in kept.items()} if pruned else None,
         "target_modules": sorted(peft_lora_config.summarize(dict.fromkeys(modules, True), [entry.module for entry in linear], ".")),
     }
-    tensors = {slot.key: slot.read for entry in adapted for slot in _slots(entry, kept[entry.module])}
-    return Written(DEFAULTS | config, tensors | peft_leaves.base_weights(adapted))
+    slots = [slot for entry in adapted for slot in _slots(entry, kept[entry.module])]
+    slots += peft_tensors.biases(tensors_of(model, params), method.trains_bias, modules)
+    tensors = {slot.key: slot.read for slot in slots}
+    return Written(DEFAULTS | config, tensors | peft_leaves.base_weights(adapted, config["target_modules"]))
 
 
 def read(
@@ -99,12 +104,14 @@ def read(
     if settings["target_rank"] > settings["init_rank"]:
         raise UserError(f"{where}: target_r is {settings['target_rank']}, above init_r, {settings['init_rank']}.")
     targets = peft_lora_config.summarize(dict.fromkeys(names, True), [place(entry) for entry in linear], "/")
-    method = AdaLoRA(**settings, targets=tuple(targets))
+    method = AdaLoRA(**settings, targets=tuple(targets), bias=config.get("bias") or NO_BIAS)
+    method = peft_tensors.with_present_biases(method, tensors_of(model, params))
     add = functools.partial(method.added, jax.random.key(0), model)
 
     def slots(params: Params) -> list[Slot]:
         adapted = nodes_of(linear_layers(model, params), AdaLoRAKernel, method.is_target)
-        return [slot for entry in adapted for slot in _slots(entry, _kept(config, entry.module, method.init_rank, where))]
+        found = [slot for entry in adapted for slot in _slots(entry, _kept(config, entry.module, method.init_rank, where))]
+        return found + peft_tensors.biases(tensors_of(model, params), method.trains_bias, chosen)
 
     peft_tensors.check(folder / WEIGHTS, slots(jax.eval_shape(add, params)), linear, saved)  # nothing is made for a file that doesn't fit
     params = add(params)

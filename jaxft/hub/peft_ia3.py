@@ -41,7 +41,7 @@ def write(model: nn.Module, params: Params, method: IA3) -> Written:
     inputs, others = peft_config.patterns(feedforward, every, "."), peft_config.patterns(outputs, every, ".")
     targets = {"feedforward_modules": inputs, "target_modules": sorted({*inputs, *others})}
     config = DEFAULTS | targets | {"fan_in_fan_out": is_conv1d(scaled)}
-    return Written(config, {**peft_leaves.tensors(map(_place, scaled)), **peft_leaves.base_weights(scaled)})
+    return Written(config, {**peft_leaves.tensors(map(_place, scaled)), **peft_leaves.base_weights(scaled, targets["target_modules"])})
 
 
 def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params: Params, saved: Collection[str] = ()) -> tuple[Params, IA3]:

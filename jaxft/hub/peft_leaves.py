@@ -15,11 +15,13 @@ from jaxft.errors import UserError
 from jaxft.hub.checkpoint import FLOATS, header
 from jaxft.hub.names import Entry, listed
 from jaxft.hub.peft_format import PREFIX, WEIGHTS, Params
+from jaxft.methods.kernels import HEAD, WORDS
 from jaxft.models import segments
 from jaxft.models.node import dense, find, innermost, is_node
 from jaxft.models.segments import Leaf
 
 _BASE = PREFIX + "{module}.base_layer.weight"
+_EMBEDDINGS = ("embed_tokens", "lm_head")  # targets by which peft tells that embeddings, or the output head, are adapted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +84,13 @@ def held(
     return have
 
 
-def base_weights(adapted: Iterable[Entry]) -> dict[str, Callable[[], np.ndarray]]:
-    """Returns the base's own weights of an output head or a table among `adapted`, which peft writes beside the adapter."""
+def base_weights(adapted: Iterable[Entry], targets: Collection[str]) -> dict[str, Callable[[], np.ndarray]]:
+    """Returns the base's own weights of the table of words and the output head among `adapted`, which peft writes beside the adapter.
+
+    It does where one of the configuration's `targets` is the name that either has in most families.
+    """
+    if not set(targets) & set(_EMBEDDINGS):
+        return {}
 
     def read(entry: Entry) -> np.ndarray:
         return entry.swap(np.asarray(jax.device_get(innermost(entry.leaf.value))))
@@ -91,7 +98,7 @@ def base_weights(adapted: Iterable[Entry]) -> dict[str, Callable[[], np.ndarray]
     return {
         _BASE.format(module=entry.module): functools.partial(read, entry)
         for entry in adapted
-        if entry.index is None and not is_node(innermost(entry.leaf.value))
+        if entry.path in (WORDS, HEAD) and not is_node(innermost(entry.leaf.value))
     }
 
 

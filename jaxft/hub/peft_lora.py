@@ -47,10 +47,10 @@ def write(model: nn.Module, params: Params, method: LoRA) -> Written:
             f"method.start: '{method.start}' quantized the base again, and the adapter belongs to that one alone. Write the model: "
             "jaxft.save_pretrained(folder, model, method.merge(model, params)), or start with 'loftq', which leaves the base as it is."
         )
-    tensors = {slot.key: _reader(slot) for slot in _slots(method, every)}
+    config, tensors = _config(method, every, adapted), {slot.key: _reader(slot) for slot in _slots(method, every)}
     if adapted[0].leaf.value.start_a is None:  # else the base isn't the original one
-        tensors |= peft_leaves.base_weights(adapted)
-    return Written(_config(method, every, adapted), tensors)
+        tensors |= peft_leaves.base_weights(adapted, config["target_modules"])
+    return Written(config, tensors)
 
 
 def read(
@@ -59,12 +59,14 @@ def read(
     """Returns `params` with a folder's LoRA around its targets, and the method that gives the same structure."""
     where = str(folder / ADAPTER_CONFIG)
     peft_lora_config.check(config, where)
+    if lists := [module for module, rank in (config.get("rank_pattern") or {}).items() if isinstance(rank, list)]:
+        raise UserError(f"{where}: rank_pattern of {lists[0]} is a list, as AdaLoRA has it; a LoRA's is a rank.")
     every = tensors_of(model, params)
     kernels = kernels_of(every)
     linear = [entry.module for entry in kernels if entry.path.endswith(KERNEL)]
     chosen = set(peft_lora_config.targets(config, [entry.module for entry in kernels], where, "linear layers and embeddings", linear))
     peft_leaves.check_free(every, LoRAKernel, chosen, METHOD.__name__)
-    method = _method(config, every, chosen, where)
+    method = peft_tensors.with_present_biases(_method(config, every, chosen, where), every)
     add = functools.partial(method.added, jax.random.key(0), model)
     shapes = tensors_of(model, jax.eval_shape(add, params))  # nothing is made for a file that doesn't fit
     peft_tensors.check(folder / WEIGHTS, _slots(method, shapes), kernels, saved)
@@ -98,10 +100,8 @@ def _slots(method: LoRA, every: list[Entry]) -> list[Slot]:
             continue
         if module_of(entry) in saved:
             found.append(peft_tensors.whole(PREFIX + entry.name, entry))
-        elif method.trains_whole(entry.path):  # a bias
-            module = module_of(entry)
-            found.append(peft_tensors.whole(f"{PREFIX}{module}{'.base_layer' if module in modules else ''}.bias", entry))
-    return found
+    others = [entry for entry in every if not method.is_target(entry.path) and module_of(entry) not in saved]
+    return found + peft_tensors.biases(others, method.trains_whole, modules)
 
 
 def _saved(method: LoRA, every: list[Entry]) -> set[str]:

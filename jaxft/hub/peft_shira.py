@@ -62,7 +62,7 @@ def write(model: nn.Module, params: Params, method: SparseMask) -> Written:
         tensors[_INDICES.format(module=entry.module)] = lambda entry=entry: _padded(entry, rank)[0]
         tensors[_WEIGHT.format(module=entry.module)] = lambda entry=entry: _padded(entry, rank)[1]
     targets = peft_config.patterns([entry.module for entry in adapted], [entry.module for entry in linear], ".")
-    return Written(DEFAULTS | {"r": rank, "target_modules": targets}, tensors | peft_leaves.base_weights(adapted))
+    return Written(DEFAULTS | {"r": rank, "target_modules": targets}, tensors | peft_leaves.base_weights(adapted, targets))
 
 
 def read(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,8 @@ import safetensors
 
 from jaxft.hub import peft_leaves
 from jaxft.hub.names import Entry
-from jaxft.hub.peft_format import Params
+from jaxft.hub.peft_format import PREFIX, Params
+from jaxft.methods.kernels import NO_BIAS, trains_bias
 from jaxft.models import segments
 from jaxft.models.node import innermost, is_node
 
@@ -51,6 +52,18 @@ def matrix(key: str, entry: Entry, field: str) -> Slot:
 def whole(key: str, entry: Entry) -> Slot:
     """Returns the slot of a parameter that is trained whole."""
     return Slot(key, entry, None, entry.shape, entry.swap, entry.swap)
+
+
+def biases(every: Iterable[Entry], trains: Callable[[str], bool], modules: Collection[str]) -> list[Slot]:
+    """Returns the slots of the biases that train beside an adapter, by our names; `modules` are those with an adapter."""
+    found = [entry for entry in every if trains(entry.path)]
+    return [whole(f"{PREFIX}{module_of(entry)}{'.base_layer' if module_of(entry) in modules else ''}.bias", entry) for entry in found]
+
+
+def with_present_biases(method: Any, every: Iterable[Entry]) -> Any:
+    """Returns a method of a file; its `bias` is none where the model has no such bias, which peft asks for without a word."""
+    found = any(trains_bias(method.bias, entry.path, method.is_target) for entry in every)
+    return method if found else dataclasses.replace(method, bias=NO_BIAS)
 
 
 def module_of(entry: Entry) -> str:

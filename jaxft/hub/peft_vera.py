@@ -12,12 +12,14 @@ import safetensors
 from flax import linen as nn
 
 from jaxft.errors import UserError
-from jaxft.hub import peft_config, peft_leaves, peft_lora_config
+from jaxft.hub import peft_config, peft_leaves, peft_lora_config, peft_tensors
 from jaxft.hub.checkpoint import ADAPTER_CONFIG
-from jaxft.hub.names import Entry, is_conv1d, linear_layers, nodes_of
+from jaxft.hub.names import Entry, is_conv1d, linear_layers, nodes_of, tensors_of
 from jaxft.hub.peft_format import PREFIX, WEIGHTS, Params, Written
 from jaxft.hub.peft_leaves import Place
-from jaxft.methods.vera import VeRA, VeRAKernel
+from jaxft.hub.peft_tensors import Slot
+from jaxft.methods.kernels import NO_BIAS
+from jaxft.methods.vera import VeRA, VeRAKernel, projections
 from jaxft.models import segments
 from jaxft.models.node import Shared, is_node
 from jaxft.models.segments import Leaf
@@ -37,7 +39,7 @@ DEFAULTS = peft_config.COMMON | {
     "save_projection": True,
     "vera_dropout": 0.0,
 }
-_HONOURED = ("d_initial", "fan_in_fan_out", "init_weights", "projection_prng_key", "r", "save_projection", "vera_dropout")
+_HONOURED = ("bias", "d_initial", "fan_in_fan_out", "init_weights", "projection_prng_key", "r", "save_projection", "vera_dropout")
 _PROJECTIONS = {"base_model.vera_A": "vera_a", "base_model.vera_B": "vera_b"}  # (rank, largest in) and (largest out, rank)
 _VECTORS = ("lambda_b", "lambda_d")
 
@@ -54,15 +56,22 @@ def write(model: nn.Module, params: Params, method: VeRA) -> Written:
             f"These parameters hold a VeRA of rank {first.lambda_d.shape[-1]}, not {method.rank}. Pass the method that made them."
         )
     config = DEFAULTS | {
+        "bias": method.bias,
         "d_initial": method.d_initial,
         "fan_in_fan_out": is_conv1d(adapted),
         "projection_prng_key": method.seed,
         "r": method.rank,
+        "save_projection": method.save_projection,
         "target_modules": peft_config.patterns([entry.module for entry in adapted], [entry.module for entry in linear], "."),
         "vera_dropout": method.dropout,
     }
     shared = {name: lambda field=field: np.asarray(getattr(first, field).value).T for name, field in _PROJECTIONS.items()}
-    return Written(config, {**peft_leaves.tensors(_places(adapted)), **shared, **peft_leaves.base_weights(adapted)})
+    if not method.save_projection:
+        _check_drawn(first, method)
+        shared = {}
+    biases = {slot.key: slot.read for slot in _biases(model, params, method, [entry.module for entry in adapted])}
+    base = peft_leaves.base_weights(adapted, config["target_modules"])
+    return Written(config, {**peft_leaves.tensors(_places(adapted)), **biases, **shared, **base})
 
 
 def read(
@@ -82,13 +91,34 @@ def read(
         dropout=float(config.get("vera_dropout") or 0.0),
         targets=tuple(peft_config.patterns(names, every, "/")),
         seed=config.get("projection_prng_key", 0),
+        bias=config.get("bias") or NO_BIAS,
+        save_projection=config.get("save_projection", True),
     )
+    method = peft_tensors.with_present_biases(method, tensors_of(model, params))
     params = method.init(jax.random.key(0), model, params)
     adapted = nodes_of(linear_layers(model, params), VeRAKernel, method.is_target)
     have = peft_leaves.held(folder, linear, saved)
     params = _with_projections(folder, params, have, adapted)
-    vectors = {name: shape for name, shape in have.items() if name not in _PROJECTIONS}
-    return peft_leaves.read(folder, params, _places(adapted), vectors), method
+    biases, path = _biases(model, params, method, chosen), folder / WEIGHTS
+    peft_leaves.check(path, {slot.key: slot.shape for slot in biases}, {slot.key: have[slot.key] for slot in biases if slot.key in have})
+    vectors = {name: shape for name, shape in have.items() if name not in {*_PROJECTIONS, *(slot.key for slot in biases)}}
+    params = peft_leaves.read(folder, params, _places(adapted), vectors)
+    return peft_tensors.fill(path, params, _biases(model, params, method, chosen)), method
+
+
+def _biases(model: nn.Module, params: Params, method: VeRA, modules: Collection[str]) -> list[Slot]:
+    return peft_tensors.biases(tensors_of(model, params), method.trains_bias, modules)
+
+
+def _check_drawn(kernel: VeRAKernel, method: VeRA) -> None:
+    """Raises `UserError` unless the two projections are those that a reader draws by the method's seed."""
+    rows, columns = kernel.vera_a.value.shape[0], kernel.vera_b.value.shape[1]
+    held = (np.asarray(kernel.vera_a.value), np.asarray(kernel.vera_b.value))
+    if not all(map(np.array_equal, held, projections(method.seed, method.rank, rows, columns))):
+        raise UserError(
+            f"method.save_projection=False leaves the two projections to be drawn by the seed {method.seed}; these aren't what it gives. "
+            "Save them too."
+        )
 
 
 def _with_projections(folder: pathlib.Path, params: Params, have: Mapping[str, tuple[int, ...]], adapted: list[Entry]) -> Params:

@@ -1,6 +1,7 @@
 """AdaLoRA: a low-rank difference in the form of an SVD, whose ranks a budget shares out (Zhang et al. 2023, arXiv:2303.10512)."""
 
 import dataclasses
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -9,11 +10,11 @@ import optax
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
-from jaxft.errors import UserError
+from jaxft.errors import UserError, unknown
 from jaxft.methods.base import Method
-from jaxft.methods.kernels import KERNEL, check_ranks, fold, key_of
-from jaxft.methods.lora import narrow
-from jaxft.methods.partition import check_targets, first_match, partition
+from jaxft.methods.kernels import KERNEL, NO_BIAS, check_biases, check_ranks, fold, key_of, trains_bias
+from jaxft.methods.lora import BIASES, narrow
+from jaxft.methods.partition import cast, check_targets, first_match, mask_by_name, partition
 from jaxft.models import segments
 from jaxft.models.dropout import dropped
 from jaxft.models.node import Around, Kernel, dense, dot, is_node, node
@@ -87,8 +88,10 @@ class AdaLoRA(Method):
     beta2: float = 0.85  # smoothing of its uncertainty
     orthogonality: float = 0.5  # weight of the regularizer that keeps lora_a and lora_b orthogonal
     total_steps: int = 0  # that the schedule is for; 0: those of the run
+    bias: str = NO_BIAS  # which biases train too: none, all, or lora_only, those of the targets
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.target_rank <= self.init_rank:
             raise UserError(f"method.target_rank is from 1 to init_rank, {self.init_rank}, not {self.target_rank}.")
         if not 0.0 <= self.dropout < 1.0:
@@ -101,13 +104,16 @@ class AdaLoRA(Method):
                 raise UserError(f"method.{name} is {least} or more, not {getattr(self, name)}.")
         if not self.alpha > 0.0:
             raise UserError(f"method.alpha is above 0, not {self.alpha}.")
+        if self.bias not in BIASES:
+            raise unknown("method.bias", self.bias, BIASES)
 
     def init(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
         """Returns `params` with an AdaLoRA around each target's kernel.
 
-        Raises `UserError` where a pattern matches nothing, and for a rank above a kernel's smaller side.
+        Raises `UserError` where a pattern matches nothing, for a rank above a kernel's smaller side, and for biases that aren't there.
         """
         check_ranks(params, lambda name: self.init_rank if self.is_target(name) else 0, "method.init_rank")
+        check_biases(self.bias, params, self.is_target)
         return self.added(rng, model, params)
 
     def added(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
@@ -122,7 +128,11 @@ class AdaLoRA(Method):
         return segments.map_leaves(lambda leaf: self._around(rng, leaf), params, is_leaf=is_node)
 
     def mask(self, params: Params) -> Any:
-        """Returns True at lora_a, lora_e and lora_b of each target."""
+        """Returns True at lora_a, lora_e and lora_b of each target, and at biases that train too."""
+        return jax.tree.map(operator.or_, self._triplets(params), mask_by_name(params, self.trains_bias))
+
+    def _triplets(self, params: Params) -> Any:
+        """Which leaves are a target's lora_a, lora_e or lora_b."""
 
         def trains(leaf: segments.Leaf) -> bool:
             kernel, _, field = leaf.names[0].rpartition("/")
@@ -132,7 +142,8 @@ class AdaLoRA(Method):
 
     def merge(self, model: nn.Module, params: Params) -> Params:
         """Returns plain kernels: the base and the difference in float32, cast once to the base's type."""
-        return fold(params, AdaLoRAKernel)
+        params = fold(params, AdaLoRAKernel)
+        return cast(params, mask_by_name(params, self.trains_bias), model.dtype)
 
     def penalty(self, params: Params) -> jax.Array:
         """Returns `orthogonality` times the mean of |lora_a' lora_a - I| and |lora_b lora_b' - I| over its kernels, Frobenius norms."""
@@ -208,9 +219,13 @@ class AdaLoRA(Method):
         """Returns whether the kernel of this name gets an AdaLoRA."""
         return name.rsplit("/", 1)[-1] == KERNEL and first_match(self.targets, name) is not None
 
+    def trains_bias(self, name: str) -> bool:
+        """Returns whether the base's leaf of this name is a bias that trains too."""
+        return trains_bias(self.bias, name, self.is_target)
+
     def _own(self, tree: Any) -> Any:
-        """The leaves that train by this method, None in the place of other methods'."""
-        return partition(tree, self.mask(tree))[0]
+        """The leaves of this method's triplets, None in the place of others."""
+        return partition(tree, self._triplets(tree))[0]
 
     def _is_own(self, leaf: segments.Leaf) -> bool:
         return _is_kernel(leaf.value) and self.is_target(leaf.names[0])

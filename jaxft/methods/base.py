@@ -2,6 +2,8 @@
 
 import abc
 import dataclasses
+import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,7 @@ from flax import linen as nn
 
 from jaxft.errors import UserError
 from jaxft.models import segments
+from jaxft.models.node import Around, innermost, is_node
 
 Params = dict[str, Any]
 
@@ -31,6 +34,16 @@ class Method(abc.ABC):
 
     `init` and `mask` are the method. What most methods don't need has a default.
     """
+
+    def __post_init__(self) -> None:
+        """Raises `UserError` for a number that isn't finite, or not whole where it has to be."""
+        own: Any = self
+        for field in dataclasses.fields(own):
+            value = getattr(self, field.name)
+            if field.type is float and not (isinstance(value, numbers.Real) and math.isfinite(value)):
+                raise UserError(f"method.{field.name} is a finite number, not {value!r}.")
+            if field.type is int and not isinstance(value, numbers.Integral):
+                raise UserError(f"method.{field.name} is a whole number, not {value!r}.")
 
     @abc.abstractmethod
     def init(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
@@ -80,6 +93,8 @@ class Method(abc.ABC):
         >>> len((LoRA(targets=("q_proj",)) + LoRA(targets=("v_proj",))).methods)
         2
         """
+        if not isinstance(other, Method):
+            return NotImplemented
         return Compose((*_parts(self), *_parts(other)))
 
 
@@ -90,11 +105,15 @@ class Compose(Method):
     methods: tuple[Method, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.methods:
             raise UserError("A sum of no methods trains nothing. Write one as LoRA(rank=8) + BitFit().")
 
     def init(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
-        """Returns `params` with every method's leaves; raises `UserError` where two methods train the same leaf."""
+        """Returns `params` with every method's leaves.
+
+        Raises `UserError` where two methods train the same leaf, or one trains a kernel that another one trains something around.
+        """
         for number, method in enumerate(self.methods):
             params = method.init(jax.random.fold_in(rng, number), model, params)
         self._check_disjoint(params)
@@ -149,6 +168,25 @@ class Compose(Method):
                         f"{owner[leaf.path]} and {name} both train {leaf.title}. Leave one of them out, or give them other targets."
                     )
                 owner[leaf.path] = name
+        self._check_kernels(params)
+
+    def _check_kernels(self, params: Params) -> None:
+        whole: dict[tuple[str, ...], str] = {}
+        around: dict[tuple[str, ...], str] = {}
+        for method in self.methods:
+            for leaf in segments.leaves(method.mask(params), is_leaf=is_node):
+                if not isinstance(leaf.value, Around):
+                    continue
+                base = sum(jax.tree.leaves(innermost(leaf.value)))
+                if base:
+                    whole[leaf.path] = type(method).__name__
+                if sum(jax.tree.leaves(leaf.value)) > base:
+                    around[leaf.path] = type(method).__name__
+                if leaf.path in whole and leaf.path in around:
+                    raise UserError(
+                        f"{whole[leaf.path]} trains {leaf.title}, and {around[leaf.path]} what stands around it. Leave one of them out, or "
+                        "give them other targets."
+                    )
 
 
 def _parts(method: Method) -> tuple[Method, ...]:

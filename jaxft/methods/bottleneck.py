@@ -1,6 +1,7 @@
 """Bottleneck adapters: small networks after a layer's sub-layers, or beside them (Houlsby et al. 2019, arXiv:1902.00751)."""
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -111,6 +112,7 @@ class Bottleneck(Method):
         return cls(**(preset | changes))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.sites or len(set(self.sites)) != len(self.sites):
             raise UserError(f"method.sites: name each place once: {', '.join(SITES)}.")
         choices = {"input": INPUTS, "init_weights": STARTS, "activation": NONLINEARITIES, "trained_scale": TRAINED_SCALES}
@@ -121,8 +123,8 @@ class Bottleneck(Method):
             if site not in SITES:
                 raise unknown("place in method.sites", site, SITES)
         for reduction in (self.reduction, *(reduction for _, reduction in self.layer_reductions)):
-            if not reduction > 0:
-                raise UserError(f"method.reduction is a factor above 0, not {reduction}.")
+            if not 0 < reduction < math.inf:
+                raise UserError(f"method.reduction is a finite factor above 0, not {reduction}.")
         if self.size < 0 or (self.size and self.layer_reductions):
             raise UserError("method.size is at least 1, or 0 for a size by the reduction; layer_reductions don't go with a size.")
         if self.trained_scale and self.scaling != 1.0:

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from jaxft.errors import UserError
 from jaxft.methods.base import Method, Params
-from jaxft.methods.partition import cast, check_patterns, combine, first_match, mask_by_name, names_of, of_base, partition, separate
+from jaxft.methods.partition import cast, check_patterns, combine, first_match, mask_by_name, names_of, partition, separate
 from jaxft.methods.rates import scaled
 from jaxft.models import segments
 
@@ -33,6 +33,7 @@ class Full(Method):
     layer_decay: float = 1.0  # learning rate of a layer, as a share of the one above
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0.0 < self.layer_decay <= 1.0:
             raise UserError(f"method.layer_decay is a factor above 0 and up to 1, not {self.layer_decay}.")
 
@@ -61,7 +62,7 @@ class Full(Method):
                 return self.layer_decay ** (depth - 1 - int(match[1]))
             return self.layer_decay**depth if _BEFORE in name.partition("/")[0] else 1.0
 
-        own, others = partition(updates, of_base(updates))
+        own, others = partition(updates, self.mask(updates))
         return combine(scaled(own, factor), others)
 
     def _trains(self, name: str) -> bool:

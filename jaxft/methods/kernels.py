@@ -17,7 +17,9 @@ from jaxft.models.segments import Leaf
 
 KERNEL, BIAS = "kernel", "bias"  # what the families call a linear layer's parameters
 EMBEDDING = "embedding"  # and a table's
+NO_BIAS, ALL_BIASES = "none", "all"  # which biases train beside kernels; of the targets alone, methods have names of their own
 WORDS = "embed/embedding"  # the table of words, which a tied output head is too
+HEAD = "lm_head/kernel"  # an output head of its own
 
 
 def is_kernel(leaf: Leaf) -> bool:
@@ -35,6 +37,20 @@ def chosen_kernels(params: Params, targets: Sequence[str], field: str = "method.
     names = kernel_names(params)
     check_targets(targets, names, field)
     return [name for name in names if first_match(targets, name) is not None]
+
+
+def trains_bias(kind: str, name: str, is_target: Callable[[str], bool]) -> bool:
+    """Returns whether the leaf of this name is a bias that trains beside kernels: of `kind` none, all, or those of the targets."""
+    if kind == NO_BIAS or name.rpartition("/")[2] != BIAS:
+        return False
+    return kind == ALL_BIASES or is_target(name.removesuffix(BIAS) + KERNEL)
+
+
+def check_biases(kind: str, params: Params, is_target: Callable[[str], bool]) -> None:
+    """Raises `UserError` where biases shall train and there are none."""
+    names = [name for leaf in segments.leaves(params, is_leaf=is_node) for name in leaf.names]
+    if kind != NO_BIAS and not any(trains_bias(kind, name, is_target) for name in names):
+        raise UserError(f"method.bias is {kind}, and the model has no such bias. Leave it at {NO_BIAS}.")
 
 
 def check_ranks(params: Params, rank_of: Callable[[str], int], field: str = "method.rank") -> None:

@@ -1,6 +1,7 @@
 """LoRA: a low-rank difference beside frozen kernels (Hu et al. 2021, arXiv:2106.09685)."""
 
 import dataclasses
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,18 @@ from jax.sharding import PartitionSpec as P
 from jaxft.errors import UserError, unknown
 from jaxft.methods import dora, lora_start
 from jaxft.methods.base import Material, Method
-from jaxft.methods.kernels import EMBEDDING, KERNEL, WORDS, check_ranks, fold, key_of
+from jaxft.methods.kernels import (
+    ALL_BIASES,
+    EMBEDDING,
+    KERNEL,
+    NO_BIAS,
+    WORDS,
+    check_biases,
+    check_ranks,
+    fold,
+    key_of,
+    trains_bias,
+)
 from jaxft.methods.partition import (
     cast,
     check_layers,
@@ -33,7 +45,7 @@ from jaxft.models.dropout import dropped
 from jaxft.models.node import Around, Kernel, Node, dense, dot, is_node, is_quantized, node, prepared, take
 
 Params = dict[str, Any]
-BIASES = ("none", "all", "lora_only")
+BIASES = (NO_BIAS, ALL_BIASES, "lora_only")
 _FAST = ("lora_b", "lora_bias", "magnitude", "bias", "scale")  # what LoRA+'s ratio reaches in peft: B and everything of one axis
 
 
@@ -161,12 +173,13 @@ class LoRA(Method):
     modules_to_save: tuple[str, ...] = ()  # patterns of what trains whole beside the targets: lm_head, norm
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for rank in (self.rank, *(rank for _, rank in self.rank_pattern)):
             if rank < 1:
                 raise UserError(f"method.rank: a LoRA's rank is at least 1, not {rank}.")
         for alpha in (self.alpha, *(alpha for _, alpha in self.alpha_pattern)):
-            if not alpha > 0:
-                raise UserError(f"method.alpha: a LoRA's alpha is above 0, not {alpha}: the difference is scaled by it.")
+            if not 0 < alpha < math.inf:
+                raise UserError(f"method.alpha: a LoRA's alpha is a finite number above 0, not {alpha}: the difference is scaled by it.")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"method.dropout is a rate from 0 up to, not including, 1, not {self.dropout}.")
         if not self.lora_plus_ratio > 0.0:
@@ -180,7 +193,7 @@ class LoRA(Method):
     def init(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
         """Returns `params` with a LoRA around each target's kernel.
 
-        Raises `UserError` where a pattern matches nothing, and for a rank above a kernel's smaller side.
+        Raises `UserError` where a pattern matches nothing, for a rank above a kernel's smaller side, and for biases that aren't there.
         """
         if lora_start.loftq_iterations(self.start):
             raise UserError(
@@ -188,6 +201,7 @@ class LoRA(Method):
                 "reads them; in a program: params = method.init_from_kernels(rng, model, params, jaxft.OriginalKernels(source))."
             )
         check_ranks(params, self._target_rank)
+        check_biases(self.bias, params, self.is_target)
         return self.added(rng, model, params)
 
     def added(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
@@ -212,6 +226,7 @@ class LoRA(Method):
           kernel: gives the kernel of a name as it was, (in, out), one at a time.
         """
         check_ranks(params, self._target_rank)
+        check_biases(self.bias, params, self.is_target)
         return self._init(rng, model, params, kernel)
 
     def _init(self, rng: jax.Array, model: nn.Module, params: Params, kernel: Callable[[str], Any] | None) -> Params:
@@ -295,9 +310,7 @@ class LoRA(Method):
         """Returns whether the base's leaf of this name trains as it is: a bias, or one of the modules to save."""
         if first_match(self.modules_to_save, name) is not None:
             return not self.is_target(name) and not self.is_target(name.rpartition("/")[0])
-        if self.bias == "none" or not name.endswith("/bias"):
-            return False
-        return self.bias == "all" or self.is_target(name.removesuffix("bias") + KERNEL)
+        return trains_bias(self.bias, name, self.is_target)
 
     def _check(self, model: nn.Module, params: Params) -> None:
         kernels = [name for leaf in segments.leaves(params, is_leaf=is_node) if leaf.path[-1] in (KERNEL, EMBEDDING) for name in leaf.names]

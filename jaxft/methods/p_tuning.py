@@ -94,6 +94,7 @@ class PTuning(Method):
     folded: bool = False  # only what the encoder gives, as an adapter's file holds it
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.virtual_tokens < 1:
             raise UserError(f"method.virtual_tokens is 1 or more, not {self.virtual_tokens}.")
         if self.encoder not in ENCODERS:

@@ -36,11 +36,14 @@ class Partial(Method):
     unfreeze_every: int = 0  # steps until the next lower layer trains too; 0: all from the start
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("last", "first", "unfreeze_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"method.{name} is 0 or more, not {getattr(self, name)}.")
         if not (self.last or self.first or self.layers or self.targets):
             raise UserError("Partial trains nothing: set method.last, method.first, method.layers or method.targets.")
+        if self.unfreeze_every and not (self.last or self.first or self.layers):
+            raise UserError("method.unfreeze_every is for layers, and none is chosen: set method.last, method.first or method.layers.")
 
     def init(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
         """Returns `params`, layers grouped by what trains; raises `UserError` for layers that don't exist and patterns without a match."""

@@ -73,6 +73,7 @@ class Prefix(Method):
     tokens: tuple[int, ...] = ()  # of start=text, the token ids in the place of a text
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         virtual.check_start(self.start, STARTS, self.virtual_tokens, self.text, self.tokens)
         if self.projection_hidden < 0:
             raise UserError(f"method.projection_hidden is 0 or more, not {self.projection_hidden}.")

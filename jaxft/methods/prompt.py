@@ -44,6 +44,7 @@ class Prompt(Method):
     tokens: tuple[int, ...] = ()  # of start=text, the token ids in the place of a text
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         virtual.check_start(self.start, STARTS, self.virtual_tokens, self.text, self.tokens)
 
     def tokenized(self, tokenizer: Any) -> "Prompt":

@@ -110,6 +110,7 @@ class SparseMask(Method):
     targets: tuple[str, ...] = ("layers",)  # patterns of kernels; layers: every linear layer but the output head
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank < 1:
             raise UserError(f"method.rank is at least 1, not {self.rank}.")
         if not 0.0 <= self.density < 1.0:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 from typing import Any
 
 import jax
@@ -11,15 +12,17 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from jaxft.errors import UserError
+from jaxft.errors import UserError, unknown
 from jaxft.methods.base import Method, Params
-from jaxft.methods.kernels import chosen_kernels, fold, is_kernel, mask_of_nodes, wrap
-from jaxft.methods.partition import first_match
+from jaxft.methods.kernels import ALL_BIASES, NO_BIAS, check_biases, chosen_kernels, fold, is_kernel, mask_of_nodes, trains_bias, wrap
+from jaxft.methods.partition import cast, first_match, mask_by_name
 from jaxft.models import segments
 from jaxft.models.attention import KEPT
 from jaxft.models.dropout import dropped
 from jaxft.models.node import Around, Kernel, Shared, dense, dot, is_node, node
 from jaxft.models.segments import Leaf
+
+BIASES = (NO_BIAS, ALL_BIASES, "vera_only")
 
 
 @node
@@ -76,10 +79,15 @@ class VeRA(Method):
     dropout: float = 0.0  # on the branch's input
     targets: tuple[str, ...] = ("layers",)  # patterns of kernels; layers: every linear layer but the output head
     seed: int = 0  # of the two random matrices, from 0 up to 2**32; peft's projection_prng_key
+    bias: str = NO_BIAS  # which biases train too: none, all, or vera_only, those of the targets
+    save_projection: bool = True  # whether an adapter's file has the two matrices; else its readers draw them by the seed
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank < 1:
             raise UserError(f"method.rank is at least 1, not {self.rank}.")
+        if self.bias not in BIASES:
+            raise unknown("method.bias", self.bias, BIASES)
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"method.dropout is a rate from 0 up to, not including, 1, not {self.dropout}.")
         if not 0 <= self.seed < 2**32:
@@ -88,8 +96,10 @@ class VeRA(Method):
     def init(self, rng: jax.Array, model: nn.Module, params: Params) -> Params:
         """Returns `params` with vectors around each target's kernel.
 
-        Raises `UserError` where a pattern matches nothing, and for more vectors than the largest kernel has weights.
+        Raises `UserError` where a pattern matches nothing, for more vectors than the largest kernel has weights, and for biases that
+        aren't there.
         """
+        check_biases(self.bias, params, self.is_target)
         chosen = set(chosen_kernels(params, self.targets))
         leaves = segments.leaves(params, is_leaf=is_node)
         shapes = [leaf.shape for leaf in leaves if is_kernel(leaf) and chosen & set(leaf.names)]
@@ -104,16 +114,22 @@ class VeRA(Method):
         return wrap(params, lambda name: self.is_target(name) or None, lambda leaf: self._around(leaf, *shared))
 
     def mask(self, params: Params) -> Any:
-        """Returns True at the targets' vectors."""
-        return mask_of_nodes(params, VeRAKernel, ("lambda_d", "lambda_b"), self.targets)
+        """Returns True at the targets' vectors, and at biases that train too."""
+        vectors = mask_of_nodes(params, VeRAKernel, ("lambda_d", "lambda_b"), self.targets)
+        return jax.tree.map(operator.or_, vectors, mask_by_name(params, self.trains_bias))
 
     def merge(self, model: nn.Module, params: Params) -> Params:
         """Returns plain kernels: base plus the difference in float32, cast once to the base's type."""
-        return fold(params, VeRAKernel)
+        params = fold(params, VeRAKernel)
+        return cast(params, mask_by_name(params, self.trains_bias), model.dtype)
 
     def is_target(self, name: str) -> bool:
         """Returns whether the kernel of this name gets vectors."""
         return first_match(self.targets, name) is not None
+
+    def trains_bias(self, name: str) -> bool:
+        """Returns whether the base's leaf of this name is a bias that trains too."""
+        return trains_bias(self.bias, name, self.is_target)
 
     def _around(self, leaf: Leaf, vera_a: Shared, vera_b: Shared) -> VeRAKernel:
         layers = () if leaf.layers is None else (len(leaf.layers),)

@@ -14,10 +14,11 @@ def check(folder: Folder) -> str | list[list[str]]:
 
     Every run's values are checked; what fits which model, and what the data holds, once for all runs that are alike in that.
     """
-    experiments = folder.experiments()
+    experiments: dict[str, Experiment] = {}
     described: set[str] = set()
-    for run, experiment in experiments.items():
+    for run in [run["id"] for run in folder.sweep()["runs"]]:
         try:
+            experiment = experiments[run] = folder.experiment(run)
             check_values(experiment)
             if (kind := _kind(experiment)) not in described:
                 described.add(kind)

@@ -86,10 +86,11 @@ class Conductor:
         return list(found["groups"])
 
     def _grouped(self, chosen: set[str], groups: Sequence[Sequence[str]]) -> list[list[str]]:
-        """The chosen runs in jobs: populations of earlier starts as they were, then of the others those that `groups` says."""
+        """The chosen runs in jobs: populations of earlier starts, then of those that haven't ended what `groups` says."""
         sweep = self._folder.sweep()
         known = {run["id"]: run["group"] for run in sweep["runs"]}
-        free = [[run for run in group if run in chosen and known[run] is None] for group in groups]
+        left = {run for run in chosen if known[run] is None and self._states[run].state not in ENDED}
+        free = [[run for run in group if run in left] for group in groups]
         number = 1 + max((group for group in known.values() if group is not None), default=-1)
         for group in (group for group in free if len(group) > 1):
             known |= dict.fromkeys(group, number)
@@ -97,7 +98,7 @@ class Conductor:
         self._folder.write_sweep(sweep | {"runs": [run | {"group": known[run["id"]]} for run in sweep["runs"]]})
         jobs: dict[object, list[str]] = {}
         for run, group in known.items():
-            if run in chosen or (group is not None and any(known[one] == group for one in chosen)):
+            if run in chosen:
                 jobs.setdefault(run if group is None else group, []).append(run)
         return list(jobs.values())
 
@@ -105,7 +106,9 @@ class Conductor:
         """Adds runs to those that are at work, one a worker."""
         fresh = False
         while len(runs) < trials and sum(self._states[run.id].state not in ENDED for run in runs) < self._count:
-            (run,) = name_runs([searcher.propose(len(runs))], first=len(runs))
+            if (proposed := searcher.propose(len(runs))) is None:
+                break
+            (run,) = name_runs([proposed], first=len(runs))
             searcher.adopt(run)
             runs.append(run)
             self._states[run.id] = State()

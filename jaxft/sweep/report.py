@@ -117,7 +117,7 @@ def notes(results: Results) -> list[str]:
         said.append("A figure of one seed has no interval: how much of it is chance is unknown.")
     if len(counts) > 1:
         said.append("Methods have different numbers of finished seeds.")
-    if any(row.group is not None for row in results.rows):
+    if any(row.shared for row in results.rows):
         said.append(
             "† Its runs trained in one program with others, as a population: time is a run's share of the program's, peak memory the whole "
             "program's. Don't compare them with those of runs that trained alone."

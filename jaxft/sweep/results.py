@@ -35,7 +35,7 @@ class Row:
     state: str  # waiting, running, done, failed, pruned
     attempts: int
     error: str | None
-    group: int | None  # number of the population that it trained in
+    shared: bool  # whether it trained in one program with others
     validation: float | None  # best value of the metric
     before: Mapping[str, float]  # metrics before training
     after: Mapping[str, float]  # and of the best checkpoint
@@ -102,7 +102,7 @@ class Setting:
     @property
     def is_shared(self) -> bool:
         """Whether a chosen run was a member of a population."""
-        return any(row.group is not None for row in self.chosen.finished()) if self.chosen else False
+        return any(row.shared for row in self.chosen.finished()) if self.chosen else False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +201,7 @@ def gather(folder: pathlib.Path) -> Results:
     vary = tuple(sweep.get("vary") or (path for path in changed if path != SEED and not path.startswith("optimizer.")))
     configs = [_read(folder / "runs" / run["id"] / "config.json") or {} for run in runs]
     summaries = [_read(folder / "runs" / run["id"] / "summary.json") or {} for run in runs]
-    labels = _labels([_values(run["overrides"], vary, config) for run in runs])
+    labels = _labels([_values(run["overrides"], vary, config) for run in runs], _values({}, vary, config))
     tuned = [path for path in changed if path not in vary and path != SEED]
     rows = []
     for run, summary, label in zip(runs, summaries, labels, strict=True):
@@ -245,7 +245,7 @@ def _row(
         state=state.get("state", "waiting"),
         attempts=state.get("attempts", 0),
         error=error,
-        group=run.get("group"),
+        shared=shared is not None,
         validation=best,
         before=before,
         after=after,
@@ -324,8 +324,8 @@ def _values(overrides: Mapping[str, Any], paths: Sequence[str], config: Any) -> 
     return {path: _value(overrides, path, config) for path in paths}
 
 
-def _labels(values: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A label for each run's values: what differs among the runs, as short as it tells them apart."""
+def _labels(values: Sequence[Mapping[str, Any]], base: Mapping[str, Any]) -> list[str]:
+    """A label for each run's values: what differs among the runs and from the base, as short as it tells them apart."""
     kinds = [{path: value.get(_CLASS) if isinstance(value, dict) else None for path, value in one.items()} for one in values]
     keys = [json.dumps(one, sort_keys=True) for one in values]
     labels = []
@@ -335,10 +335,10 @@ def _labels(values: Sequence[Mapping[str, Any]]) -> list[str]:
             others = [other[path] for other, its in zip(values, kinds, strict=True) if its[path] == kind[path]]
             if kind[path] is not None:
                 parts.append(" ".join([_title(value), *_fields(value, others)]))
-            elif any(other[path] != value for other in values):
-                parts.append(_named(path.rpartition(".")[2], value))
-        parts = list(filter(None, parts))
-        labels.append(", ".join([part for part in parts if not part.endswith(_OFF)] or parts) or "all")
+            elif value != base.get(path):
+                parts.append(_plain(path, value))
+        varied = [path for path in one if any(other[path] != one[path] for other in values)]
+        labels.append(", ".join(filter(None, parts)) or ", ".join(_plain(path, one[path]) for path in varied[:1]) or "all")
     by_label: dict[str, list[str]] = {}  # settings of one label, which get a number
     for label, key in zip(labels, keys, strict=True):
         by_label.setdefault(label, []).append(key)
@@ -369,7 +369,16 @@ def _named(name: str, value: Any) -> str:
     return f"{name.replace('_', ' ')} {_short(value)}"
 
 
-_OFF = " none"  # behind the name of what is off: said only where nothing else is
+def _plain(path: str, value: Any) -> str:
+    """The value at a path that holds no method.
+
+    >>> _plain("model.quantization", "nf4"), _plain("model.double_quantization", False), _plain("model.block_size", 256)
+    ('nf4', 'no double quantization', 'block size 256')
+    """
+    name = path.rpartition(".")[2].replace("_", " ")
+    if isinstance(value, bool):
+        return name if value else f"no {name}"
+    return value if isinstance(value, str) and value not in ("", "none") else _named(name, value)
 
 
 def _tuned_label(values: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ import dataclasses
 import datetime
 import fcntl
 import json
+import math
 import os
 import pathlib
 import re
@@ -95,7 +96,7 @@ def _number(value: float) -> str:
     >>> _number(2.5e-4), _number(16.0), _number(0.1)
     ('2.5e-4', '16', '0.1')
     """
-    if not value or 0.1 <= abs(value) < 1e4:
+    if not math.isfinite(value) or not value or 0.1 <= abs(value) < 1e4:
         return f"{value:g}"
     mantissa, _, exponent = f"{value:.4e}".partition("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
@@ -157,10 +158,18 @@ class Folder:
         """Writes queue.json; `open`: more may come, so workers wait for it."""
         write_json(self.path / "queue.json", {"session": session, "jobs": jobs, "open": open})
 
-    def experiments(self) -> dict[str, Experiment]:
-        """Returns the configuration of each run, by its ID."""
+    def experiment(self, run: str) -> Experiment:
+        """Returns the configuration of a run; raises `UserError` for overrides that no run can have."""
         found = self.sweep()
-        return {run["id"]: run_experiment(found, run["overrides"]) for run in found["runs"]}
+        (values,) = (one["overrides"] for one in found["runs"] if one["id"] == run)
+        return run_experiment(found, values)
+
+    def retry(self, run: str) -> None:
+        """Lets a run that failed in an earlier start wait for another attempt."""
+        if self.state(run).state == FAILED:
+            with self.lock(run) as free:
+                if free:
+                    self.write_state(run, dataclasses.replace(self.state(run), state=WAITING, deaths=0))
 
     def evaluations(self, run: str, metric: str) -> list[tuple[int, float]]:
         """Returns (step, value) of a metric at each of a run's evaluations on validation so far."""

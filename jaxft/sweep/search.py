@@ -13,6 +13,7 @@ from jaxft.errors import UserError, unknown
 from jaxft.sweep.runs import DONE, ENDED, PRUNED, Run
 from jaxft.sweep.space import Draw, Search
 
+_TRIES = 100  # proposals of what there was already, in a row
 SAMPLERS, PRUNERS, NONE = ("random", "tpe"), ("asha", "median", "none"), "none"
 
 
@@ -26,6 +27,9 @@ def check_search(search: Search, experiment: Experiment) -> None:
         raise UserError(f"A search has a space and 1 trial or more, not {len(search.space)} paths and {search.trials} trials.")
     if search.pruner != NONE and not experiment.train.eval_every:
         raise UserError(f"The pruner {search.pruner} goes by evaluations during training: set train.eval_every too.")
+    for path, draw in search.space.items():
+        if not isinstance(draw, Draw):
+            raise UserError(f"A search draws {path} by uniform(), log_uniform() or choice(), not from {draw!r}.")
     for path, draw in search.space.items():  # one value of each, so that a wrong path or type is known before hours are spent
         for value in draw.values or (draw.low, draw.high):
             whole = {"method": experiment.method} if path != "method" else {}
@@ -53,17 +57,28 @@ class Searcher:
         pruners = {"median": optuna.pruners.MedianPruner, "asha": optuna.pruners.SuccessiveHalvingPruner, NONE: optuna.pruners.NopPruner}
         self._study = optuna.create_study(direction="minimize" if mode == "min" else "maximize", pruner=pruners[search.pruner]())
         self._space = {path: _distribution(draw) for path, draw in search.space.items()}
+        self._known: list[dict[str, Any]] = []  # what was proposed before
+        self._is_spent = False
         self._trials: dict[str, Any] = {}  # of runs that aren't at their end
         self._reported: dict[str, int] = {}  # evaluations of these that were told
 
-    def propose(self, number: int) -> dict[str, Any]:
-        """Returns the overrides of the run of this number; `adopt` then makes it known."""
-        optuna = _optuna()
-        kind = optuna.samplers.TPESampler if self._search.sampler == "tpe" else optuna.samplers.RandomSampler
-        self._study.sampler = kind(seed=self._search.seed * 1_000_003 + number)
-        trial = self._study.ask(self._space)
-        self._asked = trial
-        return {path: self._value(path, found) for path, found in trial.params.items()}
+    def propose(self, number: int) -> dict[str, Any] | None:
+        """Returns the overrides of the run of this number; `adopt` then makes it known. None: the space seems to have no other run.
+
+        In the place of a run that there was already, a random one is proposed.
+        """
+        samplers, seed = _optuna().samplers, self._search.seed * 1_000_003 + number
+        self._study.sampler = (samplers.TPESampler if self._search.sampler == "tpe" else samplers.RandomSampler)(seed=seed)
+        for _ in range(_TRIES if not self._is_spent else 0):
+            trial = self._study.ask(self._space)
+            if trial.params not in self._known:
+                self._asked = trial
+                return {path: self._value(path, found) for path, found in trial.params.items()}
+            self._study.tell(trial, state=_optuna().trial.TrialState.FAIL)
+            if not isinstance(self._study.sampler, samplers.RandomSampler):
+                self._study.sampler = samplers.RandomSampler(seed=seed)
+        self._is_spent = True
+        return None
 
     def adopt(self, run: Run) -> None:
         """Takes a run as the newest proposal."""
@@ -71,6 +86,7 @@ class Searcher:
         if trial is None:  # of an earlier start
             self._study.enqueue_trial({path: self._parameter(path, value) for path, value in run.overrides.items()})
             trial = self._study.ask(self._space)
+        self._known.append(trial.params)
         self._trials[run.id], self._reported[run.id] = trial, 0
 
     _asked: Any = None

@@ -63,6 +63,9 @@ def grid(values: Mapping[str, Iterable[Any]]) -> list[Overrides]:
     >>> grid({"method.rank": [4, 8], "train.seed": [0]})
     [{'method.rank': 4, 'train.seed': 0}, {'method.rank': 8, 'train.seed': 0}]
     """
+    for path, found in values.items():
+        if isinstance(found, str) or not isinstance(found, Iterable):
+            raise UserError(f"grid() takes a list of values of {path}, not {found!r}. Write [{found!r}].")
     return [dict(zip(values, found, strict=True)) for found in itertools.product(*values.values())]
 
 

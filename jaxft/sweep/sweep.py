@@ -44,6 +44,8 @@ def sweep(experiment: Experiment, declared: Any, workdir: pathlib.Path, options:
     with contextlib.ExitStack() as stack:
         with _owned(folder) as session:
             runs = _written(folder, _base(experiment, plan), runs)
+            for run in chosen or runs:
+                folder.retry(run.id)
             workers = Workers(folder, options, session)
             stack.callback(workers.wait)  # once the lock is free, which ends them
             conductor = Conductor(folder, workers, session, options.workers)
@@ -77,7 +79,17 @@ def _planned(experiment: Experiment, declared: Any, given: Sequence[str]) -> Swe
         if not isinstance(declared, Iterable):
             raise UserError(f"sweep() of {experiment.name} returns {type(declared).__name__}, not a jaxft.sweep.Sweep.")
         declared = Sweep(declared, metric=experiment.train.best_metric, mode=experiment.train.best_mode)
+    else:
+        for path in sorted({"train.best_metric", "train.best_mode"} & set(given)):
+            raise UserError(
+                f"--config.{path} has no effect: the sweep goes by {declared.metric} ({declared.mode}). Change that in sweep()."
+            )
+    if not isinstance(declared.runs, Iterable) or isinstance(declared.runs, Mapping):
+        raise UserError(f"A sweep's runs are a list of overrides, not {type(declared.runs).__name__}.")
     plan = dataclasses.replace(declared, runs=tuple(declared.runs))
+    for one in plan.runs:
+        if not isinstance(one, Mapping):
+            raise UserError(f"A run of a sweep is a dictionary of overrides, as {{'train.seed': 1}}, not {one!r}.")
     if plan.mode not in ("min", "max"):
         raise UserError(f"The sweep's mode is min or max, not {plan.mode!r}.")
     if plan.search is not None:
@@ -192,6 +204,8 @@ def _written(folder: Folder, base: dict[str, Any], runs: Sequence[Run]) -> list[
         for one, other in zip(known, [*runs, *[None] * len(known)], strict=False):
             if other is None or one.id != other.id or one.overrides != other.overrides:
                 raise _other(folder, f"run {one.id} was in it and {'none is in its place' if other is None else f'{other.id} is'} now")
+        if len(runs) > len(known):  # what came since isn't checked yet
+            folder.checked.unlink(missing_ok=True)
         known += runs[len(known) :]
     folder.write_sweep(base | {"runs": [dataclasses.asdict(run) for run in known]})
     return known

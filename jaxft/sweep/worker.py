@@ -109,12 +109,12 @@ def _train(folder: Folder, part: Sequence[str]) -> dict[str, str]:
     from jaxft.sweep.population import train_population
     from jaxft.train import run
 
-    experiments = folder.experiments()
     try:
+        experiments = [folder.experiment(name) for name in part]
         if len(part) == 1:
-            run.train(experiments[part[0]], folder.workdir(part[0]))
+            run.train(experiments[0], folder.workdir(part[0]))
             return {}
-        found = train_population([experiments[name] for name in part], [folder.workdir(name) for name in part])
+        found = train_population(experiments, [folder.workdir(name) for name in part])
     except UserError as error:
         return dict.fromkeys(part, str(error))
     return {name: one["error"] for name, one in zip(part, found, strict=True) if "error" in one}

@@ -31,7 +31,7 @@ class Device:
     bandwidth: float  # bytes a second of its memory
     between: float  # bytes a second, in one direction, to the other devices of its machine
     price: float  # US dollars an hour; 0: none known
-    kinds: tuple[str, ...] = ()  # what JAX calls it, in part and lower case
+    kinds: tuple[str, ...] = ()  # what JAX calls it, in lower case
 
     @property
     def room(self) -> int:
@@ -57,7 +57,7 @@ def _gpu(
       gigabytes: a second, of its memory.
       between: gigabytes a second in one direction: half of NVLink's figure, or a PCIe slot's.
       price: US dollars an hour.
-      kinds: parts of JAX's name for it, with commas between them.
+      kinds: JAX's names for it, with commas between them: whole ones, since parts of a card, and other cards, have longer ones.
       bfloat16: whether its product units take bfloat16; else XLA multiplies that in float32.
     """
     rates = {"float32": single * TERA, "float16": half * TERA, "bfloat16": (half if bfloat16 else single) * TERA}
@@ -79,22 +79,22 @@ def _tpu(name: str, gib: float, half: float, gigabytes: float, between: float, p
 # A100 40 GB), RunPod's (the other GPUs), Google Cloud's (T4; TPUs in its cheapest region). They change, and differ between sellers by more
 # than twice: --plan.price gives yours.
 _TABLE = (
-    _gpu("v100-16g", 16, 125, 15.7, 900, 150, 0.55, "v100-sxm2-16gb", bfloat16=False),
-    _gpu("v100-32g", 32, 125, 15.7, 900, 150, 0.79, "v100-sxm2-32gb", bfloat16=False),
+    _gpu("v100-16g", 16, 125, 15.7, 900, 150, 0.55, "tesla v100-sxm2-16gb", bfloat16=False),
+    _gpu("v100-32g", 32, 125, 15.7, 900, 150, 0.79, "tesla v100-sxm2-32gb", bfloat16=False),
     _gpu("t4", 16, 65, 8.1, 320, 16, 0.35, "tesla t4", bfloat16=False),
-    _gpu("a10", 24, 125, 62.5, 600, 32, 0.86, "a10"),
-    _gpu("rtx3090", 24, 71, 35.6, 936, 32, 0.22, "rtx 3090"),
-    _gpu("a6000", 48, 154.8, 77.4, 768, 32, 0.80, "rtx a6000"),
-    _gpu("a100-40g", 40, 312, 156, 1555, 300, 1.48, "a100-sxm4-40gb"),
-    _gpu("a100-80g", 80, 312, 156, 2039, 300, 1.39, "a100-sxm4-80gb"),
+    _gpu("a10", 24, 125, 62.5, 600, 32, 0.86, "nvidia a10"),
+    _gpu("rtx3090", 24, 71, 35.6, 936, 32, 0.22, "nvidia geforce rtx 3090"),
+    _gpu("a6000", 48, 154.8, 77.4, 768, 32, 0.80, "nvidia rtx a6000"),
+    _gpu("a100-40g", 40, 312, 156, 1555, 300, 1.48, "nvidia a100-sxm4-40gb,nvidia a100-pcie-40gb"),
+    _gpu("a100-80g", 80, 312, 156, 2039, 300, 1.39, "nvidia a100-sxm4-80gb,nvidia a100 80gb pcie"),
     _gpu("l4", 24, 121, 60, 300, 32, 0.44, "nvidia l4"),
-    _gpu("rtx4090", 24, 165.2, 82.6, 1008, 32, 0.34, "rtx 4090"),
-    _gpu("l40s", 48, 362, 183, 864, 32, 0.79, "l40s"),
-    _gpu("rtx5090", 32, 209.5, 104.8, 1792, 64, 0.69, "rtx 5090"),
-    _gpu("h100-pcie", 80, 756, 378, 2000, 64, 1.99, "h100 pcie"),
-    _gpu("h100", 80, 989, 494, 3350, 450, 2.69, "h100 80gb hbm3,h100"),
-    _gpu("h200", 141 * GB / _GIB, 989, 494, 4800, 450, 3.59, "h200"),
-    _gpu("b200", 180 * GB / _GIB, 2250, 1120, 8000, 900, 5.98, "b200"),
+    _gpu("rtx4090", 24, 165.2, 82.6, 1008, 32, 0.34, "nvidia geforce rtx 4090"),
+    _gpu("l40s", 48, 362, 183, 864, 32, 0.79, "nvidia l40s"),
+    _gpu("rtx5090", 32, 209.5, 104.8, 1792, 64, 0.69, "nvidia geforce rtx 5090"),
+    _gpu("h100-pcie", 80, 756, 378, 2000, 64, 1.99, "nvidia h100 pcie"),
+    _gpu("h100", 80, 989, 494, 3350, 450, 2.69, "nvidia h100 80gb hbm3"),
+    _gpu("h200", 141 * GB / _GIB, 989, 494, 4800, 450, 3.59, "nvidia h200"),
+    _gpu("b200", 180 * GB / _GIB, 2250, 1120, 8000, 900, 5.98, "nvidia b200"),
     _tpu("v4", 32, 275, 1228, 300, 3.22, "tpu v4"),
     _tpu("v5e", 16, 197, 819, 200, 1.20, "tpu v5 lite,tpu v5e"),
     _tpu("v5p", 95, 459, 2765, 600, 4.20, "tpu v5p,tpu v5"),
@@ -120,9 +120,7 @@ def kind_of(kind: str) -> Device | None:
     >>> kind_of("NVIDIA H100 80GB HBM3").name, kind_of("TPU v5 lite").name, kind_of("cpu")
     ('h100', 'v5e', None)
     """
-    lower = kind.lower()
-    found = [(len(part), device) for device in _TABLE for part in device.kinds if part in lower]
-    return max(found, key=lambda pair: pair[0])[1] if found else None
+    return next((device for device in _TABLE if kind.lower() in device.kinds), None)
 
 
 @functools.cache
@@ -179,12 +177,15 @@ def parse_mesh(text: str) -> dict[str, int]:
     >>> parse_mesh("fsdp:8")
     {'data': 1, 'fsdp': 8, 'tensor': 1}
     """
-    sides = dict.fromkeys(AXES, 1)
+    sides, given = dict.fromkeys(AXES, 1), set[str]()
     for part in text.split(","):
         name, _, size = part.strip().partition(":")
         if name not in AXES:
             raise unknown("axis of the mesh", name, AXES)
         if not size.isdecimal() or int(size) < 1:
             raise UserError(f"--plan.mesh: {name} has 1 device or more, not '{size}'. Write it as data:1,fsdp:8,tensor:1.")
+        if name in given:
+            raise UserError(f"--plan.mesh gives {name} twice.")
+        given.add(name)
         sides[name] = int(size)
     return sides

@@ -1,6 +1,7 @@
 """The plan of a run: what trains, and the memory, time and cost of its steps, from shapes alone: no weight is read or allocated."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -14,8 +15,10 @@ from jaxft.train import advice, devices
 from jaxft.train.devices import Device
 from jaxft.train.estimate import Material, Plan, describe, estimate, of_step, prepare
 from jaxft.train.folds import is_cross_validation, one_fold
-from jaxft.train.roofline import Measured, measured
+from jaxft.train.roofline import REACHED, REACHED_BY_CPU, Measured, measured
 from jaxft.train.setup import print_trainable, with_own
+
+_SHARES = f"{REACHED:.0%} ({REACHED_BY_CPU:.0%} on a CPU)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +80,8 @@ def _command(experiment: Experiment, asked: Asked, arguments: Sequence[str]) -> 
 
 def _on_mesh(experiment: Experiment, asked: Asked) -> tuple[Experiment, int | None]:
     """The experiment with the mesh that is asked for, and the number of devices, or None for this machine's own."""
+    if not 0.0 <= asked.price < math.inf:
+        raise UserError(f"--plan.price is US dollars an hour, 0 or more, not {asked.price:g}.")
     if asked.count < 0:
         raise UserError(f"--plan.count is 1 device or more, not {asked.count}.")
     if asked.mesh:
@@ -143,7 +148,7 @@ def _figures(found: Plan, device: Device, price: float, rate: Measured | None) -
 
 
 def _explained(rate: Measured | None) -> str:
-    told = "At best: by each product's operations and bytes and the device's figures; a step: what reaches 40% of that"
+    told = f"At best: by each product's operations and bytes and the device's figures; a step: what reaches {_SHARES} of that"
     return f"{told}, or what the run in this folder measured ({rate.steps} steps).\n" if rate else f"{told}.\n"
 
 

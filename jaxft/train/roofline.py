@@ -16,9 +16,10 @@ from jaxft.train.work import Work
 
 # Share of the roofline that a step is taken to reach: Llama 3's training had 38 to 43% of the H100's peak (arXiv:2407.21783, table 4).
 REACHED = 0.4
+REACHED_BY_CPU = 0.8  # products fill it: lora_llama2's step took 1.14 times the sum of its products (benchmarks/results/sft.md)
 # Fields that don't change how long a step takes.
 _NO_MATTER = (
-    *FREE,
+    *(name for name in FREE if name != "optimizer.offload"),  # which moves the state in each step
     "data.limit",
     "data.split",
     "data.test",
@@ -45,6 +46,7 @@ class Pace:
 
     kernels: float  # each the longer of its operations at the device's rate, and its bytes at its memory's bandwidth
     between: float  # of what a device sends to others
+    reached: float = REACHED  # share of the roofline that a step is taken to reach
 
     @property
     def seconds(self) -> float:
@@ -54,7 +56,7 @@ class Pace:
     @property
     def likely(self) -> float:
         """At the share of the roofline that well-made training reaches."""
-        return self.seconds / REACHED
+        return self.seconds / self.reached
 
 
 def pace(work: Work, device: Device, sent: int = 0, shared: int = 1) -> Pace:
@@ -72,7 +74,7 @@ def pace(work: Work, device: Device, sent: int = 0, shared: int = 1) -> Pace:
         return max(operations / shared / rate, moved / shared / device.bandwidth)
 
     whole = sum(seconds(kernel.operations, kernel.dtype, kernel.bytes) * count for kernel, count in work.kernels.items())
-    return Pace(whole, sent / device.between)
+    return Pace(whole, sent / device.between, REACHED_BY_CPU if device.platform == "cpu" else REACHED)
 
 
 @dataclasses.dataclass(frozen=True)

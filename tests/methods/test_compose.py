@@ -53,6 +53,9 @@ def test_merged_is_unmerged():
         (LoRA(rank=2, targets=("q_proj",)) + LoRA(rank=2, targets=("layers",)), "LoRA and LoRA both train layers/0-2/attention/q_proj"),
         (NormTuning() + Partial(last=1), "NormTuning and Partial both train layers/2-2/input_norm/scale. Leave one of them out"),
         (Full() + BitFit(), "Full and BitFit both train layers/0-2/attention/k_proj/bias"),
+        (Full() + LoRA(rank=2), "Full trains layers/0-2/attention/k_proj/kernel, and LoRA what stands around it. Leave one of them out"),
+        (SparseMask() + Full(), "Full trains layers/0-2/attention/k_proj/kernel, and SparseMask what stands around it"),
+        (IA3() + Partial(last=1), "Partial trains layers/2-2/attention/k_proj/kernel, and IA3 what stands around it"),
     ],
 )
 def test_what_two_methods_would_train_is_refused(method, message):
@@ -172,8 +175,8 @@ BASE_LEAVES = {
     "biases beside an encoder": (PTuning(virtual_tokens=2), BitFit()),
     "a lora's biases beside bottlenecks": (LoRA(rank=2, targets=("q_proj",), bias="all", lora_plus_ratio=4.0), Bottleneck(size=2)),
     "a layer beside bottlenecks": (Bottleneck(size=2), Partial(last=1)),
-    "a layer beside a lora": (Partial(last=1), LoRA(rank=2)),
-    "a layer within vectors": (Partial(layers=(1,), targets=("lm_head",)), IA3(targets=("q_proj", "lm_head"), feedforward=())),
+    "a layer beside a lora": (Partial(last=1), LoRA(rank=2, layers=(0, 1))),
+    "a head beside vectors": (Partial(targets=("lm_head",)), IA3(targets=("q_proj",), feedforward=())),
     "biases of some layers": (Partial(layers=(1,)), BitFit(targets=("layers/[02]/.*bias",))),
 }
 
@@ -183,6 +186,47 @@ def test_patterns_choose_among_the_leaves_of_the_base_whatever_stands_there(name
     first, second = BASE_LEAVES[name]
     for method in (first + second, second + first):
         assert trains(method) == trains(first) | trains(second)
+
+
+def test_a_decay_by_layer_reaches_what_full_trains_alone():
+    model, params = base("qwen2")
+    method = Full(exclude=("norm", "input_norm", "post_attention_norm"), layer_decay=0.5) + NormTuning()
+    params = method.init(jax.random.key(0), model, params)
+    trainable, _ = jaxft.partition(params, method.mask(params))
+    optimizer = method.optimizer(optax.scale(-1.0), 10)
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, trainable), optimizer.init(trainable), trainable)
+    found = {leaf.title: {float(value) for value in leaf.value.ravel()} for leaf in segments.leaves(updates)}
+    assert found["layers/0-2/input_norm/scale"] == {-1.0}
+    assert found["layers/0-2/attention/q_proj/bias"] == {-1.0, -0.5, -0.25}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Bottleneck(scaling=float("nan")), "method.scaling is a finite number, not nan"),
+        (lambda: Bottleneck(reduction=float("inf")), "method.reduction is a finite number, not inf"),
+        (lambda: Bottleneck(layer_reductions=((0, float("inf")),)), "method.reduction is a finite factor above 0, not inf"),
+        (lambda: AdaLoRA(orthogonality=float("nan")), "method.orthogonality is a finite number"),
+        (lambda: LoRA(rank=2.5), "method.rank is a whole number, not 2.5"),
+        (lambda: LoRA(alpha_pattern=(("q_proj", float("inf")),)), "alpha is a finite number above 0, not inf"),
+        (lambda: Partial(targets=("norm",), unfreeze_every=3), "method.unfreeze_every is for layers, and none is chosen"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_what_is_no_method_is_not_added():
+    with pytest.raises(TypeError, match="unsupported operand"):
+        LoRA() + 3
+
+
+@pytest.mark.parametrize("method", [LoRA(bias="all"), LoRA(bias="lora_only"), AdaLoRA(bias="all"), VeRA(bias="vera_only")], ids=repr)
+def test_biases_that_are_not_there_do_not_train(method):
+    model, params = base("llama")
+    with pytest.raises(UserError, match=f"method.bias is {method.bias}, and the model has no such bias"):
+        method.init(jax.random.key(0), model, params)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_models import VOCABULARY, largest_difference, make_pair, moved, same_bits
 
 import jaxft
@@ -345,3 +347,17 @@ def test_a_lora_around_a_lora_multiplies_and_merges_as_both():
     np.testing.assert_allclose(outer.dot(jnp.asarray(x), None), expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(outer.dense(), kernel + a @ b, rtol=1e-5, atol=1e-5)
     assert outer.shape == (16, 6)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 12), st.floats(0.1, 9.0), st.sampled_from(["float32", "bfloat16"]))
+def test_a_lora_of_any_shape_and_rank_multiplies_as_its_whole_kernel(rows, columns, rank, scale, dtype):
+    random = np.random.default_rng(rows + 10 * columns + 100 * rank)
+    base, lora_a, lora_b, x = (random.normal(size=size) for size in ((rows, columns), (rows, rank), (rank, columns), (5, rows)))
+    kernel = LoRAKernel(jnp.asarray(base, dtype), jnp.float32(lora_a), jnp.float32(lora_b), jnp.float32(scale), None)
+    whole = np.asarray(kernel.base, np.float64) + np.float64(np.float32(scale)) * np.float32(lora_a) @ np.float64(np.float32(lora_b))
+    assert (kernel.shape, kernel.dtype, kernel.dense().dtype) == ((rows, columns), jnp.dtype(dtype), jnp.float32)
+    np.testing.assert_allclose(kernel.dense(), whole, rtol=1e-5, atol=1e-5 * np.abs(whole).max())
+    if dtype == "float32":
+        found = kernel.dot(jnp.float32(x), None)
+        np.testing.assert_allclose(found, np.float32(x) @ whole, rtol=1e-4, atol=1e-4 * scale * rank)

@@ -1,8 +1,10 @@
 """Partition, combine, and the one pattern language."""
 
+import math
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,7 +15,9 @@ from jaxft.errors import UserError
 from jaxft.methods import partition as parts
 from jaxft.methods.lora import LoRAKernel
 
-LEAVES = st.integers(0, 3).map(lambda size: np.arange(size, dtype=np.float32))
+SHAPES = st.lists(st.integers(0, 3), max_size=3).map(tuple)
+DTYPES = st.sampled_from(["float32", "float16", "bfloat16", "int8", "uint32", "bool"]).map(jnp.dtype)
+LEAVES = st.builds(lambda shape, dtype: np.arange(math.prod(shape)).reshape(shape).astype(dtype), SHAPES, DTYPES)
 NODES = st.tuples(LEAVES, LEAVES, LEAVES, LEAVES).map(lambda fields: LoRAKernel(*fields, None))
 TREES = st.recursive(
     LEAVES | NODES,

@@ -1,5 +1,6 @@
 """VeRA on a tiny model, and against peft."""
 
+import dataclasses
 import json
 
 import jax
@@ -26,13 +27,16 @@ METHOD = VeRA(rank=6, targets=("q_proj", "layers/[02]/mlp"), seed=3)
 PEFT = {
     "plain": ({"r": 5, "target_modules": ["q_proj", "v_proj", "down_proj"]}, "qwen2"),
     "all linear": ({"r": 8, "target_modules": "all-linear", "d_initial": 0.5, "projection_prng_key": 7}, "llama"),
+    "biases": ({"r": 5, "target_modules": ["q_proj", "o_proj"], "bias": "vera_only"}, "qwen2"),
+    "all biases": ({"r": 5, "target_modules": ["v_proj"], "bias": "all"}, "qwen2"),
+    "biases that aren't there": ({"r": 5, "target_modules": ["v_proj"], "bias": "all"}, "llama"),
     "layers": ({"r": 4, "target_modules": ["up_proj"], "layers_to_transform": [0, 2], "vera_dropout": 0.25}, "llama"),
 }
 
 
 def tuned(name, **more):
     settings, family = PEFT[name]
-    return tuned_by_peft(peft.VeraConfig(task_type="CAUSAL_LM", **settings, **more), "vera_lambda", 0.3, family), family
+    return tuned_by_peft(peft.VeraConfig(task_type="CAUSAL_LM", **settings, **more), "", 0.3, family), family
 
 
 def test_it_starts_as_the_base_and_differs_once_moved():
@@ -143,6 +147,10 @@ def test_the_matrices_are_those_of_peft():
         ({"rank": 0}, "method.rank is at least 1, not 0"),
         ({"dropout": 1.0}, "method.dropout is a rate"),
         ({"seed": -1}, "method.seed is a whole number"),
+        ({"d_initial": float("inf")}, "method.d_initial is a finite number, not inf"),
+        ({"rank": 2.5}, "method.rank is a whole number, not 2.5"),
+        ({"bias": "lora_only"}, "no method.bias 'lora_only'.*Known: all, none, vera_only"),
+        ({"bias": "all"}, "method.bias is all, and the model has no such bias"),
         ({"targets": ("q_prj",)}, "matches nothing. Did you mean 'q_proj'"),
     ],
 )
@@ -167,8 +175,12 @@ def test_an_adapter_without_the_matrices_gives_their_logits(tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     assert not [name for name in tensors(tmp_path / "theirs") if "vera_A" in name]
     model, params = base(family)
-    loaded, _ = jaxft.load_adapter(tmp_path / "theirs", model, params)
+    loaded, method = jaxft.load_adapter(tmp_path / "theirs", model, params)
     assert largest_difference(logits(loaded, family), their_logits(theirs)) <= 1e-4
+    jaxft.save_adapter(tmp_path / "again", model, loaded, method)
+    first, again = ({key: value.tobytes() for key, value in tensors(tmp_path / name).items()} for name in ("theirs", "again"))
+    assert first == again
+    assert config_of(tmp_path / "again")["save_projection"] is False
 
 
 @pytest.mark.parametrize(("method", "family"), [(METHOD, "llama"), (VeRA(rank=4, targets=("lm_head", "k_proj")), "qwen2")])
@@ -177,8 +189,16 @@ def test_peft_gives_our_logits(method, family, tmp_path):
 
 
 @pytest.mark.slow
-def test_training_is_that_of_peft():
-    check_training(*tuned("plain"))
+@pytest.mark.parametrize("name", ["plain", "biases"])
+def test_training_is_that_of_peft(name):
+    check_training(*tuned(name))
+
+
+def test_matrices_that_the_seed_does_not_give_are_not_left_out(tmp_path):
+    model, params = base()
+    params, other = METHOD.init(jax.random.key(0), model, params), dataclasses.replace(METHOD, seed=4, save_projection=False)
+    with pytest.raises(UserError, match="to be drawn by the seed 4; these aren't what it gives"):
+        jaxft.save_adapter(tmp_path / "a", model, params, other)
 
 
 def _without(tensors, name):
@@ -188,7 +208,7 @@ def _without(tensors, name):
 BROKEN = {
     "one matrix": ({}, lambda t: _without(t, "base_model.vera_A"), "lacks base_model.vera_A"),
     "its shape": ({}, lambda t: t | {"base_model.vera_B": np.ones((9, 6), np.float32)}, r"vera_B is \(9, 6\), where the targets take"),
-    "bias": ({"bias": "all"}, dict, "bias is 'all'"),
+    "bias": ({"bias": "lora_only"}, dict, "no method.bias 'lora_only'.*Known: all, none, vera_only"),
     "rank": ({"r": "4"}, dict, "r is '4'"),
     "other rank": ({"r": 4}, dict, "doesn't fit"),
 }

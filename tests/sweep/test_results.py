@@ -89,10 +89,32 @@ def test_a_folder_without_a_sweep_is_told(tmp_path: pathlib.Path):
         gather(tmp_path)
 
 
-def test_a_label_leaves_out_what_is_off(tmp_path: pathlib.Path):
-    methods = [({"class": "LoRA", "rank": 8}, "none"), ({"class": "LoRA", "rank": 8}, "nf4"), ({"class": "IA3"}, "none")]
-    runs = [{"overrides": {"method": method, "model.quantization": kind}} for method, kind in methods]
-    write_sweep(tmp_path, runs, vary=("method", "model.quantization"))
-    assert [row.setting for row in gather(tmp_path).rows] == ["LoRA", "LoRA, quantization nf4", "IA3"]
-    write_sweep(tmp_path, [{"overrides": {"model.quantization": kind}} for kind in ("none", "nf4")], vary=("model.quantization",))
-    assert [row.setting for row in gather(tmp_path).rows] == ["quantization none", "quantization nf4"]
+HELD = {"model": {"quantization": "none", "double_quantization": True, "block_size": 64, "source": "tiny"}}
+LORA, NF4, DOUBLE = {"class": "LoRA", "rank": 8}, {"model.quantization": "nf4"}, {"model.double_quantization": False}
+
+
+@pytest.mark.parametrize(
+    ("runs", "labels"),
+    [
+        ([{"method": LORA}, {"method": LORA, **NF4}, {"method": {"class": "IA3"}}], ["LoRA", "LoRA, nf4", "IA3"]),
+        ([{"model.quantization": "none"}, NF4], ["quantization none", "nf4"]),
+        (
+            [{"model.quantization": "none"}, {"model.quantization": "int8"}, NF4, NF4 | DOUBLE, NF4 | {"model.block_size": 256}],
+            ["quantization none", "int8", "nf4", "nf4, no double quantization", "nf4, block size 256"],
+        ),
+    ],
+)
+def test_a_label_says_what_differs_from_the_base(tmp_path: pathlib.Path, runs: list, labels: list):
+    vary = ("method", "model.quantization", "model.double_quantization", "model.block_size")
+    write_sweep(tmp_path, [{"overrides": run} for run in runs], vary=vary if "method" in runs[0] else vary[1:], config=HELD)
+    assert [row.setting for row in gather(tmp_path).rows] == labels
+
+
+def test_only_what_trained_together_is_marked(tmp_path: pathlib.Path):
+    """By what became of the runs: one that was put into a population may have trained alone in the end."""
+    write_sweep(tmp_path, [lora(1e-3, seed) | {"group": 0} for seed in (0, 1)])
+    write_run(tmp_path, "000", [0.5], 0.5)
+    write_run(tmp_path, "001", [0.5], 0.5)
+    assert not gather(tmp_path).settings()[0].is_shared
+    (tmp_path / "runs" / "001.json").write_text(json.dumps({"state": "done", "shared_seconds": 3.0}))
+    assert gather(tmp_path).settings()[0].is_shared

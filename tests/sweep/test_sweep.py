@@ -174,6 +174,11 @@ def test_a_run_that_dies_is_tried_again_and_takes_nothing_with_it(material):
         (Sweep([{"train.seed": 0}, {"train.seed": 1}, {"train.seed": 0}]), "are the same. Leave one of them out"),
         (Sweep([{"optimizer.learning_rat": 1.0}]), "optimizer.learning_rate"),
         (Sweep([{"train.seed": "one"}]), "train.seed"),
+        (Sweep([{"optimizer.learning_rate": float("nan")}]), "learning_rate"),
+        (Sweep([5]), "A run of a sweep is a dictionary of overrides, as {'train.seed': 1}, not 5"),
+        (Sweep({"method": LoRA()}), "runs are a list of overrides, not dict"),
+        (Sweep(None), "runs are a list of overrides, not NoneType"),
+        (["train.seed=1"], "is a dictionary of overrides, as {'train.seed': 1}, not 'train.seed=1'"),
         (Sweep([{"train.seed": 0}], mode="most"), "min or max"),
         (Sweep([{"train.seed": 0}], vary=("method",)), "which no run sets"),
         (Sweep([{"train.seed": 0}], search=Search({"train.seed": choice(1)})), "not both"),
@@ -198,11 +203,13 @@ def test_a_metric_that_nobody_logs_is_refused_before_the_first_run(material, tmp
 
 
 @pytest.mark.slow
-def test_a_sweep_that_was_refused_before_its_first_run_may_be_mended(material, tmp_path):
+def test_a_sweep_that_was_refused_may_be_mended_and_what_is_added_is_checked(material, tmp_path):
     with pytest.raises(UserError, match="rows for it"):
         go(material, tmp_path / "sweep", Sweep(RUNS[:2]), **{"data.split": (0.7, 0.0, 0.3)})
     go(material, tmp_path / "sweep", Sweep(RUNS[:1]))
     assert [row["state"] for row in table(tmp_path / "sweep").values()] == [DONE]
+    with pytest.raises(UserError, match="Run 001-lora-targets.*matches nothing"):
+        go(material, tmp_path / "sweep", Sweep([*RUNS[:1], {"method": LoRA(targets=("nothing_such",))}]))
 
 
 @pytest.mark.parametrize(
@@ -219,6 +226,16 @@ def test_a_sweep_that_was_refused_before_its_first_run_may_be_mended(material, t
 def test_options_that_make_no_sense_are_refused(material, tmp_path, options, words):
     with pytest.raises(UserError, match=words):
         go(material, tmp_path / "sweep", options=options)
+
+
+def test_a_metric_that_the_sweep_has_itself_is_not_given_beside_it(material, tmp_path):
+    with pytest.raises(UserError, match=r"--config.train.best_metric has no effect: the sweep goes by loss \(min\)"):
+        go(material, tmp_path / "sweep", given=("train.best_metric",))
+
+
+def test_a_text_is_no_list_of_values():
+    with pytest.raises(UserError, match=r"takes a list of values of model.quantization, not 'nf4'. Write \['nf4'\]"):
+        grid({"model.quantization": "nf4"})
 
 
 def test_an_override_that_every_run_sets_is_refused(material, tmp_path):

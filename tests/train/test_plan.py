@@ -185,6 +185,7 @@ def test_an_earlier_runs_rate_is_used_where_its_steps_are_the_same(tmp_path):
     assert roofline.measured(tmp_path, asked) == roofline.Measured(100.0, 3, "NVIDIA H100 80GB HBM3", "gpu", 1)
     assert roofline.measured(tmp_path, overrides.parse_flags(asked, ["--config.train.steps=9"])) is not None
     assert roofline.measured(tmp_path, overrides.parse_flags(asked, ["--config.train.remat=full"])) is None
+    assert roofline.measured(tmp_path, overrides.parse_flags(asked, ["--config.optimizer.offload"])) is None
     assert roofline.measured(tmp_path / "none", asked) is None
 
 
@@ -212,6 +213,9 @@ def test_what_fits_comes_first_then_what_computes_the_same():
         (Asked(devices=("h10",)), "There is no device 'h10'. Did you mean 'h100'"),
         (Asked(mesh="rows:2"), "There is no axis of the mesh 'rows'"),
         (Asked(mesh="data:none"), "--plan.mesh: data has 1 device or more, not 'none'"),
+        (Asked(mesh="fsdp:8,fsdp:4"), "--plan.mesh gives fsdp twice"),
+        (Asked(price=-3.0), "--plan.price is US dollars an hour, 0 or more, not -3"),
+        (Asked(price=float("nan")), "0 or more, not nan"),
         (Asked(count=-1), "--plan.count is 1 device or more, not -1"),
         (Asked(devices=("h100",), count=3), "8 rows, which 3 devices"),
     ],
@@ -219,3 +223,24 @@ def test_what_fits_comes_first_then_what_computes_the_same():
 def test_devices_that_there_are_not_are_told(asked, message):
     with pytest.raises(UserError, match=message):
         plan(experiments.load("qlora_llama2", "7b"), asked)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L40", None),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40g"),
+        ("NVIDIA A100 80GB PCIe", "a100-80g"),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA A10G", None),
+        ("TPU v5", "v5p"),
+        ("TPU v5 lite", "v5e"),
+    ],
+)
+def test_a_device_is_told_by_its_whole_name(kind, name):
+    found = devices.kind_of(kind)
+    assert (found and found.name) == name

@@ -1,0 +1,55 @@
+"""Which runs train together, and what a start of a sweep takes up again: without a process."""
+
+from sweep_folders import write_sweep
+
+from experiments import full_bert_sentiment
+from jaxft.methods import BitFit, LoRA
+from jaxft.overrides import as_json, to_dict
+from jaxft.sweep import worker
+from jaxft.sweep.conductor import Conductor
+from jaxft.sweep.runs import DONE, FAILED, WAITING, Folder, Run
+
+IDS = ["000", "001", "002", "003"]
+
+
+def conductor_of(folder, groups=(None,) * 4):
+    write_sweep(folder.path, [{"group": group, "overrides": {"train.seed": seed}} for seed, group in enumerate(groups)])
+    found = Conductor(folder, None, session=1, count=1)
+    found._look([Run(run, {}) for run in IDS])
+    return found
+
+
+def test_what_is_done_joins_no_population(tmp_path):
+    folder = Folder(tmp_path)
+    folder.end("000", DONE)
+    jobs = conductor_of(folder)._grouped(set(IDS), [IDS])
+    assert jobs == [["000"], ["001", "002", "003"]]
+    assert [run["group"] for run in folder.sweep()["runs"]] == [None, 0, 0, 0]
+
+
+def test_of_a_population_the_chosen_runs_alone_are_taken_up(tmp_path):
+    folder = Folder(tmp_path)
+    assert conductor_of(folder, (0, 0, 0, None))._grouped({"001", "003"}, [IDS]) == [["001"], ["003"]]
+
+
+def test_what_failed_waits_for_another_attempt(tmp_path):
+    folder = Folder(tmp_path)
+    folder.died("000", "It was killed.")
+    folder.died("000", "It was killed.")
+    folder.end("001", DONE)
+    assert folder.state("000").state == FAILED
+    for run in IDS:
+        folder.retry(run)
+    assert [folder.state(run).state for run in IDS[:3]] == [WAITING, DONE, WAITING]
+    folder.died("000", "It was killed.")
+    assert folder.state("000").state == WAITING  # of this start, its first death
+
+
+def test_a_run_that_can_not_be_fails_alone(tmp_path, monkeypatch):
+    folder, trained = Folder(tmp_path), []
+    bad, good = ({"method": as_json(method), "method.rank": 2} for method in (BitFit(), LoRA(rank=4)))
+    write_sweep(tmp_path, [{"overrides": bad}, {"overrides": good}], config=to_dict(full_bert_sentiment.get_config()))
+    monkeypatch.setattr("jaxft.train.run.train", lambda experiment, workdir: trained.append(experiment.method.rank))
+    assert "no field" in worker._train(folder, ["000"])["000"]
+    assert worker._train(folder, ["001"]) == {}
+    assert trained == [2]
