@@ -330,14 +330,13 @@ def _labels(values: Sequence[Mapping[str, Any]], base: Mapping[str, Any]) -> lis
     keys = [json.dumps(one, sort_keys=True) for one in values]
     labels = []
     for one, kind in zip(values, kinds, strict=True):
-        parts = []
+        parts, varied = [], [path for path in one if any(other[path] != one[path] for other in values)]
         for path, value in one.items():
             others = [other[path] for other, its in zip(values, kinds, strict=True) if its[path] == kind[path]]
             if kind[path] is not None:
                 parts.append(" ".join([_title(value), *_fields(value, others)]))
-            elif value != base.get(path):
+            elif path in varied and (value != base.get(path) or path.startswith("method.")):
                 parts.append(_plain(path, value))
-        varied = [path for path in one if any(other[path] != one[path] for other in values)]
         labels.append(", ".join(filter(None, parts)) or ", ".join(_plain(path, one[path]) for path in varied[:1]) or "all")
     by_label: dict[str, list[str]] = {}  # settings of one label, which get a number
     for label, key in zip(labels, keys, strict=True):

@@ -98,6 +98,7 @@ LORA, NF4, DOUBLE = {"class": "LoRA", "rank": 8}, {"model.quantization": "nf4"},
     [
         ([{"method": LORA}, {"method": LORA, **NF4}, {"method": {"class": "IA3"}}], ["LoRA", "LoRA, nf4", "IA3"]),
         ([{"model.quantization": "none"}, NF4], ["quantization none", "nf4"]),
+        ([{"method.rank": rank, "method.alpha": 2.0 * rank} for rank in (8, 16)], ["rank 8, alpha 16", "rank 16, alpha 32"]),
         (
             [{"model.quantization": "none"}, {"model.quantization": "int8"}, NF4, NF4 | DOUBLE, NF4 | {"model.block_size": 256}],
             ["quantization none", "int8", "nf4", "nf4, no double quantization", "nf4, block size 256"],
@@ -106,7 +107,8 @@ LORA, NF4, DOUBLE = {"class": "LoRA", "rank": 8}, {"model.quantization": "nf4"},
 )
 def test_a_label_says_what_differs_from_the_base(tmp_path: pathlib.Path, runs: list, labels: list):
     vary = ("method", "model.quantization", "model.double_quantization", "model.block_size")
-    write_sweep(tmp_path, [{"overrides": run} for run in runs], vary=vary if "method" in runs[0] else vary[1:], config=HELD)
+    vary = tuple(runs[0]) if "method.rank" in runs[0] else vary if "method" in runs[0] else vary[1:]
+    write_sweep(tmp_path, [{"overrides": run} for run in runs], vary=vary, config=HELD | {"method": LORA | {"alpha": 16.0}})
     assert [row.setting for row in gather(tmp_path).rows] == labels
 
 
