@@ -4,8 +4,9 @@
 
 Pfeiffer's adapter after the feed-forward part of each layer, and the head, train (arXiv:2005.00247).
 
-Hardware: two CPU cores, 2.6 GB of memory.
-Its result on the test reviews isn't measured yet.
+Hardware: two CPU cores, 1.6 GB of memory; 15 minutes on one of them. 262,035 of 22,827,417 parameters train.
+Its result over several seeds isn't measured yet. One run (seed 0) had 68.3% accuracy, 46.2% macro F1 and a loss of 0.773 on the test;
+full_bert_sentiment with that seed 73.4%, 48.6% and 0.709, the majority class 65.4%, 26.4% and 0.849.
 """
 
 import dataclasses

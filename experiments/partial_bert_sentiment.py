@@ -4,8 +4,9 @@
 
 The four layers below, and the embeddings, are frozen and take no backward pass; the head trains too.
 
-Hardware: two CPU cores, 2.6 GB of memory.
-Its result on the test reviews isn't measured yet.
+Hardware: two CPU cores, 1.9 GB of memory; 7 minutes on one of them. 3,697,923 of 22,714,371 parameters train.
+Its result over several seeds isn't measured yet. One run (seed 0) had 70.4% accuracy, 46.0% macro F1 and a loss of 0.722 on the test;
+full_bert_sentiment with that seed 73.4%, 48.6% and 0.709, the majority class 65.4%, 26.4% and 0.849.
 """
 
 import dataclasses

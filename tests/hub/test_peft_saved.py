@@ -47,7 +47,7 @@ def test_peft_gives_our_logits(name, tmp_path):
     ("method", "message"),
     [
         (SparseMask(rank=1, targets=("q_proj",)) + Partial(targets=("layers/1/attention/q_proj/bias",)), "trains whole and has an adapter"),
-        (IA3() + Partial(last=1), r"PEFT has no form for IA3 \+ Partial"),
+        (IA3(targets=("layers/0/attention/k_proj",), feedforward=()) + Partial(last=1), r"PEFT has no form for IA3 \+ Partial"),
         (IA3() + BitFit(), r"PEFT has no form for IA3 \+ BitFit"),
         (LoRA(targets=("q_proj",)) + Partial(targets=("norm",)), r"PEFT has no form for LoRA \+ Partial"),
         (Prefix(virtual_tokens=2) + Partial(last=1), r"PEFT has no form for Prefix \+ Partial"),
