@@ -14,7 +14,9 @@ from jaxft.models.dropout import dropped, drops
 SHARED = -1  # segment id of tokens that every example of the row sees
 PADDING = 0  # segment id of padding
 QUERY_BLOCK = 128  # queries a block on the plain path: keys above a block's diagonal are never multiplied
+BLOCK = 512  # queries a block where there is no diagonal: its scores are what is in memory at one time
 KEPT = "product"  # what remat policy "dots" keeps, here as in every linear layer
+_NARROW = 64  # numbers of a row that are reduced at once
 _MASKED = -1e30  # a score that no softmax notices, finite so that rows without a visible key stay finite
 
 
@@ -77,10 +79,11 @@ def attention(
         mask = visible(query_tokens, key_tokens, window, causal)[:, None]
         return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
     # Rows that attend to themselves go block by block: scores take a block's memory, and what lies above the diagonal is skipped.
-    starts = range(0, queries, QUERY_BLOCK) if before + queries == key.shape[1] else range(1)
+    size = QUERY_BLOCK if causal else BLOCK
+    starts = range(0, queries, size) if before + queries == key.shape[1] else range(1)
     blocks = []
     for start in starts:
-        stop = min(start + QUERY_BLOCK, queries) if len(starts) > 1 else queries
+        stop = min(start + size, queries) if len(starts) > 1 else queries
         end = before + stop if len(starts) > 1 and causal else key.shape[1]
         rows, columns = _slice(query_tokens, start, stop), _slice(key_tokens, 0, end)
         own = jax.random.fold_in(rng, start) if rng is not None and dropping else None
@@ -138,13 +141,21 @@ def _forward(
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     dropout = fixed if rate is None else rate
     scores = _scores(query, key, mask)
-    top = jnp.max(scores, axis=-1, keepdims=True)
+    top = _row_maximum(scores)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     out = _times(dropped(weights, dropout, rng).astype(value.dtype), value).astype(jnp.float32) / total
     out = checkpoint_name(out.astype(query.dtype), KEPT)
     log_sum = checkpoint_name(top + jnp.log(total), KEPT)
     return out, (query, key, value, mask, rng, rate, out, log_sum)
+
+
+def _row_maximum(x: jax.Array) -> jax.Array:
+    """The maximum over the last axis, which is kept; halves are compared first, number by number, as XLA on CPU doesn't for a reduction."""
+    while x.shape[-1] % 2 == 0 and x.shape[-1] > _NARROW:
+        half = x.shape[-1] // 2
+        x = jnp.maximum(x[..., :half], x[..., half:])
+    return jnp.max(x, axis=-1, keepdims=True)
 
 
 def _times(weights: jax.Array, value: jax.Array) -> jax.Array:
@@ -163,8 +174,9 @@ def _backward(fixed: float, kept: tuple[Any, ...], gradient: jax.Array) -> tuple
     weights = jnp.exp(_scores(query, key, mask) - log_sum)
     shared = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     d_weights = jnp.einsum("bgqd,bgkd->bgqk", flat(gradient), value, preferred_element_type=jnp.float32).reshape(weights.shape)
-    d_scores = (weights * (dropped(d_weights, dropout, rng) - shared)).astype(query.dtype)
-    d_value = jnp.einsum("bgqk,bgqd->bgkd", flat(dropped(weights, dropout, rng).astype(value.dtype)), flat(gradient))
+    used = dropped(weights, dropout, rng)  # once: drawing takes as long as the products
+    d_scores = (used * d_weights - weights * shared).astype(query.dtype)
+    d_value = jnp.einsum("bgqk,bgqd->bgkd", flat(used.astype(value.dtype)), flat(gradient))
     d_key = jnp.einsum("bgqk,bgqd->bgkd", flat(d_scores), flat(query))
     return _times(d_scores, key), d_key, d_value, None, None, None
 

@@ -6,9 +6,9 @@
     ENVIRONMENT/bin/pip install torch==2.13.0 adapters==1.3.0
     ENVIRONMENT/bin/python tests/hub/make_adapterhub.py [CASE ...]
 
-Weights depend on their names alone, so that both libraries have the same ones without a file. To see whether the library reads a
-folder as jaxft does, `make_adapterhub.py read CASE FOLDER OUTPUT.npy` writes the logits that it gives with the adapter of FOLDER,
-and `OUTPUT.npy.dir`, the adapter as the library writes it again.
+Weights depend on their names alone, so that both libraries have the same ones without a file. To see whether the library reads
+folders as jaxft does, `make_adapterhub.py read CASE FOLDER [CASE FOLDER ...]` writes `FOLDER.npy`, the logits that it gives with the
+adapter of FOLDER, and `FOLDER.again`, the adapter as the library writes it again.
 """
 
 import json
@@ -140,7 +140,7 @@ def _make(case):
     safetensors.numpy.save_file({name: np.ascontiguousarray(value) for name, value in found.items()}, HERE / f"{case}.safetensors")
 
 
-def _read(case, folder, output):
+def _read(case, folder):
     import adapters
 
     model = base_model(CASES[case][0])
@@ -153,15 +153,16 @@ def _read(case, folder, output):
     info = {}
     name = model.load_adapter(folder, with_head=with_head, set_active=True, loading_info=info, use_safetensors=True)
     if info.get("missing_keys") or info.get("unexpected_keys"):
-        sys.exit(json.dumps(info))
+        sys.exit(f"{folder}: {json.dumps(info)}")
     model.eval()
-    np.save(output, _logits(model))
-    model.save_adapter(f"{output}.dir", name, with_head=with_head, use_safetensors=True)
+    np.save(f"{folder}.npy", _logits(model))
+    model.save_adapter(f"{folder}.again", name, with_head=with_head, use_safetensors=True)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["read"]:
-        _read(*sys.argv[2:5])
+        for case, folder in zip(sys.argv[2::2], sys.argv[3::2], strict=True):
+            _read(case, folder)
     else:
         for each in sys.argv[1:] or CASES:
             _make(each)

@@ -135,19 +135,30 @@ OURS = {
 }
 
 
+@pytest.fixture(scope="module")
+def read_by_the_library(tmp_path_factory):
+    """Returns where the folders of all of OURS lie, with what the library made of them, and the parameters of each."""
+    place, tuned = tmp_path_factory.mktemp("ours"), {}
+    for name, (case, method) in OURS.items():
+        model, params = base(CASES[case][0])
+        tuned[name] = model, moved(method, model, params)
+        jaxft.save_adapter(place / name, *tuned[name], method)
+    pairs = [argument for name, (case, _) in OURS.items() for argument in (case, place / name)]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [PYTHON, pathlib.Path(HERE.parent, "make_adapterhub.py"), "read", *pairs]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr
+    return place, tuned
+
+
 @pytest.mark.skipif(not PYTHON, reason="JAXFT_ADAPTERS_PYTHON names no interpreter")
 @pytest.mark.parametrize("name", OURS)
-def test_the_library_gives_our_logits_and_writes_our_bytes(name, tmp_path):
-    case, method = OURS[name]
-    model, params = base(CASES[case][0])
-    params = moved(method, model, params)
-    jaxft.save_adapter(tmp_path / "ours", model, params, method)
-    script, out = pathlib.Path(HERE.parent, "make_adapterhub.py"), tmp_path / "logits.npy"
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    subprocess.run([PYTHON, script, "read", case, tmp_path / "ours", out], check=True, capture_output=True, timeout=120, env=environment)
+def test_the_library_gives_our_logits_and_writes_our_bytes(name, read_by_the_library):
+    place, tuned = read_by_the_library
+    model, params = tuned[name]
     logits = jax.jit(lambda params: model.apply({"params": params}, IDS).logits)(params)
-    assert largest_difference(logits, np.load(out)) <= TOLERANCE
-    first, again = (safetensors.numpy.load_file(place / "adapter.safetensors") for place in (tmp_path / "ours", pathlib.Path(f"{out}.dir")))
+    assert largest_difference(logits, np.load(place / f"{name}.npy")) <= TOLERANCE
+    first, again = (safetensors.numpy.load_file(place / folder / "adapter.safetensors") for folder in (name, f"{name}.again"))
     assert {key: value.tobytes() for key, value in first.items()} == {key: value.tobytes() for key, value in again.items()}
 
 

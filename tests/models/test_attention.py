@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import largest_difference
 
-from jaxft.models.attention import QUERY_BLOCK, Tokens, attention, visible
+from jaxft.models.attention import BLOCK, QUERY_BLOCK, Tokens, attention, visible
 
 HEADS, GROUPS, HEAD_DIM = 4, 2, 8
 
@@ -68,7 +68,7 @@ def test_attention_and_its_gradients_are_those_of_torch(length, kind, window):
     check_torch(length, kind, window, causal=True)
 
 
-@pytest.mark.parametrize("length", [40, 2 * QUERY_BLOCK + 77])
+@pytest.mark.parametrize("length", [40, 2 * QUERY_BLOCK + 77, BLOCK + 2])
 def test_attention_in_both_directions_is_that_of_torch(length):
     check_torch(length, "packed", None, causal=False)
 
@@ -90,7 +90,7 @@ def check_torch(length, kind, window, causal):
 
 def test_dropped_weights_are_drawn_alike_forward_and_backward():
     """With values that are the keys' numbers, a query's output is its row of weights; the gradient is that of the weights left."""
-    length, rate, rng = QUERY_BLOCK + 9, 0.25, jax.random.key(3)
+    length, rate, rng = BLOCK + 9, 0.25, jax.random.key(3)
     query, key, _, _ = drawn(length)
     one_hot = np.broadcast_to(np.eye(length, dtype=np.float32)[:, None], (2, length, GROUPS, length))
     wide = np.concatenate([key, np.zeros((2, length, GROUPS, length - HEAD_DIM), np.float32)], axis=-1)

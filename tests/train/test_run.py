@@ -29,7 +29,7 @@ from jaxft.train import run
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 24
-QUICK = "--xla_backend_optimization_level=0"  # these programs compile for longer than they run
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=800"  # as in conftest.py
 
 
 def command(material, workdir, *flags, mode="train"):
