@@ -21,11 +21,12 @@ TEST_JOBS ?= 2
 demo: $(VENV)/.installed
 	$(BIN)/python launch.py --experiment=lora_llama2
 
+# A worker that dies ends the run: pytest-xdist, which would run its file again, waits for ever where that happens.
 test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
 install: $(VENV)/.installed
 
