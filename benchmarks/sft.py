@@ -151,7 +151,8 @@ def trials(job: sft_job.Job, folder: str, variants: Sequence[dict[str, Any]]) ->
 def finals(job: sft_job.Job, folder: str, tried: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Runs in full: TRL's best with our examples, and its best in float32 where that is with its own batches.
 
-    The best in bfloat16 is run in full too, unless its trial was slower than float32; then its trial stands.
+    The best in bfloat16 is run in full too, unless its trial, which has the first step in it, took more than twice as long as float32;
+    then its trial stands.
     """
     done = [trial for trial in tried if "error" not in trial]
     single = [trial for trial in done if trial["variant"]["dtype"] == "float32"]
@@ -159,7 +160,7 @@ def finals(job: sft_job.Job, folder: str, tried: Sequence[dict[str, Any]]) -> li
     if (best := _best(single)) not in chosen:
         chosen.append(best)
     half = [trial for trial in done if trial["variant"]["dtype"] == "bfloat16"]
-    faster = [_best(half)] if half and rate(_best(half)) > rate(best) else []
+    faster = [_best(half)] if half and rate(_best(half)) > rate(best) / 2 else []
     found = []
     for trial in chosen + faster:
         if len(trial["seconds"]) >= job.steps:
