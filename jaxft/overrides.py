@@ -42,7 +42,8 @@ def parse_flags(experiment: Experiment, arguments: Sequence[str]) -> Experiment:
     none.
 
     Raises:
-        UserError: no such field, a value of another type, or something that is no flag of the configuration.
+        UserError: no such field, a value of another type, something that is no flag of the configuration, or epochs beside the
+            experiment's own number of steps.
 
     >>> from jaxft.config import DataConfig, ModelConfig
     >>> from jaxft.methods import LoRA
@@ -64,7 +65,13 @@ def parse_flags(experiment: Experiment, arguments: Sequence[str]) -> Experiment:
         for group in groups:
             holder = holder[group]
         holder[name] = text if isinstance(text, bool) else _from_text(known[path][0], text, f"config.{path}")  # a switch is read already
-    return from_dict(found)
+    made = from_dict(found)
+    if "train.epochs" in texts and "train.steps" not in texts and made.train.steps:
+        raise UserError(
+            f"config.train.epochs has no effect: {made.name} has train.steps={made.train.steps}. Add --config.train.steps=0, or leave this "
+            "out."
+        )
+    return made
 
 
 def with_values(experiment: Experiment, values: Mapping[str, Any]) -> Experiment:

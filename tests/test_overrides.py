@@ -75,6 +75,14 @@ def test_the_last_of_two_flags_holds():
     assert field("train.steps", "--config.train.steps=7", "--config.train.steps=8") == 8
 
 
+def test_epochs_beside_the_experiments_own_steps_are_told():
+    given = dataclasses.replace(EXPERIMENT, train=TrainConfig(steps=50))
+    with pytest.raises(UserError, match=r"train.epochs has no effect: example has train.steps=50. Add --config.train.steps=0"):
+        overrides.parse_flags(given, ["--config.train.epochs=3"])
+    assert overrides.parse_flags(given, ["--config.train.epochs=3", "--config.train.steps=0"]).train.epochs == 3
+    assert overrides.parse_flags(given, ["--config.train.steps=7"]).train.steps == 7
+
+
 def test_other_fields_stay_and_the_experiment_is_not_changed():
     changed = overrides.parse_flags(EXPERIMENT, ["--config.method.rank=4"])
     assert changed == dataclasses.replace(EXPERIMENT, method=LoRA(rank=4))

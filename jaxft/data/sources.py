@@ -155,6 +155,8 @@ def _read_json_lines(path: pathlib.Path) -> Rows:
             raise UserError(
                 f"{path}, line {line}: expected one JSON object a line, found {_shown(text)} ({error.msg}, column {error.colno})."
             ) from error
+        except ValueError as error:  # a number of thousands of digits
+            raise UserError(f"{path}, line {line}: {error}.") from error
         records.append(record)
         lines.append(line)
     return _from_records(records, str(path), "line", lines)
@@ -170,6 +172,8 @@ def _read_json(path: pathlib.Path) -> Rows:
         raise UserError(
             f"{path}, line {error.lineno}: expected a JSON list of objects, found {found} ({error.msg}, column {error.colno}).{advice}"
         ) from error
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"{path}: {error}.") from error
     if isinstance(records, dict) and isinstance(records.get("data"), list):
         records = records["data"]
     if not isinstance(records, list):
@@ -228,7 +232,10 @@ def _read_parquet(path: pathlib.Path) -> Rows:
         table = pyarrow.parquet.read_table(path)
     except pa.ArrowException as error:
         raise UserError(f"{path} is not a whole Parquet file: {str(error).splitlines()[0]}") from error
-    return Rows(datasets.Dataset(table), str(path), "row", np.arange(1, len(table) + 1))
+    try:
+        return Rows(datasets.Dataset(table), str(path), "row", np.arange(1, len(table) + 1))
+    except ValueError as error:  # a type that datasets hasn't, as of a map
+        raise UserError(f"{path}: {str(error).rstrip('.')}. Write the file without that column, or as a list or text.") from error
 
 
 _READERS: dict[str, Callable[[pathlib.Path], Rows]] = {

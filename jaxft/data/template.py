@@ -152,7 +152,7 @@ def chat_template(tokenizer: Any, given: str) -> ChatTemplate | None:
         raise UserError(
             f"The tokenizer has no end-of-text token (eos_token), which the template {given} ends answers with. Set it in its files."
         )
-    text = _read_template(given) if given else tokenizer.get_chat_template()
+    text = _read_template(tokenizer, given) if given else tokenizer.get_chat_template()
     return ChatTemplate(tokenizer, (_FIXED_DATE if "strftime_now" in text else "") + text)
 
 
@@ -162,13 +162,14 @@ def with_template(tokenizer: Any, given: str) -> Any:
     Arguments and errors are those of `chat_template`; the tokenizer is changed.
     """
     if given:
-        tokenizer.chat_template = _read_template(given)
+        tokenizer.chat_template = _read_template(tokenizer, given)
     return tokenizer
 
 
-def _read_template(given: str) -> str:
+def _read_template(tokenizer: Any, given: str) -> str:
     if given in BUILT_IN:
-        return BUILT_IN[given]
+        begins = tokenizer.bos_token_id is not None and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
+        return ("{{ bos_token }}" if begins else "") + BUILT_IN[given]  # as the tokenizer begins a text by itself
     if "{" in given:
         return given
     path = pathlib.Path(given).expanduser()

@@ -58,9 +58,24 @@ def written(folder: pathlib.Path, kind: str) -> Iterator[pathlib.Path]:
         _put(temporary, folder)
     except (OSError, safetensors.SafetensorError) as error:
         raise _unwritten(folder, error) from error
+    except Exception as error:
+        if is_of_the_disk(error):
+            raise _unwritten(folder, error) from error
+        raise
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_of_the_disk(error: Exception) -> bool:
+    """Returns whether an error is one of reading or writing files; tokenizers raises those of its own as plain exceptions.
+
+    >>> is_of_the_disk(OSError(28, "No space left")), is_of_the_disk(Exception("No space left on device (os error 28)"))
+    (True, True)
+    >>> is_of_the_disk(ValueError("another"))
+    False
+    """
+    return isinstance(error, OSError) or (type(error) is Exception and "(os error " in str(error))
 
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
@@ -103,8 +118,9 @@ def _put(temporary: pathlib.Path, folder: pathlib.Path) -> None:
     folder.rename(aside)
     try:
         temporary.rename(folder)
-    except OSError:
-        aside.rename(folder)
+    except BaseException:  # a signal too
+        if not folder.exists():
+            aside.rename(folder)
         raise
     shutil.rmtree(aside, ignore_errors=True)
 

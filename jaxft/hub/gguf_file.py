@@ -15,6 +15,12 @@ from jaxft.models.rotary import Rotary, llama3_frequencies, plain_frequencies
 
 ROPE_FACTORS = "rope_freqs.weight"  # (head_dim / 2,): llama.cpp's form of Llama 3's rotary scaling
 LLAMA3_POSITIONS = 8192  # of pre-training, for every Llama 3.x; the file doesn't say
+_OTHER_ROTARY = {  # settings of a scaling that jaxft doesn't read, and where they change nothing
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
+    "rope.scaling.yarn_ext_factor": 1.0,
+    "rope.scaling.yarn_log_multiplier": 0.0,
+}
 _ROWS = 4096  # rows dequantized at a time: what the arithmetic holds beside the result stays small
 _TYPES = {"llama": gguf.MODEL_ARCH.LLAMA, "mistral": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
 _PERMUTED = ("llama", "mistral")  # architectures whose q and k rows llama.cpp stores for interleaved rotary pairs
@@ -148,16 +154,23 @@ class GGUFFile:
 
     def _rotary(self, head_dim: int) -> dict[str, Any]:
         theta = self._own("rope.freq_base", 10000.0)
-        kind = self._own("rope.scaling.type", "none")
         if ROPE_FACTORS in self._tensors:
             return self._llama3(theta, head_dim)
+        factor = self._own("rope.scaling.factor", self._own("rope.scale_linear", 0.0))  # the older name; 0 and 1 are no scaling
+        kind = self._own("rope.scaling.type", "linear" if factor not in (0.0, 1.0) else "none")  # as llama.cpp takes a missing type
         if kind == "none":
             return {"rope_type": "default", "rope_theta": theta}
         if kind not in ("linear", "yarn"):
             raise UserError(f"{self._path}: jaxft has no rotary scaling '{kind}' for GGUF files. It has: linear, yarn, and Llama 3's.")
-        settings = {"rope_type": kind, "rope_theta": theta, "factor": self._needed("rope.scaling.factor")}
+        for name, neutral in _OTHER_ROTARY.items():
+            if (value := self._own(name, neutral)) != neutral:
+                raise UserError(f"{self._path}: it has {name}={value}, a rotary setting that jaxft doesn't read from GGUF files.")
+        settings = {"rope_type": kind, "rope_theta": theta, "factor": factor or self._needed("rope.scaling.factor")}
         if (positions := self._own("rope.scaling.original_context_length")) and kind == "yarn":
             settings["original_max_position_embeddings"] = positions
+        for name in ("beta_fast", "beta_slow"):
+            if kind == "yarn" and (beta := self._own(f"rope.scaling.yarn_{name}", None)) is not None:
+                settings[name] = beta
         return settings
 
     def _llama3(self, theta: float, head_dim: int) -> dict[str, Any]:

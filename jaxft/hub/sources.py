@@ -1,6 +1,7 @@
 """Where a model's files are: a folder, a GGUF file, the bundled material, or the hub's cache."""
 
 import dataclasses
+import errno
 import importlib.util
 import pathlib
 import re
@@ -135,6 +136,9 @@ def _download(repository: str, revision: str, files: tuple[str, ...]) -> pathlib
     except huggingface_hub.errors.HfHubHTTPError as error:
         raise AbsentError(f"The hub refused '{repository}': {_first_line(error)}. {instead}") from error
     except OSError as error:  # LocalEntryNotFoundError, of no network and of HF_HUB_OFFLINE; network errors of the client
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            place = huggingface_hub.constants.HF_HUB_CACHE
+            raise UserError(f"'{repository}' can't be kept in the hub's cache, {place}: {error}. Set HF_HOME to another place.") from error
         raise AbsentError(
             f"'{repository}' (revision '{revision}') isn't, or isn't wholly, in the hub's cache, and the hub can't be reached: "
             f"{_first_line(error)}. Check the network and HF_HUB_OFFLINE. {instead}"

@@ -12,6 +12,7 @@ import transformers
 
 from jaxft.errors import AbsentError, UserError
 from jaxft.hub import sources
+from jaxft.hub.folder import is_of_the_disk
 from jaxft.hub.gguf_file import metadata
 
 _VERSION = 1  # of the cache's content: raise it when this code makes something else of the same file
@@ -68,7 +69,9 @@ def _keep(converted: Any, cached: pathlib.Path) -> None:
         converted.save_pretrained(temporary)
         if _content(_load(temporary, str(cached))) == _content(converted):
             temporary.rename(cached)
-    except OSError as error:
+    except Exception as error:
+        if not is_of_the_disk(error):
+            raise
         if not (cached / "tokenizer.json").exists():  # another process may have been first
             raise UserError(f"The cache folder {cached.parent} can't be written ({error}). Set JAXFT_CACHE to another.") from error
     finally:

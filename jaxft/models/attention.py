@@ -75,7 +75,7 @@ def attention(
     chex.assert_shape([key, value], (batch, key.shape[1], key.shape[2], head_dim))
     dropout = 0.0 if rng is None else dropout
     dropping = drops(dropout)
-    if jax.default_backend() == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16) and queries > 1 and not dropping:
+    if jax.default_backend() == "gpu" and cudnn_takes(query, key) and not dropping:
         mask = visible(query_tokens, key_tokens, window, causal)[:, None]
         return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
     # Rows that attend to themselves go block by block: scores take a block's memory, and what lies above the diagonal is skipped.
@@ -90,6 +90,19 @@ def attention(
         mask = visible(rows, columns, window, causal)
         blocks.append(_plain(query[:, start:stop], key[:, :end], value[:, :end], mask, own, dropout))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
+
+
+def cudnn_takes(query: jax.Array, key: jax.Array) -> bool:
+    """Returns whether cuDNN's flash attention with a mask takes these shapes and types, forward and backward, on every GPU that has it.
+
+    Of its rules: heads of a multiple of 8 features, 128 at most, and in training an even number of queries and of keys.
+
+    >>> half = lambda length, dim: jax.ShapeDtypeStruct((1, length, 4, dim), jnp.bfloat16)
+    >>> cudnn_takes(half(64, 128), half(64, 128)), cudnn_takes(half(63, 64), half(63, 64)), cudnn_takes(half(64, 100), half(64, 100))
+    (True, False, False)
+    """
+    lengths, head_dim = (query.shape[1], key.shape[1]), query.shape[-1]
+    return query.dtype in (jnp.bfloat16, jnp.float16) and all(n % 2 == 0 for n in lengths) and head_dim % 8 == 0 and head_dim <= 128
 
 
 def _slice(tokens: Tokens, start: int, stop: int) -> Tokens:

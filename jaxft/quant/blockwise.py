@@ -10,6 +10,7 @@ zero, as it does everywhere.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -86,8 +87,24 @@ class QuantizedKernel(Quantized):
         return (*self.codes.shape[:-2], *self.features)
 
     @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (self.codes, self.scales, self.nested_scales, self.offset) if part is not None)
+
+    @property
     def dtype(self) -> Any:
         return self.kept_as
+
+    def __repr__(self) -> str:
+        doubly = ", double quantization" if self.format.double_quantization else ""
+        return f"{type(self).__name__}({self.shape}, {self.kept_as}, {self.format.code}, blocks of {self.format.block_size}{doubly})"
 
     @property
     def format_name(self) -> str:
@@ -119,7 +136,14 @@ def quantize(kernel: Any, format: Format, dtype: Any = None) -> QuantizedKernel:
 
     `dtype` is the type that it is in when it is dense, its own where it is None. Each layer is quantized by itself, as torch does.
     A numpy array gives numpy arrays, computed a part at a time; its fastest layout is a transposed torch weight.
+
+    Raises:
+      UserError: an array of another number of axes, or without a value.
     """
+    if kernel.ndim not in (2, 3) or not kernel.size:
+        raise UserError(
+            f"A kernel is (in, out), or (layers, in, out), and has values; this one is {tuple(kernel.shape)}: it can't be quantized."
+        )
     kept_as = np.dtype(kernel.dtype if dtype is None else dtype)
     if not isinstance(kernel, np.ndarray):
         return _quantize_jit(kernel, format, kept_as)

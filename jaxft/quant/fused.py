@@ -23,7 +23,8 @@ def fits(kernel: QuantizedKernel) -> bool:
     """Returns whether the fused product can take a kernel: one layer, 4-bit codes, whole blocks in a row of W, and a row of whole tiles."""
     inputs, outputs = kernel.features
     packed = kernel.format.values_a_byte == 2 and kernel.codes.ndim == 2
-    return packed and kernel.codes.shape[0] == outputs and kernel.format.block_size >= 2 * BYTES and inputs % (2 * BYTES) == 0
+    whole = inputs % kernel.format.block_size == 0
+    return packed and whole and kernel.codes.shape[0] == outputs and kernel.format.block_size >= 2 * BYTES and inputs % (2 * BYTES) == 0
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -229,7 +229,7 @@ class Course:
         self.logs.write(step, {f"validation_{name}": value for name, value in found.items()} | apart)
         metric, best = found[self._train.best_metric], self.progress.best
         sign = 1 if self._train.best_mode == "min" else -1
-        better = best is None or sign * metric < sign * best
+        better = best is None or math.isnan(best) or sign * metric < sign * best  # the first one stands until there is a number
         changed = {"best": metric, "best_step": step, "stale": 0} if better else {"stale": self.progress.stale + 1}
         self.progress = dataclasses.replace(self.progress, **changed)
         return self._told(state, found)

@@ -56,7 +56,7 @@ def in_8_bits(inner: optax.GradientTransformation) -> optax.GradientTransformati
     """Returns `inner`, whose state is a named tuple of moments and counts, with the moments of large parameters held in 8 bits."""
 
     def init(params: Any) -> Any:
-        return _encoded(inner.init(params))
+        return jax.jit(lambda given: _encoded(inner.init(given)))(params)  # the moments are never there in float32
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         whole = jax.tree.map(lambda value: value.decoded() if is_8bit(value) else value, state, is_leaf=is_8bit)

@@ -125,7 +125,8 @@ def adapter_command(folder: pathlib.Path, model: ModelConfig, format: str, train
       trained: of it the task and the labels.
     """
     source = model.source
-    base = f'"{source}"'
+    revision = f', revision="{model.revision}"' if model.revision != ModelConfig.revision else ""
+    base = f'"{source}"{revision}'
     if source.startswith(BUNDLED) or pathlib.Path(source).is_file():
         found = find(source, "", ())
         base = f'"{found.folder}", gguf_file="{found.gguf.name}"' if found.gguf else f'"{found.folder}"'

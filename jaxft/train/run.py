@@ -175,6 +175,8 @@ def generate(experiment: Experiment, workdir: pathlib.Path, rows: Sequence[Mappi
         raise UserError(f"{output} exists. Choose another --output.")
     if output is not None and not output.absolute().parent.is_dir():
         raise UserError(f"There is no folder {output.absolute().parent} for --output={output}.")
+    if output is not None and not os.access(output.absolute().parent, os.W_OK):
+        raise UserError(f"--output={output} can't be written: {output.absolute().parent} isn't yours to write in. Choose another place.")
     setup, state = _load_best(experiment, workdir)
     sampling = make_sampling(setup)
     tokens = generate_tokens(
@@ -186,13 +188,19 @@ def generate(experiment: Experiment, workdir: pathlib.Path, rows: Sequence[Mappi
         min(experiment.eval.batch_size, len(prompts)),
     )
     answers = [text.strip() for text in setup.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-    if output is None:
-        for prompt, answer in zip(prompts, answers, strict=True):
-            console.say(answer if len(prompts) == 1 else f"> {prompt}\n{answer}\n")
-        return
     lines = [json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False) for prompt, answer in zip(prompts, answers, strict=True)]
-    output.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    console.say(f"{len(answers)} answers are in {output}.")
+    failed = None
+    if output is not None:
+        try:
+            output.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            console.say(f"{len(answers)} answers are in {output}.")
+            return
+        except OSError as error:
+            failed = error
+    for prompt, answer in zip(prompts, answers, strict=True):
+        console.say(answer if len(prompts) == 1 else f"> {prompt}\n{answer}\n")
+    if failed is not None:
+        raise UserError(f"{output} can't be written: {failed}. The answers are printed above.") from failed
 
 
 def export(experiment: Experiment, workdir: pathlib.Path, format: str | None, output: pathlib.Path | None) -> None:

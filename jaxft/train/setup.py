@@ -129,8 +129,8 @@ def check(experiment: Experiment, count: int | None = None) -> Any:
     for name, number in natural.items():
         if number < 0:
             raise UserError(f"{name} is 0 or more, not {number}.")
-    if not train.steps and train.epochs <= 0:
-        raise UserError(f"train.epochs is more than 0 where train.steps is 0, not {train.epochs}.")
+    if train.epochs <= 0:
+        raise UserError(f"train.epochs is more than 0, not {train.epochs}.")
     if not 0 < evaluation.top_p <= 1:
         raise UserError(f"eval.top_p is a share above 0 and up to 1, not {evaluation.top_p}.")
     if not 0 <= train.mixout < 1:

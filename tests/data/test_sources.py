@@ -6,6 +6,8 @@ import re
 import shutil
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from jaxft.config import DataConfig
@@ -95,6 +97,8 @@ BAD_FILES = {
     "csv values": ("a.csv", "a,b\n1,2\n1,2,3\n", "a.csv, line 3: expected 2 values (a, b), found 3: '1,2,3'"),
     "csv quotes": ("a.csv", 'a,b\n1,2\n3,"4\n5,6\n', "a.csv, line 3: expected values between ',', quoted with \", found '3,\"4'"),
     "csv column twice": ("a.csv", "a,a\n1,2\n", "a.csv, line 1: expected the names of the columns, each once, found 'a, a'"),
+    "endless number": ("a.jsonl", '{"a": "b"}\n{"a": ' + "9" * 5000 + "}\n", "a.jsonl, line 2: Exceeds the limit"),
+    "endless number in json": ("a.json", '[{"a": ' + "9" * 5000 + "}]", "a.json: Exceeds the limit"),
     "empty jsonl": ("a.jsonl", "\n", "a.jsonl has no rows"),
     "header only": ("a.csv", "a,b\n", "a.csv has no rows"),
     "empty csv": ("a.csv", "", "a.csv has no rows"),
@@ -119,6 +123,13 @@ def test_a_truncated_parquet_file(tmp_path):
     WRITERS["rows.parquet"](path)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match="is not a whole Parquet file"):
+        load_rows(str(path), "train")
+
+
+def test_a_parquet_column_of_a_type_that_rows_have_not(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"a": pyarrow.array([[("x", "y")]], pyarrow.map_(pyarrow.string(), pyarrow.string()))}), path)
+    with pytest.raises(UserError, match=r"a.parquet: Arrow type map<.* dtype equivalent. Write the file without that column"):
         load_rows(str(path), "train")
 
 

@@ -116,6 +116,15 @@ def test_the_plain_template_is_for_tokenizers_without_one(byte_level):
     assert byte_level.decode(asked).endswith("\n\n### Assistant:\n")
 
 
+def test_the_plain_template_begins_as_the_tokenizer_does(metaspace):
+    """Llama's kind puts <s> before each text; so does the template, and so do prompts."""
+    examples = tokenize(rows_of({"messages": TALK}), metaspace, DataConfig(template="plain"))
+    assert metaspace.encode("")[0] == metaspace.bos_token_id
+    assert (examples.tokens == metaspace.bos_token_id).nonzero()[0].tolist() == [0]
+    (asked,) = prompt_tokens([TALK[:-1]], ["line 1"], metaspace, DataConfig(template="plain"))
+    assert asked.tolist() == examples.prompt(0).tolist()
+
+
 def test_the_plain_template_needs_an_end_of_text(byte_level):
     endless = copy.deepcopy(byte_level)
     endless.eos_token = None

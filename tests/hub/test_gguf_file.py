@@ -107,18 +107,38 @@ def test_special_tokens_reach_the_exported_configuration(file, folder):
 @pytest.mark.parametrize(
     ("rope", "fields"),
     [
-        ({"rope_type": "linear", "factor": 2.0}, {"type": "linear", "factor": 2.0}),
+        ({"rope_type": "linear", "factor": 2.0}, {"scaling.type": "linear", "scaling.factor": 2.0}),
         (
             {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
-            {"type": "yarn", "factor": 4.0, "original_context_length": 16},
+            {"scaling.type": "yarn", "scaling.factor": 4.0, "scaling.original_context_length": 16},
         ),
+        (
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 20.0, "beta_slow": 2.0},
+            {
+                "scaling.type": "yarn",
+                "scaling.factor": 4.0,
+                "scaling.original_context_length": 16,
+                "scaling.yarn_beta_fast": 20.0,
+                "scaling.yarn_beta_slow": 2.0,
+            },
+        ),
+        ({"rope_type": "linear", "factor": 2.0}, {"scaling.factor": 2.0}),  # llama.cpp takes a missing type as linear
+        ({"rope_type": "linear", "factor": 2.0}, {"scale_linear": 2.0}),  # the older name
+        ({"rope_type": "default"}, {"scaling.factor": 1.0}),
     ],
 )
 def test_rotary_scaling_is_read(rope, fields, file):
     reference = make_model("qwen3", **BLOCKS, rope_parameters=rope | {"rope_theta": 10000.0})
-    write_gguf(file, reference, fields=[(f"qwen3.rope.scaling.{name}", value) for name, value in fields.items()])
+    write_gguf(file, reference, fields=[(f"qwen3.rope.{name}", value) for name, value in fields.items()])
     model, params = jaxft.load_pretrained(file)
     assert difference(model, params, reference) <= TOLERANCE
+
+
+def test_rotary_scaling_that_is_not_read_is_told(file):
+    fields = {"type": "yarn", "factor": 4.0, "attn_factor": 0.5}
+    write_gguf(file, make_model("qwen3", **BLOCKS), fields=[(f"qwen3.rope.scaling.{name}", value) for name, value in fields.items()])
+    with pytest.raises(UserError, match=r"rope.scaling.attn_factor=0.5, a rotary setting that jaxft doesn't read"):
+        jaxft.load_pretrained(file)
 
 
 def _llama3_factors(head_dim, theta, factor):

@@ -196,3 +196,16 @@ def test_mistaken_formats_are_named():
         Format("nf5")
     with pytest.raises(UserError, match="A block size is one of 32, .*, 4096, not 48"):
         Format(block_size=48)
+
+
+@pytest.mark.parametrize("shape", [(10,), (2, 2, 2, 2), (0, 4)])
+@pytest.mark.parametrize("made", [np.ones, jnp.ones])
+def test_what_is_no_kernel_is_told(shape, made):
+    with pytest.raises(UserError, match=r"A kernel is \(in, out\)"):
+        quantize(made(shape, np.float32), Format())
+
+
+def test_it_prints_and_counts_as_an_array():
+    kernel = quantize(np.ones((3, 64, 32), np.float32), Format())
+    assert repr(kernel) == "QuantizedKernel((3, 64, 32), float32, nf4, blocks of 64, double quantization)"
+    assert (kernel.ndim, kernel.size, kernel.nbytes) == (3, 6144, 3 * (64 * 32 // 2 + 32 + 4 + 4))

@@ -43,3 +43,7 @@ def test_it_is_the_plain_product(format, inputs, outputs, tokens, dtype):
 )
 def test_what_it_cannot_take_is_told(format, shape):
     assert not fits(quantize(normal(0, *shape), format))
+
+
+def test_a_row_that_blocks_run_across_does_not_fit():
+    assert not fits(quantize(normal(0, 192, 1), Format("nf4", 128)))

@@ -47,6 +47,13 @@ def test_transformers_makes_the_base_where_it_makes_the_same(format):
     assert "jaxft.save_pretrained" not in found
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_base_is_that_of_the_revision(format, quantization):
+    assert 'from_pretrained("owner/name", revision="v2"' in said(format, quantization=quantization, revision="v2")
+    assert "revision" not in said(format, quantization=quantization)
+
+
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 def test_what_is_printed_makes_the_base_that_was_trained_on(tmp_path, compute):
     """From files in float16: a base in 4 bits hangs on the type that its weights had when they were quantized."""
