@@ -199,21 +199,24 @@ class AdaLoRA(Method):
 
     def _pruned(self, updates: Any, params: Any, scores: Any, step: jax.Array, total: int) -> Any:
         """The updates, those of pruned values such that they are zero; after the last allocation what is zero stays so."""
-        triplets = [_triplet_scores(kernel) for kernel in self._kernels(scores)]
-        every = jnp.sort(jnp.concatenate([jnp.ravel(found) for found in triplets]))
+        own = [leaf for leaf in segments.leaves(scores, is_leaf=_is_kernel) if self._is_own(leaf)]
+        # The barrier: computed again where they are compared, sums in another order would put the one at the threshold above it.
+        triplets = jax.lax.optimization_barrier({leaf.names[0]: _triplet_scores(leaf.value) for leaf in own})
+        every = jnp.sort(jnp.concatenate([jnp.ravel(found) for found in triplets.values()]))
         table = [self.budget(number, total, every.size // self.init_rank) for number in range(total + 1)]
         place = jnp.minimum(step, total)
         less = every.size - jnp.asarray([budget for budget, _ in table], jnp.int32)[place]
         allocates = jnp.asarray([masks for _, masks in table])[place] & (less > 0)
         threshold = every[jnp.maximum(less - 1, 0)]
 
-        def prune(keys: Any, update: Any, value: Any, score: Any) -> Any:
-            if not self._is_own(segments.leaf_of(segments.path_of(keys), update)):
+        def prune(keys: Any, update: Any, value: Any) -> Any:
+            leaf = segments.leaf_of(segments.path_of(keys), update)
+            if not self._is_own(leaf):
                 return update
-            zero = (allocates & (_triplet_scores(score) <= threshold)) | ((step > total - self.tfinal) & (value.lora_e == 0))
+            zero = (allocates & (triplets[leaf.names[0]] <= threshold)) | ((step > total - self.tfinal) & (value.lora_e == 0))
             return dataclasses.replace(update, lora_e=jnp.where(zero, -value.lora_e, update.lora_e))
 
-        return jax.tree_util.tree_map_with_path(prune, updates, params, scores, is_leaf=_is_kernel)
+        return jax.tree_util.tree_map_with_path(prune, updates, params, is_leaf=_is_kernel)
 
     def is_target(self, name: str) -> bool:
         """Returns whether the kernel of this name gets an AdaLoRA."""
