@@ -187,7 +187,7 @@ def _backward(fixed: float, kept: tuple[Any, ...], gradient: jax.Array) -> tuple
     weights = jnp.exp(_scores(query, key, mask) - log_sum)
     shared = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     d_weights = jnp.einsum("bgqd,bgkd->bgqk", flat(gradient), value, preferred_element_type=jnp.float32).reshape(weights.shape)
-    used = dropped(weights, dropout, rng)  # once: drawing takes as long as the products
+    used = dropped(weights, dropout, rng)  # drawn once for both that need it
     d_scores = (used * d_weights - weights * shared).astype(query.dtype)
     d_value = jnp.einsum("bgqk,bgqd->bgkd", flat(used.astype(value.dtype)), flat(gradient))
     d_key = jnp.einsum("bgqk,bgqd->bgkd", flat(d_scores), flat(query))
