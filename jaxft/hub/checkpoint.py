@@ -10,7 +10,7 @@ import numpy as np
 import safetensors
 import transformers
 
-from jaxft.errors import UserError
+from jaxft.errors import UserError, given_path
 from jaxft.hub import bitsandbytes_config
 from jaxft.hub.sources import GGUF_SUFFIX, PICKLE_SUFFIXES, Source, pickle_refusal
 from jaxft.models.registry import family_of
@@ -135,6 +135,11 @@ def _no_config(source: Source) -> UserError:
         return UserError(
             f"'{source.name}' is an adapter, not a model. Load its base model ({base}), "
             "then the adapter: jaxft.load_adapter(folder, model, params)."
+        )
+    if not given_path(source.name).is_dir():
+        return UserError(
+            f"'{source.name}' has no {CONFIG} on the hub: it is no model of transformers. If its files are GGUF, download one "
+            f"(hf download {source.name} FILE{GGUF_SUFFIX} --local-dir FOLDER) and pass its path."
         )
     ggufs = sorted(path.name for path in source.folder.glob(f"*{GGUF_SUFFIX}"))
     hint = f" Pass one of its GGUF files: {', '.join(ggufs)}." if ggufs else ""

@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -27,6 +28,8 @@ from jaxft.hub.peft_format import BASE, PREFIX, WEIGHTS, Format, Params, check_t
 from jaxft.hub.save import CARD
 from jaxft.hub.sources import PICKLE_SUFFIXES, pickle_refusal
 from jaxft.methods.base import Method
+from jaxft.methods.partition import partition
+from jaxft.models.segments import leaves
 
 FORMATS: tuple[Any, ...] = (  # what follows peft_format.Format
     peft_lora,
@@ -166,9 +169,21 @@ def load_adapter(folder: str | pathlib.Path, model: Any, params: Params) -> tupl
       params: its parameters.
 
     Raises:
-      UserError: no adapter there; an option that jaxft doesn't have; weights missing, left over, or of another base's shape.
+      UserError: no adapter there; an option that jaxft doesn't have; weights missing, left over, of another base's shape, or not finite.
     """
     folder = pathlib.Path(folder).expanduser()
+    loaded, method = _read(folder, model, params)
+    for leaf in leaves(partition(loaded, method.mask(loaded))[0]):
+        if jnp.issubdtype(leaf.value.dtype, jnp.floating) and not jnp.isfinite(leaf.value).all():
+            raise UserError(
+                f"{folder}: {leaf.names[0]} has numbers that aren't finite: training had gone wrong before it was written. "
+                "Take the adapter of an earlier checkpoint."
+            )
+    return loaded, method
+
+
+def _read(folder: pathlib.Path, model: Any, params: Params) -> tuple[Params, Any]:
+    """Returns what `load_adapter` does, whatever numbers it holds."""
     if not (folder / ADAPTER_CONFIG).exists():
         raise UserError(f"{folder} has no {ADAPTER_CONFIG}: it is no adapter of PEFT or AdapterHub.")
     config = read_json(folder / ADAPTER_CONFIG)

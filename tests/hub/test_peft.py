@@ -207,6 +207,7 @@ BROKEN = {
     "left over": (lambda folder: _edit_tensors(folder, lambda t: t | {"more": np.ones(1, np.float32)}), "no place for: more"),
     "shape": (lambda folder: _edit_tensors(folder, lambda t: t | {FIRST: np.ones((4, 9), np.float32)}), r"\(4, 9\) for \(4, 32\)"),
     "other rank": (lambda folder: _edit_config(folder, r=5), r"\(4, 32\) for \(5, 32\)"),
+    "not a number": (lambda folder: _edit_tensors(folder, lambda t: t | {FIRST: t[FIRST] * np.nan}), r"q_proj/kernel/lora_a has .* finite"),
     "pickle": (_pickled, "pickle files"),
     "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
     "no config": (lambda folder: (folder / "adapter_config.json").unlink(), "it is no adapter of PEFT or AdapterHub"),

@@ -119,6 +119,12 @@ def test_a_hub_id_is_downloaded_without_what_is_not_read_then_found_in_the_cache
 
 
 @pytest.mark.slow
+def test_a_repository_of_gguf_files_alone_says_what_to_do(hub, tmp_path):
+    hub.files = {"tiny.gguf": b"GGUF"}
+    assert re.search(r"UserError: 'owner/tiny' has no config.json.*hf download owner/tiny FILE.gguf", _load("owner/tiny", tmp_path, hub))
+
+
+@pytest.mark.slow
 def test_a_revision_is_asked_for(hub, tmp_path):
     assert _load("owner/tiny", tmp_path, hub, revision="v2") == LOADED
     assert any("/revision/v2" in path for _, path, _ in hub.requests)
