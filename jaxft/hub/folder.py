@@ -2,9 +2,11 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +20,7 @@ from jaxft.errors import UserError
 
 MARKER = "jaxft.json"  # says that a folder is ours, and so may be replaced
 _FORMAT = 1
+_OLD = ".old"  # in the name of what is moved aside
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_WORDS = (
     "os error 28",
@@ -40,6 +43,8 @@ def check_replaceable(folder: pathlib.Path) -> None:
 def written(folder: pathlib.Path, kind: str) -> Iterator[pathlib.Path]:
     """Gives a temporary folder, and renames it to `folder` when the block ends well; when it doesn't, nothing is left of it.
 
+    What a process that was killed in such a block left is mended by the next one: what it wrote goes, what it moved aside comes back.
+
     Args:
       folder: where the files shall be; what is there is replaced if jaxft wrote it.
       kind: what the folder is, for its marker.
@@ -51,11 +56,13 @@ def written(folder: pathlib.Path, kind: str) -> Iterator[pathlib.Path]:
     temporary = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _mend(folder)
         temporary = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         temporary.chmod(0o777 & ~_umask())  # mkdtemp's folders are their owner's alone
-        yield temporary
-        write_json(temporary / MARKER, {"format": _FORMAT, "kind": kind})
-        _put(temporary, folder)
+        with _locked(temporary):
+            write_json(temporary / MARKER, {"format": _FORMAT, "kind": kind})
+            yield temporary
+            _put(temporary, folder)
     except (OSError, safetensors.SafetensorError) as error:
         raise _unwritten(folder, error) from error
     except Exception as error:
@@ -114,15 +121,45 @@ def _put(temporary: pathlib.Path, folder: pathlib.Path) -> None:
         temporary.rename(folder)
         return
     check_replaceable(folder)
-    aside = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
-    folder.rename(aside)
+    aside = folder.with_name(f".{folder.name}{_OLD}{temporary.suffix}")
+    with _locked(folder):
+        folder.rename(aside)
+        try:
+            temporary.rename(folder)
+        except BaseException:  # a signal too
+            if not folder.exists():
+                aside.rename(folder)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[bool]:
+    """Gives whether nobody else holds the folder's lock, and holds it in the block; the system frees it when the process ends."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        temporary.rename(folder)
-    except BaseException:  # a signal too
-        if not folder.exists():
-            aside.rename(folder)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = True
+    except OSError:  # somebody's, or a file system without locks
+        free = False
+    try:
+        yield free
+    finally:
+        os.close(handle)
+
+
+def _mend(folder: pathlib.Path) -> None:
+    """Removes what killed writers of `folder` left beside it, and puts back what one had moved aside."""
+    ours = re.compile(rf"\.{re.escape(folder.name)}({re.escape(_OLD)})?\.[a-z0-9_]{{8}}")
+    for left in sorted(folder.parent.iterdir()):
+        found = ours.fullmatch(left.name)
+        if found is None or not (left / MARKER).is_file():
+            continue
+        with _locked(left) as free:
+            if free and found[1] and not folder.exists():
+                left.rename(folder)
+            elif free:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _umask() -> int:

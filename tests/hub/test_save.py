@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -171,6 +174,47 @@ def test_a_full_disk_leaves_the_last_export(loaded, folder, tmp_path, full_disk)
         jaxft.save_pretrained(folder, model, jax.tree.map(lambda leaf: leaf + 1, params))
     assert _same(params, jaxft.load_pretrained(folder)[1])
     assert sorted(os.listdir(tmp_path)) == ["model", "source"]
+
+
+_KILLED = """
+import os, pathlib, signal, sys
+from jaxft.hub.folder import written
+
+rename, count = pathlib.Path.rename, [0]
+
+def killed(self, target):
+    count[0] += 1
+    if count[0] == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(self, target)
+
+pathlib.Path.rename = killed
+with written(pathlib.Path(sys.argv[1]), "model") as temporary:
+    (temporary / "new").write_text("whole")
+"""
+
+
+@pytest.mark.parametrize("rename", [1, 2])  # of the old folder aside, of the new one into its place
+def test_what_a_killed_export_left_is_mended_by_the_next_one(rename, folder, tmp_path):
+    with folders.written(folder, "model") as temporary:
+        (temporary / "old").write_text("whole")
+    (tmp_path / ".model.original").mkdir()  # somebody else's
+    done = subprocess.run([sys.executable, "-c", _KILLED, str(folder), str(rename)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert folder.exists() == (rename == 1)
+    assert len(os.listdir(tmp_path)) > 2
+    with pytest.raises(RuntimeError, match="not today"), folders.written(folder, "model"):
+        raise RuntimeError("not today")
+    assert sorted(os.listdir(tmp_path)) == [".model.original", "model"]
+    assert (folder / "old").exists()
+
+
+def test_what_is_being_written_is_left_alone(folder, tmp_path):
+    with folders.written(folder, "model") as first:
+        with folders.written(folder, "model") as second:
+            assert first.exists()
+            assert second.exists()
+        assert first.exists()
 
 
 def test_numbers_that_differ_when_read_back_are_not_handed_over(loaded, folder, monkeypatch):
