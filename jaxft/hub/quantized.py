@@ -5,12 +5,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxft.errors import UserError
 from jaxft.hub.bitsandbytes_config import format_of, is_converted
 from jaxft.hub.names import tensors_of
 from jaxft.methods.kernels import chosen_kernels, is_kernel, wrap
 from jaxft.methods.partition import first_match
+from jaxft.models.mesh import fitted
 from jaxft.models.node import Around, is_node, is_quantized
 from jaxft.models.segments import Leaf, leaves
 from jaxft.quant.blockwise import Format, quantize
@@ -51,10 +54,21 @@ def in_formats(params: Params, formats: Mapping[str, Format]) -> Params:
 
 
 def _quantize(kernel: Any, format: Format) -> Any:
-    """Computed on the host, where nothing is compiled for it and no bit differs; traced, for its shapes."""
+    """Computed on the host, where nothing is compiled for it and no bit differs, and put where the kernel lay; traced, for its shapes."""
     if isinstance(kernel, jax.core.Tracer):
         return quantize(kernel, format)
-    return jax.device_put(quantize(np.asarray(jax.device_get(kernel)), format))
+    made = quantize(np.asarray(jax.device_get(kernel)), format)
+    where = getattr(kernel, "sharding", None)
+    if not isinstance(where, NamedSharding):
+        return jax.device_put(made, where)
+    spec = (*where.spec, *[None] * (kernel.ndim - len(where.spec)))
+    places = jax.tree.map(
+        lambda part, value: fitted(where.mesh, P(*spec[:-2], *part), value.shape),
+        made.placement(P(*spec[-2:])),
+        made,
+        is_leaf=lambda value: isinstance(value, P),
+    )
+    return jax.device_put(made, places)
 
 
 def formats_of(params: Params) -> dict[str, Format]:

@@ -3,11 +3,27 @@
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 _T = TypeVar("_T")
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes that share the rows of a batch
+
+
+def fitted(mesh: Mesh | AbstractMesh, spec: P, shape: tuple[int, ...]) -> NamedSharding:
+    """Returns where an array lies by `spec`; an axis that devices can't share evenly is whole on each of them.
+
+    >>> tuple(fitted(AbstractMesh((1, 2, 1), AXES), P("fsdp", "fsdp"), (4, 3)).spec)
+    ('fsdp', None)
+    """
+
+    def divides(axis: Any, size: int) -> bool:
+        names = axis if isinstance(axis, tuple) else (axis,)
+        return axis is not None and size % int(np.prod([mesh.shape[name] for name in names])) == 0
+
+    return NamedSharding(mesh, P(*(axis if divides(axis, size) else None for axis, size in zip(spec, shape, strict=False))))
 
 
 def by_rows(x: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from jaxft.errors import UserError
 from jaxft.methods.partition import first_match
 from jaxft.models import segments
 from jaxft.models.layers import HOST_MEMORY
-from jaxft.models.mesh import AXES, ROWS
+from jaxft.models.mesh import AXES, ROWS, fitted
 from jaxft.models.node import Shared, is_node, is_shared, is_site
 from jaxft.objectives.base import Objective
 from jaxft.train.moments import is_8bit
@@ -75,14 +75,9 @@ def shardings(params: Any, table: Table, mesh: Mesh) -> Any:
 
         def fit(spec: Any, value: Any) -> Any:
             if is_shared(value):
-                held: Any = place_one(spec.value, value.value)
+                held: Any = fitted(mesh, spec.value, value.value.shape)
                 return Shared(held)
-            return place_one(P(None, *spec) if stacked else spec, value)
-
-        def place_one(full: P, value: Any) -> NamedSharding:
-            return NamedSharding(
-                mesh, P(*(axis if _divides(mesh, axis, size) else None for axis, size in zip(full, value.shape, strict=False)))
-            )
+            return fitted(mesh, P(None, *spec) if stacked else spec, value.shape)
 
         return jax.tree.map(fit, specs, leaf.value, is_leaf=lambda value: isinstance(value, P) or is_shared(value))
 
@@ -99,10 +94,6 @@ def place(params: Any, places: Any) -> Any:
         return found
 
     return jax.tree.map(once, params, places)
-
-
-def _divides(mesh: Mesh, axis: Any, size: int) -> bool:
-    return axis is not None and size % mesh.shape[axis] == 0
 
 
 def state_shardings(

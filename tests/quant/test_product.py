@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jaxft
 from jaxft.models.node import dot, linear, take
 from jaxft.quant import Format, quantize
 from jaxft.train import placement
@@ -88,6 +89,22 @@ def test_a_sharded_kernel_is_quantized_to_the_same_bits():
     mesh = Mesh(np.asarray(jax.devices()), ("tensor",))
     sharded = quantize(jax.device_put(array, NamedSharding(mesh, P(None, "tensor"))), Format())
     jax.tree.map(np.testing.assert_array_equal, sharded, quantize(array, Format()))
+
+
+@pytest.mark.parametrize("spec", [P(None, None, "tensor"), P(None, "tensor"), P()])
+def test_a_sharded_model_is_quantized_where_it_lies(spec):
+    mesh = Mesh(np.asarray(jax.devices()), ("tensor",))
+    array = normal(0, 3, 128, 96)
+
+    def held(value):
+        params = {"embed": {"embedding": normal(1, 8, 96)}, "layers": {"0-2": {"mlp": {"up_proj": {"kernel": value}}}}}
+        return jaxft.quantized(params, Format())["layers"]["0-2"]["mlp"]["up_proj"]["kernel"]
+
+    placed = held(jax.device_put(array, NamedSharding(mesh, spec)))
+    jax.tree.map(np.testing.assert_array_equal, placed, held(array))
+    share = 1 if spec == P() else 2
+    for part in (placed.codes, placed.scales):
+        assert {shard.data.size for shard in part.addressable_shards} == {part.size // share}
 
 
 def test_one_shape_is_compiled_once():
