@@ -143,6 +143,10 @@ def run(arguments: Sequence[str]) -> None:
 def prompts() -> list[dict[str, str]]:
     """Returns what `--prompt` or `--prompts` gives, a row each."""
     if FLAGS.prompt is not None:
+        try:
+            FLAGS.prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"--prompt isn't UTF-8 text: {error.reason} (character {error.start + 1}).") from error
         return [{"prompt": FLAGS.prompt}]
 
     from jaxft.data.sources import load_rows

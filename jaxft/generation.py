@@ -20,6 +20,7 @@ from jaxft.models.node import prepared, virtual_tokens
 
 _BUCKET = 64  # prompts are padded to a multiple of so many tokens, so that few programs serve all lengths
 _MASKED = -1e30
+_GREEDY = 1e-6  # a temperature below which the likeliest token is all that is left
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +153,7 @@ def _generate(
 
 def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     """Returns the next tokens, (batch,) int32, of logits (batch, vocabulary) float32."""
-    if sampling.temperature == 0:
+    if sampling.temperature < _GREEDY:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampling.temperature
     if sampling.top_k:

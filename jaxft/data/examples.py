@@ -10,6 +10,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from jaxft.data.template import special_tokens
+
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
@@ -211,7 +213,7 @@ def answer_end(tokenizer: Any, examples: NextTokens) -> int | None:
     """Returns the special token that most answers end with, or None where they end with text."""
     last = examples.tokens[examples.offsets[1:] - 1 - _unscored_tail(examples)][examples.cut == 0]
     common = int(np.bincount(last).argmax()) if len(last) else None
-    return common if common in tokenizer.all_special_ids else None
+    return common if common in special_tokens(tokenizer).values() else None
 
 
 def _unscored_tail(examples: NextTokens) -> np.ndarray:

@@ -155,7 +155,7 @@ def _read_json_lines(path: pathlib.Path) -> Rows:
             raise UserError(
                 f"{path}, line {line}: expected one JSON object a line, found {_shown(text)} ({error.msg}, column {error.colno})."
             ) from error
-        except ValueError as error:  # a number of thousands of digits
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in thousands of lists
             raise UserError(f"{path}, line {line}: {error}.") from error
         records.append(record)
         lines.append(line)
@@ -172,7 +172,7 @@ def _read_json(path: pathlib.Path) -> Rows:
         raise UserError(
             f"{path}, line {error.lineno}: expected a JSON list of objects, found {found} ({error.msg}, column {error.colno}).{advice}"
         ) from error
-    except ValueError as error:  # a number of thousands of digits
+    except (ValueError, RecursionError) as error:  # as above
         raise UserError(f"{path}: {error}.") from error
     if isinstance(records, dict) and isinstance(records.get("data"), list):
         records = records["data"]

@@ -54,6 +54,21 @@ class ChatTemplate:
                 list(messages), chat_template=self.text, tokenize=False, add_generation_prompt=generate
             )
 
+    def prompt(self, messages: Sequence[Message], place: str) -> str:
+        """Returns a conversation up to the assistant's answer as text: what stands before what is scored when it is trained on."""
+        answered = [*messages, {"role": "assistant", "content": _SENTINEL}]
+        if self.marked:
+            text, turns = self._marked(answered, place)
+            if turns:
+                return text[: turns[-1][0]]
+        before, whole = self.render(messages, place, generate=True), self.render(answered, place)
+        return before if whole.startswith(before) else whole.partition(_SENTINEL)[0]
+
+    def lead(self, messages: Sequence[Message], place: str) -> str:
+        """Returns what the template writes between the prompt and an answer, for the model to generate: an empty thought, of some."""
+        before, whole = self.prompt(messages, place), self.render([*messages, {"role": "assistant", "content": _SENTINEL}], place)
+        return whole[len(before) :].partition(_SENTINEL)[0] if whole.startswith(before) else ""
+
     def tokens(self, conversations: Sequence[Conversation], places: Sequence[str]) -> list[tuple[np.ndarray, list[Span]]]:
         """Returns each conversation's tokens, and the token spans of its scored turns.
 
@@ -73,9 +88,20 @@ class ChatTemplate:
 
     def _marked_turns(self, found: Conversation, place: str) -> tuple[str, list[Span]]:
         """Returns the text and the scored turns as the template marks them."""
-        with _explained(found.messages, place):
+        text, turns = self._marked(found.messages, place)
+        answers = [number for number, message in enumerate(found.messages) if message["role"] == "assistant"]
+        if turns and answers:
+            last = found.messages[: answers[-1] + 1]
+            ending, ended = (text, turns) if len(last) == len(found.messages) else self._marked(last, place)
+            behind = ending[ended[-1][1] :] if ended else ""
+            turns = [(start, self._through_end(text, start, stop, behind)) for start, stop in turns]
+        return text, turns if len(found.scored) == len(answers) else turns[-len(found.scored) :]
+
+    def _marked(self, messages: Sequence[Message], place: str) -> tuple[str, list[Span]]:
+        """Returns the text and what of it the template marks, a span a turn."""
+        with _explained(messages, place):
             rendered: Any = render_jinja_template(  # annotated as text, but a pair of lists
-                [list(found.messages)],
+                [list(messages)],
                 chat_template=self.text,
                 return_assistant_tokens_mask=True,
                 **self.tokenizer.special_tokens_map,
@@ -87,16 +113,21 @@ class ChatTemplate:
                 turns[-1] = (turns[-1][0], stop)
             elif stop > start:
                 turns.append((start, stop))
-        turns = [(start, self._through_end(texts[0], start, stop)) for start, stop in turns]
-        answers = sum(message["role"] == "assistant" for message in found.messages)
-        return texts[0], turns if len(found.scored) == answers else turns[-len(found.scored) :]
+        return texts[0], turns
 
-    def _through_end(self, text: str, start: int, stop: int) -> int:
-        """Where a marked turn ends with its end-of-turn token: a special token that follows at once is it, unless one is marked already."""
-        special = self.tokenizer.all_special_tokens
+    def _through_end(self, text: str, start: int, stop: int, behind: str) -> int:
+        """Where a marked turn ends with its end-of-turn token, unless that is marked already.
+
+        It is the special token that follows, whitespace aside, and that follows the last turn of a conversation too: `behind` is what
+        stands there. Others begin the next turn.
+        """
+        special = special_tokens(self.tokenizer)
         if any(text[start:stop].rstrip().endswith(token) for token in special):
             return stop
-        return stop + max((len(token) for token in special if text.startswith(token, stop)), default=0)
+        following = behind[: _shared(text[stop:], behind)]
+        space = len(following) - len(following.lstrip())
+        length = max((len(token) for token in special if following.startswith(token, space)), default=0)
+        return stop + space + length if length else stop
 
     def _turns(self, found: Conversation, place: str) -> tuple[str, list[Span]]:
         """Returns the text and the scored turns of a template without markers."""
@@ -131,9 +162,19 @@ class ChatTemplate:
                 "Give --config.data.template with {% generation %} and {% endgeneration %} around what the assistant generates."
             )
         ending = self.render([*messages[:turn], other], place).partition(_SENTINEL)[2]
-        pairs = zip(after, ending, strict=False)
-        shared = next((i for i, (left, right) in enumerate(pairs) if left != right), min(len(after), len(ending)))
-        return len(before), len(text) - len(after) + shared
+        return len(before), len(text) - len(after) + _shared(after, ending)
+
+
+def _shared(one: str, other: str) -> int:
+    """Returns how many characters two texts begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (left, right) in pairs if left != right), min(len(one), len(other)))
+
+
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Returns the id of every special token: those with a name, as eos_token, and those that the tokenizer's file alone calls special."""
+    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
 
 
 def chat_template(tokenizer: Any, given: str) -> ChatTemplate | None:

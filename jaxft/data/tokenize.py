@@ -69,11 +69,12 @@ def prompt_tokens(asked: Sequence[Sequence[Message]], places: Sequence[str], tok
             "The tokenizer has no chat template, so a prompt is one text. Give --config.data.template=plain, or one, for more turns."
         )
     if template is None:
-        encoded = tokenizer([turns[0]["content"] for turns in asked])
+        found = tokenizer([turns[0]["content"] for turns in asked])["input_ids"]
+        found = [tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens for tokens in found]  # as some end every text
     else:
-        texts = [template.render(turns, place, generate=True) for turns, place in zip(asked, places, strict=True)]
-        encoded = tokenizer(texts, add_special_tokens=False)
-    return [np.asarray(tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens, np.int32) for tokens in encoded["input_ids"]]
+        texts = [template.prompt(turns, place) for turns, place in zip(asked, places, strict=True)]
+        found = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [np.asarray(tokens, np.int32) for tokens in found]
 
 
 COLUMNS = ("set", "rows", "tokens", "min", "median", "mean", "95%", "max", "scored", "cut")

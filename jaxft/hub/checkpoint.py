@@ -20,6 +20,7 @@ GENERATION_CONFIG = "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 QUANTIZATION = "quantization_config"  # the key of config.json
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types that weights have where they aren't quantized
 
@@ -97,7 +98,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 def architecture_of(config: Mapping[str, Any], where: str) -> str:
     """Returns the one architecture that a config.json names; raises `UserError` where it names none or one that jaxft hasn't."""
     names = config.get("architectures")
-    if not isinstance(names, list) or len(names) != 1:
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise UserError(f"{where} names {names or 'no architecture'} under 'architectures'; one is expected.")
     family_of(names[0])
     return names[0]
@@ -107,9 +108,14 @@ def complete_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Returns a config.json with the defaults that transformers' class for it adds; raises `UserError` where it doesn't take it."""
     fields = {name: value for name, value in config.items() if name != "model_type"}
     try:
-        return transformers.AutoConfig.for_model(config["model_type"], **fields).to_dict()
+        complete = transformers.AutoConfig.for_model(config["model_type"], **fields)
     except Exception as error:  # whatever transformers' checks raise, the file is at fault
         raise UserError(f"{where} isn't a configuration that transformers reads: {type(error).__name__}: {error}") from error
+    for name in _SIZES:
+        if (size := getattr(complete, name, 1)) is not None and not (isinstance(size, int) and size >= 1):
+            raise UserError(f"{where}: {name} is a whole number from 1 on, not {size!r}.")
+    found: dict[str, Any] = complete.to_dict()
+    return found
 
 
 def read_config(source: Source) -> dict[str, Any]:
@@ -155,8 +161,8 @@ def _weight_files(source: Source) -> dict[pathlib.Path, list[str]]:
             raise UserError(f"{folder / INDEX} has no 'weight_map'. Download the model again.")
         files: dict[pathlib.Path, list[str]] = {}
         for name, file in places.items():
-            if pathlib.PurePath(file).name != file:
-                raise UserError(f"{folder / INDEX} names a file outside of its folder: '{file}'.")
+            if not isinstance(file, str) or pathlib.PurePath(file).name != file or file in ("", ".."):
+                raise UserError(f"{folder / INDEX} puts '{name}' into {file!r}, a file outside of its folder, or none. Download it again.")
             files.setdefault(folder / file, []).append(name)
         return files
     if (folder / WEIGHTS).exists():

@@ -17,8 +17,10 @@ import safetensors
 import safetensors.numpy
 
 from jaxft.errors import UserError
+from jaxft.hub.checkpoint import read_json
 
-MARKER = "jaxft.json"  # says that a folder is ours, and so may be replaced
+MARKER = "jaxft.json"  # says that a folder is ours, and so may be replaced, and which files of it are
+_KINDS = {"adapter": "an adapter", "model": "a model"}
 _FORMAT = 1
 _OLD = ".old"  # in the name of what is moved aside
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -31,12 +33,20 @@ _FULL_WORDS = (
 )  # of safetensors, tensorstore
 
 
-def check_replaceable(folder: pathlib.Path) -> None:
-    """Raises `UserError` where `folder` exists and is neither empty nor ours."""
+def check_replaceable(folder: pathlib.Path, kind: str = "") -> None:
+    """Raises `UserError` where `folder` exists and is neither empty nor wholly ours, or is of another `kind`."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UserError(f"{folder} is there and is no folder. Choose another one.")
-    if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).is_file():
+    if not folder.exists() or not (found := sorted(path.name for path in folder.iterdir())):
+        return
+    if MARKER not in found:
         raise UserError(f"{folder} isn't empty, and jaxft didn't write it ({MARKER} is missing). Choose another folder, or empty it.")
+    marker = read_json(folder / MARKER)
+    held = marker.get("kind", kind)
+    if kind and held != kind:
+        raise UserError(f"{folder} holds {_KINDS.get(held, held)}, which {_KINDS[kind]} doesn't replace. Choose another folder.")
+    if foreign := [name for name in found if name not in marker.get("files", found)]:
+        raise UserError(f"{folder} holds files that jaxft didn't write: {', '.join(foreign)}. Move them, or choose another folder.")
 
 
 @contextlib.contextmanager
@@ -52,7 +62,7 @@ def written(folder: pathlib.Path, kind: str) -> Iterator[pathlib.Path]:
     Raises:
       UserError: the folder isn't ours, or can't be written, as on a full disk.
     """
-    check_replaceable(folder)
+    check_replaceable(folder, kind)
     temporary = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -60,9 +70,11 @@ def written(folder: pathlib.Path, kind: str) -> Iterator[pathlib.Path]:
         temporary = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         temporary.chmod(0o777 & ~_umask())  # mkdtemp's folders are their owner's alone
         with _locked(temporary):
-            write_json(temporary / MARKER, {"format": _FORMAT, "kind": kind})
+            marker = {"format": _FORMAT, "kind": kind}
+            write_json(temporary / MARKER, marker | {"files": []})
             yield temporary
-            _put(temporary, folder)
+            write_json(temporary / MARKER, marker | {"files": sorted(path.name for path in temporary.iterdir())})
+            _put(temporary, folder, kind)
     except (OSError, safetensors.SafetensorError) as error:
         raise _unwritten(folder, error) from error
     except Exception as error:
@@ -115,12 +127,12 @@ def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
     return bool(np.array_equal(one, other))
 
 
-def _put(temporary: pathlib.Path, folder: pathlib.Path) -> None:
+def _put(temporary: pathlib.Path, folder: pathlib.Path, kind: str) -> None:
     """Renames a folder into place. What was there is moved aside first and put back if that fails."""
     if not folder.exists():
         temporary.rename(folder)
         return
-    check_replaceable(folder)
+    check_replaceable(folder, kind)
     aside = folder.with_name(f".{folder.name}{_OLD}{temporary.suffix}")
     with _locked(folder):
         folder.rename(aside)

@@ -86,7 +86,16 @@ class GGUFFile:
             raise unknown("GGUF architecture", self._architecture, _TYPES)
         self.config = self._config()
         self._names = self._hugging_face_names()
+        for theirs in self._names.values():
+            self._check_type(self._tensors[theirs])
         self.shapes = {name: tuple(int(size) for size in reversed(self._tensors[theirs].shape)) for name, theirs in self._names.items()}
+
+    def _check_type(self, tensor: Any) -> None:
+        """Raises `UserError` for numbers in a type that nothing dequantizes."""
+        try:
+            gguf.quants.dequantize(tensor.data[:1], tensor.tensor_type)
+        except NotImplementedError as error:
+            raise UserError(f"{self._path}: {tensor.name} is stored as {tensor.tensor_type.name}, which jaxft doesn't read.") from error
 
     def read(self, name: str) -> np.ndarray:
         """Returns one tensor, dequantized, float32."""
@@ -108,7 +117,10 @@ class GGUFFile:
 
     def _own(self, name: str, default: Any = None) -> Any:
         """A field of the architecture: block_count is llama.block_count."""
-        return self._field(f"{self._architecture}.{name}", default)
+        value = self._field(f"{self._architecture}.{name}", default)
+        if isinstance(value, str) and name != "rope.scaling.type":
+            raise UserError(f"{self._path}: {self._architecture}.{name} is a number, not the text {value!r}. Download the file again.")
+        return value
 
     def _needed(self, name: str) -> Any:
         if (value := self._own(name)) is None:
@@ -120,6 +132,8 @@ class GGUFFile:
             raise UserError(f"{self._path} is a mixture of experts, which jaxft doesn't have.")
         if (embedding := self._tensors.get("token_embd.weight")) is None:
             raise UserError(f"{self._path} has no token_embd.weight: it is no whole language model.")
+        if len(embedding.shape) != 2:
+            raise UserError(f"{self._path}: token_embd.weight has {len(embedding.shape)} axes, not 2: it is no whole language model.")
         window = self._own("attention.sliding_window")
         family = "mistral" if self._architecture == "llama" and window else self._architecture
         heads = self._needed("attention.head_count")

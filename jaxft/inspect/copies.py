@@ -117,7 +117,7 @@ def _candidates(shingles: Sequence[frozenset[bytes]], seed: int) -> Iterator[tup
     """Yields pairs of texts whose signatures agree in a band, each pair once."""
     if not shingles:
         return
-    hashes = datasketch.MinHash.generator(shingles, num_perm=_BANDS * _ROWS_A_BAND, seed=seed + 1)
+    hashes = datasketch.MinHash.generator(shingles, num_perm=_BANDS * _ROWS_A_BAND, seed=(seed + 1) % 2**32)
     signatures = np.array([one.hashvalues for one in hashes]).reshape(len(shingles), _BANDS, _ROWS_A_BAND)
     seen = set()
     for band in range(_BANDS):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.errors import unknown
+from jaxft.errors import UserError, unknown
 
 TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
@@ -33,6 +33,10 @@ class Rotary:
     truncate: bool = True  # yarn
 
     def __post_init__(self) -> None:
+        scaled = self.rope_type in ("linear", "dynamic", "llama3")
+        for name, value in {"rope_theta": self.rope_theta, **({"factor": self.factor} if scaled else {})}.items():
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise UserError(f"{name} of the rotary embedding is a number above 0, not {value!r}.")
         if self.rope_type not in TYPES:
             raise unknown("rotary type", self.rope_type, TYPES)
 

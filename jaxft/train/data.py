@@ -57,7 +57,7 @@ def load_unlabelled(experiment: Experiment, model: Any, tokenizer: Any, shapes: 
     room = objective_of(experiment).answer_room
     found = experiment.task.unlabelled(rows[UNLABELLED], tokenizer, data, model, data.labelled_fraction < 1.0, room)
     console.table("Data without labels", COLUMNS, [describe(found, UNLABELLED)])
-    check_positions({UNLABELLED: found}, experiment, model, virtual_tokens(shapes))
+    check_tokens({UNLABELLED: found}, experiment, model, virtual_tokens(shapes))
     size, pad = train.unlabelled_batch_size or train.batch_size, pad_token(tokenizer)
     return UnlabelledBatches(found, data, size, train.accumulation, train.seed, False, pad, stream=UNLABELLED)
 
@@ -140,7 +140,7 @@ def load_training_data(experiment: Experiment, model: Any, tokenizer: Any, shape
     others = load_unlabelled(experiment, model, tokenizer, shapes, rows)
     rows = {name: found for name, found in rows.items() if name != UNLABELLED}
     examples = load_examples(experiment, rows, tokenizer, model) | load_general(experiment, tokenizer, model)
-    check_positions(examples, experiment, model, virtual_tokens(shapes))
+    check_tokens(examples, experiment, model, virtual_tokens(shapes))
     share_prefix = model.pooling == LAST and not train.neftune_alpha  # its noise follows each example's length
     training = experiment.task.for_training(model, examples["train"])
     training = objective_of(experiment).for_training(experiment.task, model, tokenizer, training)
@@ -190,8 +190,16 @@ def micro_batches(batches: Batches) -> Iterator[dict[str, np.ndarray]]:
             yield {name: array[index] for name, array in batch.items()}
 
 
-def check_positions(examples: dict[str, Examples], experiment: Experiment, model: Any, before: int = 0) -> None:
-    """Raises `UserError` where the longest row, after so many virtual tokens, has more tokens than the model has positions."""
+def check_tokens(examples: dict[str, Examples], experiment: Experiment, model: Any, before: int = 0) -> None:
+    """Raises `UserError` where a row has a token that the model has no embedding of, and where the longest, after so many virtual tokens,
+    has more of them than the model has positions.
+    """
+    for name, found in examples.items():
+        if (largest := int(found.tokens.max())) >= model.config.vocab_size:
+            raise UserError(
+                f"The tokenizer makes token {largest} of the {name} rows; {experiment.model.source} has embeddings of "
+                f"{model.config.vocab_size} alone: its files don't belong together. Take the tokenizer that the model came with."
+            )
     longest, positions = max(int(found.lengths.max()) for found in examples.values()), model.config.max_position_embeddings
     if longest + before <= positions:
         return

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from jaxft.data.batches import Layout, each_once, lay_out
 from jaxft.data.examples import Examples, NextTokens
+from jaxft.data.template import chat_template
+from jaxft.errors import UserError
 from jaxft.generation import Sampling, generate
 from jaxft.methods.partition import partition
 from jaxft.models.heads import LAST
@@ -182,7 +184,22 @@ class Evaluator:
                 setup.experiment.eval.batch_size,
                 bar.update,
             )
-        return [text.strip() for text in setup.tokenizer.batch_decode(made, skip_special_tokens=True)]
+        return answer_texts(setup, made)
+
+
+def answer_texts(setup: Setup, made: Sequence[Any]) -> list[str]:
+    """Returns generated tokens as text, without what the chat template itself writes before every answer, as Qwen3's empty thought."""
+    tokenizer = setup.tokenizer
+    texts = [text.strip() for text in tokenizer.batch_decode(made, skip_special_tokens=True)]
+    template = chat_template(tokenizer, setup.experiment.data.template)
+    if template is None:
+        return texts
+    try:
+        lead = template.lead([{"role": "user", "content": "?"}], "A question")
+    except UserError:  # a template that wants more than a question: what it writes before an answer isn't known
+        return texts
+    lead = tokenizer.decode(tokenizer.encode(lead, add_special_tokens=False), skip_special_tokens=True).strip()
+    return [text.removeprefix(lead).strip() for text in texts]
 
 
 def make_sampling(setup: Setup) -> Sampling:

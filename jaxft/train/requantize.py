@@ -19,7 +19,7 @@ from jaxft.quant.blockwise import Format
 from jaxft.train import placement
 from jaxft.train.evaluate import Evaluator
 from jaxft.train.report import card
-from jaxft.train.setup import Setup, on_host
+from jaxft.train.setup import Setup, on_host, stopping_model
 from jaxft.train.state import State
 
 
@@ -39,7 +39,9 @@ def export(setup: Setup, state: State, evaluator: Evaluator, folder: pathlib.Pat
     if summary:
         summary = {**summary, "eval": {**summary["eval"], "after, in 4 bits again": {"loss": loss}}}
     with warnings.catch_warnings(record=True, action="always", category=UserNote) as notes:
-        save_pretrained(folder, setup.model, again, setup.tokenizer, card=card(experiment, summary, BITSANDBYTES), format=BITSANDBYTES)
+        save_pretrained(
+            folder, stopping_model(setup), again, setup.tokenizer, card=card(experiment, summary, BITSANDBYTES), format=BITSANDBYTES
+        )
     for note in notes:
         console.say(f"Note: {note.message}\n")
 

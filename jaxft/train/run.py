@@ -32,14 +32,14 @@ from jaxft.tasks.base import Report
 from jaxft.train import requantize
 from jaxft.train.checkpoint import Checkpoints, Progress, fingerprint
 from jaxft.train.data import GENERAL
-from jaxft.train.evaluate import Evaluation, Evaluator, make_sampling
+from jaxft.train.evaluate import Evaluation, Evaluator, answer_texts, make_sampling
 from jaxft.train.fit import can_merge
 from jaxft.train.folds import fold_folder, is_cross_validation, one_fold, print_folds, together
 from jaxft.train.logs import peak_memory_bytes
 from jaxft.train.loop import Loop, Outcome
 from jaxft.train.observed import Observed
 from jaxft.train.report import adapter_command, card, model_command, print_answers, print_comparison, print_report
-from jaxft.train.setup import Setup, TrainingSetup, is_averaged, on_host, set_up, set_up_trained
+from jaxft.train.setup import Setup, TrainingSetup, is_averaged, on_host, set_up, set_up_trained, stopping_model
 from jaxft.train.state import State
 from jaxft.train.workdir import (
     CONFIG,
@@ -187,7 +187,7 @@ def generate(experiment: Experiment, workdir: pathlib.Path, rows: Sequence[Mappi
         experiment.train.seed,
         min(experiment.eval.batch_size, len(prompts)),
     )
-    answers = [text.strip() for text in setup.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    answers = answer_texts(setup, tokens)
     lines = [json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False) for prompt, answer in zip(prompts, answers, strict=True)]
     failed = None
     if output is not None:
@@ -229,7 +229,7 @@ def export(experiment: Experiment, workdir: pathlib.Path, format: str | None, ou
     folder = output or workdir / "export" / format
     if format == BITSANDBYTES:
         bitsandbytes_config.check_code(experiment.model.quantization)
-    check_replaceable(folder)
+    check_replaceable(folder, "model" if format in WHOLE else "adapter")
     setup, state = _load_best(experiment, workdir, measured=format == BITSANDBYTES)
     if format == BITSANDBYTES:
         requantize.export(setup, state, Evaluator(setup), folder, summary_of(workdir))
@@ -452,4 +452,4 @@ def _export(setup: Setup, state: State, format: str, method: Method, folder: pat
     if format != "hf":
         save_adapter(folder, setup.model, params, method, base_model=experiment.model.source, card=text)
     else:
-        save_pretrained(folder, setup.model, method.merge(setup.model, on_host(params)), setup.tokenizer, card=text)
+        save_pretrained(folder, stopping_model(setup), method.merge(setup.model, on_host(params)), setup.tokenizer, card=text)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,8 +41,8 @@ from jaxft.train import optimizer as optimizers
 from jaxft.train.checkpoint import Progress
 from jaxft.train.data import (
     TrainingData,
-    check_positions,
     check_split,
+    check_tokens,
     load_measured,
     load_rows,
     load_training_data,
@@ -129,6 +130,8 @@ def check(experiment: Experiment, count: int | None = None) -> Any:
     for name, number in natural.items():
         if number < 0:
             raise UserError(f"{name} is 0 or more, not {number}.")
+    if train.seed >= 2**32:
+        raise UserError(f"train.seed is below 2^32, not {train.seed}.")
     if train.epochs <= 0:
         raise UserError(f"train.epochs is more than 0, not {train.epochs}.")
     if not 0 < evaluation.top_p <= 1:
@@ -318,7 +321,7 @@ def set_up_trained(experiment: Experiment, progress: Progress, measured: bool) -
     run = describe_model(experiment, _check_given(experiment), progress.options)
     rows, examples = load_measured(run.experiment, run.tokenizer, run.model) if measured else ({}, {})
     if examples:
-        check_positions(examples, experiment, run.model, virtual_tokens(run.shapes))
+        check_tokens(examples, experiment, run.model, virtual_tokens(run.shapes))
     params = _begin(
         run, read_base(run), lambda: load_training_data(run.experiment, run.model, run.tokenizer, run.shapes, load_rows(trained)).batches
     )
@@ -447,5 +450,18 @@ def print_trainable(params: Any, mask: Any) -> None:
 
 
 def end_tokens(setup: Setup) -> tuple[int, ...]:
-    """Returns the tokens that end a text: the tokenizer's own, and the one that ends the answers trained on."""
-    return tuple(sorted({token for token in (setup.tokenizer.eos_token_id, setup.answer_end) if token is not None}))
+    """Returns the tokens that end a text: the tokenizer's, those of the model's files, and the one that ends the answers trained on."""
+    hf = json.loads(setup.model.config.hf)
+    own = (hf.get("generation_config") or hf).get("eos_token_id")
+    found = {setup.tokenizer.eos_token_id, setup.answer_end, *(own if isinstance(own, list) else [own])}
+    return tuple(sorted(found - {None}))
+
+
+def stopping_model(setup: Setup) -> nn.Module:
+    """Returns the model, with the tokens that end a text here as those that its files tell transformers."""
+    hf, found = json.loads(setup.model.config.hf), list(end_tokens(setup))
+    if not setup.experiment.task.generates or not found:
+        return setup.model
+    (hf.get("generation_config") or hf)["eos_token_id"] = found[0] if len(found) == 1 else found
+    model: nn.Module = setup.model.clone(config=dataclasses.replace(setup.model.config, hf=json.dumps(hf)))
+    return model

@@ -1,7 +1,10 @@
 """The scored tokens are what the assistant generates, exactly, whether or not the template marks it."""
 
+import copy
+
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -145,6 +148,40 @@ def test_the_end_of_turn_token_behind_a_marked_answer_is_scored(byte_level):
         turn = f"{{% if m.role == 'assistant' %}}{answer}{{% else %}}<{{{{ m.content }}}}>{{% endif %}}"
         template = f"{{% for m in messages %}}{turn}{{% endfor %}}"
         assert texts_of(byte_level, template, dialogue("a", "the"))[-1] == f"the{end}"
+
+
+@pytest.mark.parametrize(
+    ("behind", "before", "expected"),
+    [
+        ("", "<|im_start|>", ["the", "for"]),  # begins the next turn
+        (" <|im_end|>", "", ["the <|im_end|>", "for <|im_end|>"]),
+        ("<|stop|>", "", ["the<|stop|>", "for<|stop|>"]),  # special by the tokenizer's file alone
+        ("<|other|>", "", ["the", "for"]),  # not special
+    ],
+)
+def test_what_follows_every_marked_answer_is_its_end(behind, before, expected, byte_level):
+    tokenizer = copy.deepcopy(byte_level)
+    tokenizer.add_tokens([tokenizers.AddedToken("<|stop|>", special=True), tokenizers.AddedToken("<|other|>", special=False)])
+    turn = "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}" + behind
+    template = "{% for m in messages %}" + turn + "{% else %}" + before + "{{ m.content }}:{% endif %}{% endfor %}"
+    for question in ([], [{"role": "user", "content": "so"}]):
+        assert texts_of(tokenizer, template, [*dialogue("a", "the", "b", "for"), *question]) == expected
+
+
+def prompt_and_lead(tokenizer, template):
+    found = chat_template(tokenizer, template)
+    question = dialogue("a")
+    return found.prompt(question, "row 1"), found.lead(question, "row 1")
+
+
+def test_a_prompt_is_what_stands_before_an_answer_in_training(byte_level):
+    assert prompt_and_lead(byte_level, CHATML) == ("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", "")
+    assert prompt_and_lead(byte_level, unmarked(CHATML)) == prompt_and_lead(byte_level, CHATML)
+    thinks = unmarked(CHATML).replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
+    assert prompt_and_lead(byte_level, thinks) == prompt_and_lead(byte_level, CHATML)
+    thought = "<think>\n\n</think>\n\n"
+    assert prompt_and_lead(byte_level, unmarked(FORGETS_THINKING)) == (prompt_and_lead(byte_level, CHATML)[0], thought)
+    assert prompt_and_lead(byte_level, FORGETS_THINKING) == (prompt_and_lead(byte_level, CHATML)[0], thought)
 
 
 def test_a_marker_in_a_comment_is_none(byte_level):

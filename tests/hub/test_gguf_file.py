@@ -174,6 +174,11 @@ BROKEN = {
     "left over": ({"tensors": [("blk.0.extra.weight", np.ones(2, np.float32))]}, r"no place for: blk\.0\.extra\.weight"),
     "experts": ({"fields": [("llama.expert_count", 8)]}, "mixture of experts"),
     "scaling": ({"fields": [("llama.rope.scaling.type", "longrope")]}, "no rotary scaling 'longrope'"),
+    "text": ({"fields": [("llama.rope.scaling.factor", "2")]}, r"llama\.rope\.scaling\.factor is a number, not the text '2'"),
+    "integers": (
+        {"leave_out": ["model.norm.weight"], "tensors": [("output_norm.weight", np.ones(64, np.int32))]},
+        "output_norm.weight is stored as I32, which jaxft doesn't read",
+    ),
     "depth": ({"leave_out": ["model.embed_tokens.weight"]}, "no token_embd.weight"),
 }
 

@@ -147,7 +147,11 @@ def _bad_index(folder):
 
 
 def _escaping_index(folder):
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": "../x.safetensors"}}')
+    _index(folder, "../x.safetensors")
+
+
+def _index(folder, file):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
 
 
 _QWEN2 = {"architectures": ["Qwen2ForCausalLM"]}  # whose configuration transformers doesn't check
@@ -174,6 +178,16 @@ BROKEN = {
     "quantized": (lambda folder: _config(folder, quantization_config={"quant_method": "gptq"}), r"quantized \(gptq\)"),
     "shard missing": (_bad_index, r"There is no .*gone\.safetensors"),
     "shard outside": (_escaping_index, "outside of its folder"),
+    "shard of no name": (lambda folder: _index(folder, 5), "outside of its folder, or none"),
+    "shard above": (lambda folder: _index(folder, ".."), "outside of its folder, or none"),
+    "architecture of no name": (lambda folder: _config(folder, architectures=[1]), r"names \[1\] under"),
+    "no layers": (lambda folder: _config(folder, num_hidden_layers=0), "num_hidden_layers is a whole number from 1 on, not 0"),
+    "no positions": (lambda folder: _config(folder, max_position_embeddings=0), "max_position_embeddings is a whole number from 1 on"),
+    "rotary base": (lambda folder: _config(folder, rope_parameters={"rope_type": "default", "rope_theta": 0.0}), "rope_theta .* above 0"),
+    "rotary factor": (
+        lambda folder: _config(folder, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 0.0}),
+        "factor of the rotary embedding is a number above 0|isn't a configuration that transformers reads",
+    ),
 }
 
 

@@ -161,6 +161,24 @@ def test_somebody_elses_folder_is_left_alone(loaded, folder):
     assert os.listdir(folder) == ["thesis.txt"]
 
 
+def test_files_that_somebody_put_into_our_folder_are_left_alone(loaded, folder):
+    jaxft.save_pretrained(folder, *loaded)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds files that jaxft didn't write: notes.txt. Move them"):
+        jaxft.save_pretrained(folder, *loaded)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert (folder / "config.json").exists()
+
+
+def test_a_model_does_not_replace_an_adapter(loaded, folder):
+    model, params = loaded
+    method = jaxft.methods.LoRA(rank=2)
+    jaxft.save_adapter(folder, model, method.init(jax.random.key(0), model, params), method)
+    with pytest.raises(UserError, match=r"holds an adapter, which a model doesn't replace"):
+        jaxft.save_pretrained(folder, model, params)
+    assert (folder / "adapter_config.json").exists()
+
+
 def test_a_file_in_its_place_is_left_alone(loaded, folder):
     folder.write_text("mine")
     with pytest.raises(UserError, match="is no folder"):

@@ -1,10 +1,12 @@
 """What ends an answer, and the warning where nothing does."""
 
 import dataclasses
+import json
 import types
 
 import numpy as np
 import pytest
+import tokenizers
 from tiny_models import make_examples
 
 import experiments
@@ -12,7 +14,12 @@ from jaxft.data import tokenize
 from jaxft.train import data, setup
 
 END = 3
-TOKENIZER = types.SimpleNamespace(eos_token_id=2, all_special_ids=[2, END])
+ADDED = {END: tokenizers.AddedToken("<end>", special=True), 50: tokenizers.AddedToken("<think>", special=False)}
+TOKENIZER = types.SimpleNamespace(eos_token_id=2, all_special_ids=[2], all_special_tokens=["</s>"], added_tokens_decoder=ADDED)
+
+
+def model_of(hf):
+    return types.SimpleNamespace(config=types.SimpleNamespace(hf=json.dumps(hf)))
 
 
 def ending_with(token, cut=0):
@@ -26,7 +33,19 @@ def ending_with(token, cut=0):
 @pytest.mark.parametrize(("examples", "end", "stops"), [(ending_with(END), END, (2, 3)), (ending_with(50), None, (2,))])
 def test_the_last_scored_token_ends_an_answer_if_it_is_special(examples, end, stops):
     assert setup.answer_end(TOKENIZER, examples) == end
-    assert setup.end_tokens(types.SimpleNamespace(tokenizer=TOKENIZER, answer_end=end)) == stops
+    assert setup.end_tokens(types.SimpleNamespace(tokenizer=TOKENIZER, answer_end=end, model=model_of({}))) == stops
+
+
+@pytest.mark.parametrize(
+    ("hf", "stops"),
+    [
+        ({"eos_token_id": 7}, (2, END, 7)),
+        ({"eos_token_id": 7, "generation_config": {"eos_token_id": [8, 9]}}, (2, END, 8, 9)),
+        ({"eos_token_id": None}, (2, END)),
+    ],
+)
+def test_what_ends_a_text_for_transformers_ends_it_here(hf, stops):
+    assert setup.end_tokens(types.SimpleNamespace(tokenizer=TOKENIZER, answer_end=END, model=model_of(hf))) == stops
 
 
 @pytest.mark.parametrize(("examples", "warned"), [(ending_with(END), False), (ending_with(50), True), (ending_with(50, cut=1), False)])

@@ -13,19 +13,25 @@ from jaxft.errors import UserError
 from jaxft.methods.prefix import KeysValues
 from jaxft.methods.prompt import Embeddings
 from jaxft.models.node import virtual_tokens
-from jaxft.train.data import check_positions
+from jaxft.train.data import check_tokens
 
-MODEL = types.SimpleNamespace(config=types.SimpleNamespace(max_position_embeddings=20))
+MODEL = types.SimpleNamespace(config=types.SimpleNamespace(max_position_embeddings=20, vocab_size=1000))
 EXPERIMENT = dataclasses.replace(experiments.load("lora_llama2"), model=ModelConfig(source="owner/model"))
 
 
 def check(longest, before):
-    check_positions({"train": make_examples([5, 7]), "test": make_examples([longest])}, EXPERIMENT, MODEL, before)
+    check_tokens({"train": make_examples([5, 7]), "test": make_examples([longest])}, EXPERIMENT, MODEL, before)
 
 
 def test_what_fits_passes():
     check(20, 0)
     check(12, 8)
+
+
+def test_a_token_beyond_the_embedding_is_refused():
+    small = types.SimpleNamespace(config=types.SimpleNamespace(max_position_embeddings=20, vocab_size=3))
+    with pytest.raises(UserError, match=r"makes token \d+ of the train rows; owner/model has embeddings of 3 alone"):
+        check_tokens({"train": make_examples([5, 7])}, EXPERIMENT, small)
 
 
 def test_a_row_that_is_too_long_is_refused():
