@@ -5,8 +5,8 @@
 Pfeiffer's adapter after the feed-forward part of each layer, and the head, train (arXiv:2005.00247).
 
 Hardware: two CPU cores, 1.6 GB of memory; 15 minutes on one of them. 262,035 of 22,827,417 parameters train.
-Its result over several seeds isn't measured yet. One run (seed 0) had 68.3% accuracy, 46.2% macro F1 and a loss of 0.773 on the test;
-full_bert_sentiment with that seed 73.4%, 48.6% and 0.709, the majority class 65.4%, 26.4% and 0.849.
+On the test, mean and deviation of seeds 0, 1, 2: 71.5% (2.8) accuracy, 45.7% (5.0) macro F1, a loss of 0.732 (0.027); the majority class
+has 65.4%, 26.4% and 0.849, a logistic regression on TF-IDF 70.8% (0.2), 38.8% (0.3) and 0.719 (0.003).
 """
 
 import dataclasses

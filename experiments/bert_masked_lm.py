@@ -7,8 +7,8 @@ anew (`new_head`), the product with the embedding is the files' own. 540 reviews
 Runs anywhere, with nothing downloaded.
 
 Hardware: two CPU cores, 2.4 GB of memory. 22,744,506 parameters train; a step is about 1,000 tokens.
-Its result over several seeds isn't measured yet. One run of one pass, 59 steps, loss and accuracy on the hidden tokens of the test:
-tuned 6.522, 6.2%; the tokens' frequencies in training 6.632, 5.7%; untuned, with the head as drawn, 11.205, 0%. So one pass teaches the
+Loss and accuracy on the hidden tokens of the test after one pass, 59 steps, mean and deviation of seeds 0, 1, 2: tuned 6.323 (0.058), 7.0%
+(0.4); the tokens' frequencies in training 6.632, 5.7%; untuned, with the head as drawn, 10.927 (0.249), 0%. So one pass teaches the
 new head little more than which words are frequent. A checkpoint with a head (--config.model.source=bert-base-uncased
 --config.task.new_head=False) starts where language is known.
 """

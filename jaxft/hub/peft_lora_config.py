@@ -105,6 +105,10 @@ def targets(
     modules, wanted = list(modules), config["target_modules"]
     if linear is not None and isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
         modules = [module for module in modules if module in set(linear)]
+    saved = [
+        re.compile(rf"(^|.*\.){name}($|\..*)") for name in config.get("modules_to_save") or ()
+    ]  # peft never adapts what is trained whole
+    modules = [module for module in modules if not any(name.match(module) for name in saved)]
     chosen = [module for module in modules if not _matches(config.get("exclude_modules"), module) and _is_target(config, module)]
     if not chosen:
         raise UserError(f"{where}: target_modules {config['target_modules']!r} choose none of the model's {kind}: {_kinds(modules)}.")
