@@ -10,8 +10,6 @@ from typing import Any, Self
 
 import numpy as np
 
-from jaxft.data.template import special_tokens
-
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
@@ -207,6 +205,12 @@ def noted(examples: Examples, beside: Mapping[str, np.ndarray]) -> Examples:
 
 def _noted(examples: NextTokens, beside: Mapping[str, np.ndarray]) -> NotedTokens:
     return NotedTokens(**{field.name: getattr(examples, field.name) for field in dataclasses.fields(NextTokens)}, beside=beside)
+
+
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Returns the id of every special token: those with a name, as eos_token, and those that the tokenizer's file alone calls special."""
+    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
 
 
 def answer_end(tokenizer: Any, examples: NextTokens) -> int | None:

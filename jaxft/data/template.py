@@ -12,6 +12,7 @@ import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from jaxft.data.conversations import Conversation, Message
+from jaxft.data.examples import special_tokens
 from jaxft.errors import UserError, nearest
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -169,12 +170,6 @@ def _shared(one: str, other: str) -> int:
     """Returns how many characters two texts begin with alike."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (left, right) in pairs if left != right), min(len(one), len(other)))
-
-
-def special_tokens(tokenizer: Any) -> dict[str, int]:
-    """Returns the id of every special token: those with a name, as eos_token, and those that the tokenizer's file alone calls special."""
-    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
 
 
 def chat_template(tokenizer: Any, given: str) -> ChatTemplate | None:
