@@ -23,7 +23,7 @@ from jaxft.data.rows import Rows
 from jaxft.data.template import ChatTemplate, Span, chat_template
 from jaxft.errors import UserError
 
-VERSION = 1  # of what this code makes of the same rows: raise it when that changes, so that older cache files are not read
+VERSION = 2  # of what this code makes of the same rows: raise it when that changes, so that older cache files are not read
 CHUNK = 1000  # rows the tokenizer gets at once: it works on them in parallel
 
 

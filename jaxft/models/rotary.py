@@ -33,12 +33,14 @@ class Rotary:
     truncate: bool = True  # yarn
 
     def __post_init__(self) -> None:
-        scaled = self.rope_type in ("linear", "dynamic", "llama3")
-        for name, value in {"rope_theta": self.rope_theta, **({"factor": self.factor} if scaled else {})}.items():
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise UserError(f"{name} of the rotary embedding is a number above 0, not {value!r}.")
         if self.rope_type not in TYPES:
             raise unknown("rotary type", self.rope_type, TYPES)
+        numbers = {"rope_theta": self.rope_theta}
+        if self.rope_type != "default" and (self.rope_type, self.factor) != ("yarn", 0.0):
+            numbers["factor"] = self.factor
+        for name, value in numbers.items():
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise UserError(f"{name} of the rotary embedding is a number above 0, not {value!r}.")
 
 
 def angles(rotary: Rotary, head_dim: int, max_positions: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

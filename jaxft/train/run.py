@@ -131,7 +131,8 @@ def begin(
       evaluator: of `setup`.
       before: what that evaluation would find, where another run found it.
     """
-    own_exports(setup, setup.state)  # what could be written nowhere is refused before it trains
+    for name, format, _ in own_exports(setup, setup.state):  # what could be written nowhere is refused before it trains
+        check_replaceable(workdir / "export" / name, _kind(format))
     resolved = overrides.to_dict(experiment)
     write_config(workdir, resolved)
     checkpoints = Checkpoints(workdir / "checkpoints", experiment.train.keep)
@@ -229,7 +230,7 @@ def export(experiment: Experiment, workdir: pathlib.Path, format: str | None, ou
     folder = output or workdir / "export" / format
     if format == BITSANDBYTES:
         bitsandbytes_config.check_code(experiment.model.quantization)
-    check_replaceable(folder, "model" if format in WHOLE else "adapter")
+    check_replaceable(folder, _kind(format))
     setup, state = _load_best(experiment, workdir, measured=format == BITSANDBYTES)
     if format == BITSANDBYTES:
         requantize.export(setup, state, Evaluator(setup), folder, summary_of(workdir))
@@ -261,6 +262,10 @@ def inspect(experiment: Experiment, workdir: pathlib.Path) -> Look:
 
 def _say_exported(folder: pathlib.Path, format: str) -> None:
     console.say(f"{folder} holds the {'merged model' if format in WHOLE else 'adapter'}.")
+
+
+def _kind(format: str) -> str:
+    return "model" if format in WHOLE else "adapter"
 
 
 def own_exports(setup: Setup, state: State) -> list[tuple[str, str, Method]]:

@@ -362,6 +362,21 @@ def test_a_start_that_failed_locks_no_folder(here, tmp_path):
 
 
 @pytest.mark.slow
+def test_somebodys_files_among_the_exports_are_found_before_it_trains(here, tmp_path):
+    flags = ("--config.train.steps=2", "--config.eval.generate=false", "--config.train.eval_every=0")
+    code, _, err = here(tmp_path / "run", *flags)
+    assert code == 0, err
+    notes = tmp_path / "run" / "export" / "peft" / "notes.txt"
+    notes.write_text("mine")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    code, _, err = here(tmp_path / "run", *flags)
+    assert code == 2
+    assert "holds files that jaxft didn't write: notes.txt. Move them" in err
+    assert notes.read_text() == "mine"
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == lines
+
+
+@pytest.mark.slow
 def test_folders_of_others_are_refused_without_a_traceback(here, tmp_path):
     for content in ('{"model_type": "llama"}', "[]"):
         (tmp_path / "config.json").write_text(content)
