@@ -96,7 +96,7 @@ def read(
     peft_lora_config.check(config, where, PEFT_TYPE, DEFAULTS, _HONOURED)
     linear = linear_layers(model, params)
     modules = [entry.module for entry in linear]
-    chosen = set(peft_lora_config.targets(config, modules, where))
+    chosen = set(peft_lora_config.targets(config, modules, where, saved=saved))
     peft_leaves.check_free(linear, AdaLoRAKernel, chosen, METHOD.__name__)
     names = [place(entry) for entry in linear if entry.module in chosen]
     settings = {ours: type(getattr(AdaLoRA(), ours))(config.get(theirs) or DEFAULTS[theirs] or 0) for theirs, ours in _NAMES.items()}

@@ -49,7 +49,7 @@ def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params:
     where = str(folder / ADAPTER_CONFIG)
     peft_config.check(config, DEFAULTS, ("fan_in_fan_out", "feedforward_modules", "init_ia3_weights"), where)
     linear = linear_layers(model, params)
-    chosen = set(peft_lora_config.targets(config, [entry.module for entry in linear], where))
+    chosen = set(peft_lora_config.targets(config, [entry.module for entry in linear], where, saved=saved))
     peft_leaves.check_free(linear, Scaled, chosen, METHOD.__name__)
     every = [entry.path.rpartition("/")[0] for entry in linear]
     names = {entry.module: name for entry, name in zip(linear, every, strict=True) if entry.module in chosen}

@@ -1,7 +1,7 @@
 """PEFT's adapter_config.json for LoRA: which of its keys jaxft honours, and which modules, ranks and alphas it means."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from jaxft.errors import UserError, nearest
@@ -94,21 +94,25 @@ def check(
 
 
 def targets(
-    config: Mapping[str, Any], modules: Iterable[str], where: str, kind: str = "linear layers", linear: Iterable[str] | None = None
+    config: Mapping[str, Any],
+    modules: Iterable[str],
+    where: str,
+    kind: str = "linear layers",
+    linear: Iterable[str] | None = None,
+    saved: Collection[str] = (),
 ) -> list[str]:
     """Returns which of `modules`, a model's modules of one `kind`, a configuration chooses, as peft chooses them.
 
-    `linear` are those of them that all-linear means; None is all.
+    What is trained whole is never chosen: `saved` modules, and those of the configuration's modules_to_save. `linear` are those of the
+    modules that all-linear means; None is all.
 
     Raises `UserError` where it chooses none.
     """
     modules, wanted = list(modules), config["target_modules"]
     if linear is not None and isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
         modules = [module for module in modules if module in set(linear)]
-    saved = [
-        re.compile(rf"(^|.*\.){name}($|\..*)") for name in config.get("modules_to_save") or ()
-    ]  # peft never adapts what is trained whole
-    modules = [module for module in modules if not any(name.match(module) for name in saved)]
+    whole = set(saved).union(*(covered(name, modules) for name in config.get("modules_to_save") or ()))
+    modules = [module for module in modules if module not in whole]
     chosen = [module for module in modules if not _matches(config.get("exclude_modules"), module) and _is_target(config, module)]
     if not chosen:
         raise UserError(f"{where}: target_modules {config['target_modules']!r} choose none of the model's {kind}: {_kinds(modules)}.")

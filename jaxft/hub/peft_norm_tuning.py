@@ -40,7 +40,7 @@ def read(
     peft_config.check(config, DEFAULTS, (), where)
     norms = _norms(model, params)
     modules = list(dict.fromkeys(map(_module, norms)))
-    chosen = set(peft_lora_config.targets(config, modules, where, "norms"))
+    chosen = set(peft_lora_config.targets(config, modules, where, "norms", saved=saved))
     every = dict.fromkeys(map(_name, norms))
     method = NormTuning(tuple(peft_config.patterns([_name(entry) for entry in norms if _module(entry) in chosen], every, "/")))
     params = method.init(jax.random.key(0), model, params)

@@ -81,7 +81,7 @@ def read(
     where = str(folder / ADAPTER_CONFIG)
     peft_config.check(config, DEFAULTS, _HONOURED, where)
     linear = linear_layers(model, params)
-    chosen = set(peft_lora_config.targets(config, [entry.module for entry in linear], where))
+    chosen = set(peft_lora_config.targets(config, [entry.module for entry in linear], where, saved=saved))
     peft_leaves.check_free(linear, VeRAKernel, chosen, METHOD.__name__)
     every = [entry.path.rpartition("/")[0] for entry in linear]
     names = [name for entry, name in zip(linear, every, strict=True) if entry.module in chosen]

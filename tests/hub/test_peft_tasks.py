@@ -25,6 +25,8 @@ THEIRS = {
     f"roberta {CLASSES}": peft.LoraConfig(task_type="SEQ_CLS", r=2, use_dora=True, target_modules=["query", "attention.output.dense"]),
     f"distilbert {CLASSES}": peft.VeraConfig(task_type="SEQ_CLS", r=4, target_modules=["q_lin"]),
     f"electra {CLASSES}": peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "dense"]),  # the head's dense layer is none
+    f"camembert {CLASSES}": peft.IA3Config(task_type="SEQ_CLS", target_modules=["query", "dense"], feedforward_modules=["dense"]),
+    f"xlm-roberta {CLASSES}": peft.VeraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "dense"]),
     f"electra {TAGS}": peft.LoraConfig(task_type="TOKEN_CLS", r=2, target_modules=["key", "output.dense"]),
     f"gpt2 {CLASSES}": peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True),
     f"gpt2 {TAGS}": peft.IA3Config(
