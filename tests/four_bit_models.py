@@ -13,7 +13,7 @@ from tiny_models import VOCABULARY, make_reference
 
 import jaxft
 
-# Rows of whole blocks: bitsandbytes 0.50 on CPU dequantizes others wrongly (a mean error of 0.27 of N(0, 1) in place of 0.075).
+# Rows of whole blocks: bitsandbytes 0.50 dequantizes others wrongly where a CPU has AVX-512 (a mean error of 0.27 of N(0, 1), not 0.075).
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 OTHERWISE = {"gpt2": {"n_inner": SHAPE["intermediate_size"]}}
 IDS = np.random.default_rng(0).integers(1, VOCABULARY, (2, 13)).astype(np.int32)

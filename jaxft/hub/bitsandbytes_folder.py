@@ -133,7 +133,7 @@ def tensors_of(entry: Entry) -> dict[str, np.ndarray]:
 def note(found: Sequence[Entry]) -> str:
     """Returns what to know of a folder of such weights before bitsandbytes computes with it on a CPU; empty where it computes rightly.
 
-    Its version 0.50 takes each row of a weight, (out, in), for a whole number of blocks there.
+    Its version 0.50 takes each row of a weight, (out, in), for a whole number of blocks where a CPU has AVX-512; elsewhere it doesn't.
     """
     kernels = [entry for entry in found if is_quantized(entry.leaf.value) and entry.leaf.shape[0] % entry.leaf.value.format.block_size]
     if not kernels:
@@ -143,6 +143,6 @@ def note(found: Sequence[Entry]) -> str:
     remedy = f"Blocks of {' or '.join(fitting)} fill these rows." if fitting else "Leave them out of what is quantized."
     names = listed([entry.name for entry in kernels])
     return (
-        f"bitsandbytes can't compute on a CPU with {names}: their rows, of {inputs} values in the first, "
+        f"bitsandbytes can't compute on a CPU that has AVX-512 with {names}: their rows, of {inputs} values in the first, "
         f"aren't whole blocks of {block}, and it stops there, or takes wrong values. jaxft reads them rightly. {remedy}"
     )

@@ -67,7 +67,7 @@ def save_pretrained(
       card: README.md, Markdown; empty is a short one.
       max_shard_size: of one safetensors file.
       format: hf writes quantized kernels dense, one after the other; bitsandbytes writes their codes, which transformers loads with it; of
-        kernels that it can't compute with on a CPU, rows that aren't whole blocks, a warning says so.
+        kernels that it can't compute with on a CPU that has AVX-512, rows that aren't whole blocks, a warning says so.
 
     Raises:
       UserError: `params` hold a method, or nothing that bitsandbytes has; a folder that isn't ours, or can't be written.

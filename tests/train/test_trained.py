@@ -1,6 +1,7 @@
 """What using a trained run needs: its checkpoint's trained leaves, and the one set that it is measured on."""
 
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -102,7 +103,8 @@ def test_what_ends_an_answer_and_the_trained_leaves_come_from_the_checkpoint(tra
     made, trainable = setup.set_up_trained(asked, progress, measured=False)
     state = checkpoints.restore_trained(4, trainable)
     checkpoints.close()
-    assert setup.end_tokens(made) == (made.tokenizer.convert_tokens_to_ids("<|im_end|>"),)
+    of_its_files = json.loads((material / "model" / "config.json").read_text())["eos_token_id"]
+    assert setup.end_tokens(made) == (made.tokenizer.convert_tokens_to_ids("<|im_end|>"), of_its_files)
     assert progress.answer_end in setup.end_tokens(made)
     assert int(state.step) == 4
     assert jax.tree.leaves(state.optimizer) == []
