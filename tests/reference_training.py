@@ -52,12 +52,16 @@ def our_gradients(model, params, method):
     return float(loss), gradients
 
 
-def torch_losses(model, groups=None):
-    """Returns the losses of twenty steps of torch's AdamW on the model, which it changes; `groups` are parameters with rates."""
-    leaves = [leaf for leaf in model.parameters() if leaf.requires_grad]
-    optimizer = torch.optim.AdamW(groups or leaves, lr=LEARNING_RATE, weight_decay=0.0)
+def torch_losses(model, groups=None, before=lambda step: None):
+    """Returns the losses of twenty steps of torch's AdamW on the model, which it changes.
+
+    `groups` are parameters with rates; without them all train that can at the start. `before` is called with the number of each step.
+    """
+    leaves = list(model.parameters())
+    optimizer = torch.optim.AdamW(groups or [leaf for leaf in leaves if leaf.requires_grad], lr=LEARNING_RATE, weight_decay=0.0)
     losses = []
-    for _ in range(STEPS):
+    for step in range(STEPS):
+        before(step)
         optimizer.zero_grad()
         loss = torch_loss(model)
         loss.backward()

@@ -38,6 +38,7 @@ from reference_training import (
 from tiny_models import largest_difference, moved, same_bits
 
 import jaxft
+from jaxft.config import OptimizerConfig
 from jaxft.errors import UserError
 from jaxft.hub.names import tensors_of
 from jaxft.methods import BitFit, Full, NormTuning, Partial
@@ -317,6 +318,52 @@ def test_decayed_rates_are_those_of_torchs_parameter_groups():
     groups = [{"params": [leaf], "lr": rate(name)} for name, leaf in reference.named_parameters()]
     config = dataclasses.replace(CONFIG, learning_rate=top)
     check_losses(our_losses(model, method.init(jax.random.key(0), model, params), method, config), torch_losses(reference, groups))
+
+
+def test_a_layer_that_joins_late_steps_as_torch_has_it_step():
+    """Torch counts a parameter's steps from its first gradient; by the run's count a late layer would step at up to 6.5 times the rate."""
+    method = Partial(last=3, unfreeze_every=4)
+    reference, model, params = pair("llama")
+    reference = copy.deepcopy(reference)
+
+    def join(step):
+        for name, leaf in reference.named_parameters():
+            leaf.requires_grad = any(f".layers.{2 - place}." in name for place in range(step // 4 + 1))
+
+    params = method.init(jax.random.key(0), model, params)
+    check_losses(our_losses(model, params, method), torch_losses(reference, list(reference.parameters()), join))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd", "int8"])
+def test_a_layer_that_joins_late_steps_as_if_the_run_began_there(name):
+    """With one gradient at every step, a layer's n-th update is the same whenever it joins.
+
+    Adafactor bounds an update by its size over all layers, so there those that join move the others.
+    """
+
+    def size(tree):
+        return max(np.abs(leaf).max() for leaf in jax.tree.leaves(tree))
+
+    every, steps = 3, 12
+    config = OptimizerConfig(**({"moments": "int8"} if name == "int8" else {"name": name}), schedule="constant", warmup=0, clip_norm=0.0)
+    model, params = base("llama")
+
+    def updates(method):
+        made = method.init(jax.random.key(0), model, params)
+        trainable, _ = jaxft.partition(made, method.mask(made))
+        optimizer = lenient(method.optimizer(make_optimizer(config, steps), steps))
+        gradient = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape), trainable)
+        update, state, found = jax.jit(optimizer.update), optimizer.init(trainable), []
+        for _ in range(steps):
+            moved, state = update(gradient, state, trainable)
+            found.append(moved)
+        return found
+
+    at_once, late = updates(Partial(last=3)), updates(Partial(last=3, unfreeze_every=every))
+    for place in range(3):
+        for step in range(steps - every * place):
+            expected, found = (layer_of(tree, 2 - place) for tree in (at_once[step], late[step + every * place]))
+            assert largest_difference(expected, found) <= (0.5 if name == "adafactor" else 1e-6) * size(expected), (place, step)
 
 
 @pytest.mark.parametrize(("method", "family"), [EVERY["full"], EVERY["list and pattern"], EVERY["biases"]], ids=["full", "partial", "bias"])
