@@ -370,9 +370,8 @@ class LoRA(Method):
             )
         starts, bases = [], []
         for index, name in enumerate(leaf.names):
-            base = leaf.value if leaf.layers is None else jax.tree.map(lambda part, index=index: part[index], leaf.value)
             whole = jnp.asarray(kernel(name)).astype(jnp.float32)
-            start, base = lora_start.loftq(self.start, whole, base, rank, self.scale_of(name))
+            start, base = lora_start.loftq(self.start, whole, leaf.part(index), rank, self.scale_of(name))
             starts.append(start)
             bases.append(base)
         if lora_start.loftq_iterations(self.start) == 1:
@@ -390,8 +389,7 @@ class LoRA(Method):
                 f"method.start: '{self.start}' takes a part out of the base and leaves the rest, which {_held(leaf.value)} can't hold "
                 f"exactly.{other}"
             )
-        kernel = leaf.value if leaf.layers is None else leaf.value[index]
-        return lora_start.from_kernel(self.start, rng, dense(kernel), rank, self.scale_of(leaf.names[index]))
+        return lora_start.from_kernel(self.start, rng, dense(leaf.part(index)), rank, self.scale_of(leaf.names[index]))
 
 
 def _held(value: Any) -> str:

@@ -28,7 +28,10 @@ FROM_GRADIENTS = ("gradient", "fisher")
 
 def _sum(shape: tuple[int, ...], base: Kernel | None, rows: jax.Array, columns: jax.Array, values: jax.Array) -> jax.Array:
     """base, zero where it is None, + the sparse difference, (in, out) float32."""
-    whole = jnp.zeros(shape, jnp.float32) if base is None else dense(base)
+    return _added(jnp.zeros(shape, jnp.float32) if base is None else dense(base), rows, columns, values)
+
+
+def _added(whole: jax.Array, rows: jax.Array, columns: jax.Array, values: jax.Array) -> jax.Array:
     return whole.at[rows, columns].add(values, unique_indices=True)
 
 
@@ -82,8 +85,7 @@ class SparseKernel(Around):
         return dot(x, self.base, rng) + _product(self.shape, x, None, *places)
 
     def dense(self) -> jax.Array:
-        whole = functools.partial(_sum, self.shape[-2:])
-        return (whole if self.rows.ndim == 1 else jax.vmap(whole))(self.base, self.rows, self.columns, self.values)
+        return (_added if self.rows.ndim == 1 else jax.vmap(_added))(dense(self.base), self.rows, self.columns, self.values)
 
     def placement(self, spec: P) -> Any:
         made: Any = SparseKernel  # a node of specs, not of arrays
@@ -154,7 +156,7 @@ class SparseMask(Method):
         """
         self.check_fits(params)
         found = {
-            name: leaf.value if leaf.layers is None else leaf.value[index]
+            name: leaf.part(index)
             for leaf in segments.leaves(scores, is_leaf=is_node)
             if is_kernel(leaf)
             for index, name in enumerate(leaf.names)
@@ -215,8 +217,7 @@ class SparseMask(Method):
 
 
 def _magnitude(leaf: Leaf, index: int) -> jax.Array:
-    value = leaf.value if leaf.layers is None else jax.tree.map(lambda part: part[index], leaf.value)
-    return jnp.abs(dense(value))
+    return jnp.abs(dense(leaf.part(index)))
 
 
 def highest(scores: jax.Array, count: int) -> jax.Array:

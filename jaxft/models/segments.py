@@ -134,6 +134,12 @@ class Leaf:
         """The shape of one layer's part."""
         return tuple(self.value.shape[1:] if self.layers is not None else self.value.shape)
 
+    def part(self, index: int) -> Any:
+        """Returns the value of the layer that `names` has at `index`, without the layer axis; outside of the layers, the value."""
+        if self.layers is None:
+            return self.value
+        return with_shared(jax.tree.map(lambda stack: stack[index], own(self.value)), self.value)
+
 
 def path_of(keys: Any) -> tuple[str, ...]:
     """Returns a jax key path as plain strings."""

@@ -54,12 +54,8 @@ def kernel_errors(params: Any, again: Any) -> dict[str, float]:
         for index, name in enumerate(leaf.names if is_quantized(leaf.value) else ()):
             old, place = before[name]
             if not is_quantized(old.value):
-                found[name] = float(_error(_layer(old, place), _layer(leaf, index)))
+                found[name] = float(_error(old.part(place), leaf.part(index)))
     return found
-
-
-def _layer(leaf: segments.Leaf, index: int) -> Any:
-    return leaf.value if leaf.layers is None else jax.tree.map(lambda part: part[index], leaf.value)
 
 
 def _error(kernel: Any, again: Any) -> jax.Array:

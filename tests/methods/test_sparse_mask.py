@@ -29,7 +29,7 @@ import jaxft
 from jaxft.config import DataConfig
 from jaxft.errors import UserError
 from jaxft.hub.peft import has_form
-from jaxft.methods import LoRA, SparseMask
+from jaxft.methods import LoRA, SparseMask, VeRA
 from jaxft.methods.base import Material
 from jaxft.methods.lora import LoRAKernel
 from jaxft.methods.partition import size
@@ -57,7 +57,7 @@ def kernels(params):
     for leaf in segments.leaves(params, is_leaf=is_node):
         if isinstance(leaf.value, SparseKernel):
             for index, name in enumerate(leaf.names):
-                found[name] = leaf.value if leaf.layers is None else jax.tree.map(lambda part, i=index: part[i], leaf.value)
+                found[name] = leaf.part(index)
     return found
 
 
@@ -72,6 +72,13 @@ def test_only_the_values_move():
 def test_merged_is_unmerged():
     check_merge(METHOD)
     check_merge(dataclasses.replace(METHOD, choice="magnitude", targets=("layers", "lm_head")))
+
+
+@pytest.mark.parametrize("choice", ["random", "magnitude"])
+def test_around_what_layers_have_in_common_it_merges_too(choice):
+    vera, sparse = VeRA(rank=8, targets=("q_proj",)), dataclasses.replace(METHOD, choice=choice)
+    for method in (vera + sparse, sparse + vera):
+        check_merge(method)
 
 
 @pytest.mark.slow
