@@ -15,6 +15,7 @@ from jaxft.hub import (
     adapterhub_head,
     peft_adalora,
     peft_ia3,
+    peft_leaves,
     peft_lora,
     peft_norm_tuning,
     peft_saved,
@@ -135,9 +136,10 @@ def save_adapter(
     written = found.write(model, params, own)
     if whole is not None:
         written = peft_saved.added(written, model, params, whole)
+    tensors = peft_saved.twice_named(written.tensors, model)
     kind = task_type(model.config.task, written.config["modules_to_save"] or ())
     config = {**written.config, "base_model_name_or_path": base_model or None, "task_type": kind}
-    _write(pathlib.Path(folder), [_File(ADAPTER_CONFIG, WEIGHTS, config, written.tensors)], card or _CARD)
+    _write(pathlib.Path(folder), [_File(ADAPTER_CONFIG, WEIGHTS, config, tensors)], card or _CARD)
 
 
 class _File(NamedTuple):
@@ -203,6 +205,7 @@ def _read(folder: pathlib.Path, model: Any, params: Params) -> tuple[Params, Any
         if any(path.suffix in PICKLE_SUFFIXES for path in folder.iterdir()):
             raise pickle_refusal(str(folder))
         raise UserError(f"{folder} has no {WEIGHTS}.")
+    peft_leaves.check_head(folder, model)
     found = kinds[kind]
     if not config.get("modules_to_save") or found in _ALONE:
         return found.read(folder, config, model, params)

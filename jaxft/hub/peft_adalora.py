@@ -113,7 +113,7 @@ def read(
         found = [slot for entry in adapted for slot in _slots(entry, _kept(config, entry.module, method.init_rank, where))]
         return found + peft_tensors.biases(tensors_of(model, params), method.trains_bias, chosen)
 
-    peft_tensors.check(folder / WEIGHTS, slots(jax.eval_shape(add, params)), linear, saved)  # nothing is made for a file that doesn't fit
+    peft_tensors.check(folder, slots(jax.eval_shape(add, params)), model, params, saved)  # nothing is made for a file that doesn't fit
     params = add(params)
     return peft_tensors.fill(folder / WEIGHTS, params, slots(params)), method
 

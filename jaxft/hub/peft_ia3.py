@@ -57,7 +57,7 @@ def read(folder: pathlib.Path, config: dict[str, Any], model: nn.Module, params:
     method = IA3(tuple(peft_config.patterns(names.values(), every, "/")), tuple(peft_config.patterns(inputs, names.values(), "/")))
     params = method.init(jax.random.key(0), model, params)
     scaled = nodes_of(linear_layers(model, params), Scaled, method.is_target)
-    return peft_leaves.read(folder, params, map(_place, scaled), peft_leaves.held(folder, linear, saved)), method
+    return peft_leaves.read(folder, params, map(_place, scaled), peft_leaves.held(folder, model, params, saved)), method
 
 
 def _is_feedforward(config: dict[str, Any], module: str) -> bool:

@@ -10,17 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+from flax import linen as nn
 
 from jaxft.errors import UserError
 from jaxft.hub.checkpoint import FLOATS, header
-from jaxft.hub.names import Entry, listed
+from jaxft.hub.names import WEIGHT, Entry, listed, tensors_of
 from jaxft.hub.peft_format import PREFIX, WEIGHTS, Params
+from jaxft.hub.task import second_names
 from jaxft.methods.kernels import HEAD, WORDS
 from jaxft.models import segments
 from jaxft.models.node import dense, find, innermost, is_node
 from jaxft.models.segments import Leaf
 
 _BASE = PREFIX + "{module}.base_layer.weight"
+_WRITTEN_TOO = (WORDS, HEAD, "lm_head/decoder/kernel")
+_REPLACED = ("original_module", "modules_to_save")  # the last part of a module's name, where peft names a bias once more
 _EMBEDDINGS = ("embed_tokens", "lm_head")  # targets by which peft tells that embeddings, or the output head, are adapted
 
 
@@ -70,18 +74,57 @@ def check(path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], have: Mappi
 
 
 def held(
-    folder: pathlib.Path, linear: Iterable[Entry], saved: Collection[str], types: Collection[str] = FLOATS
+    folder: pathlib.Path,
+    model: nn.Module,
+    params: Params,
+    saved: Collection[str] = (),
+    own: Collection[str] = (),
+    types: Collection[str] = FLOATS,
 ) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of a folder's weights that are the adapter's own, without those of `saved` modules.
 
-    peft writes the base model's output head too where that is a target; `UserError` is raised where it isn't that of `linear`.
+    peft writes the base's table of words and output head too where they are targets, or where save_embedding_layers asks for them:
+    `UserError` is raised where they aren't those of `params`, unless they are among the adapter's `own` tensors. With bias "all" it writes
+    the biases of modules that others replaced, beside those; and what has two names it writes by both.
     """
-    every = header(folder / WEIGHTS, types)
-    have = {name: shape for name, shape in every.items() if name.removeprefix(PREFIX).rpartition(".")[0] not in saved}
-    for entry in linear:
-        if entry.index is None and have.pop(name := _BASE.format(module=entry.module), None) is not None:
-            _check_base(folder / WEIGHTS, name, entry)
+    path = folder / WEIGHTS
+    have = header(path, types)
+    for name in list(have):
+        module, _, _ = name.removeprefix(PREFIX).rpartition(".")
+        if module in saved or module.rpartition(".")[2] in _REPLACED:
+            del have[name]
+    bases = {entry.name: entry for entry in tensors_of(model, params) if entry.path in _WRITTEN_TOO}
+    for first, second in second_names(model).items() if model.config.tie_word_embeddings else ():
+        if _is_copy(path, first, second, have):
+            del have[PREFIX + second]
+        elif first in bases:
+            bases[second] = bases[first]
+    for theirs, entry in bases.items():
+        for name in (PREFIX + theirs, _BASE.format(module=theirs.removesuffix(WEIGHT))):
+            if name not in own and have.pop(name, None) is not None:
+                _check_base(path, name, entry)
     return have
+
+
+def check_head(folder: pathlib.Path, model: Any) -> None:
+    """Raises `UserError` where a folder adapts the output head of a model whose head is the table of words."""
+    for second in second_names(model).values() if model.config.tie_word_embeddings else ():
+        head = PREFIX + second.removesuffix(WEIGHT)
+        of_base = {f"{head}{inner}.{kind}" for inner in ("", ".base_layer") for kind in ("weight", "bias")}
+        if adapted := [name for name in header(folder / WEIGHTS, (*FLOATS, "I32")) if name.startswith(f"{head}.") and name not in of_base]:
+            raise UserError(
+                f"{folder / WEIGHTS}: {adapted[0]} is of the output head, which is the table of words in this model "
+                "(tie_word_embeddings): jaxft adapts that where words are looked up alone. Train the adapter without the head as a target, "
+                "and without ensure_weight_tying."
+            )
+
+
+def _is_copy(path: pathlib.Path, first: str, second: str, have: Collection[str]) -> bool:
+    """Whether a file has a tensor under its second name as under its first."""
+    if not {PREFIX + first, PREFIX + second} <= set(have):
+        return False
+    with safetensors.safe_open(path, framework="numpy") as file:
+        return np.array_equal(*(file.get_tensor(PREFIX + name) for name in (first, second)))
 
 
 def base_weights(adapted: Iterable[Entry], targets: Collection[str]) -> dict[str, Callable[[], np.ndarray]]:

@@ -69,7 +69,7 @@ def read(
     method = peft_tensors.with_present_biases(_method(config, every, chosen, where), every)
     add = functools.partial(method.added, jax.random.key(0), model)
     shapes = tensors_of(model, jax.eval_shape(add, params))  # nothing is made for a file that doesn't fit
-    peft_tensors.check(folder / WEIGHTS, _slots(method, shapes), kernels, saved)
+    peft_tensors.check(folder, _slots(method, shapes), model, params, saved)
     params = add(params)
     return peft_tensors.fill(folder / WEIGHTS, params, _slots(method, tensors_of(model, params))), method
 

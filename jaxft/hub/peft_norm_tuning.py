@@ -45,7 +45,7 @@ def read(
     method = NormTuning(tuple(peft_config.patterns([_name(entry) for entry in norms if _module(entry) in chosen], every, "/")))
     params = method.init(jax.random.key(0), model, params)
     places = [_place(entry) for entry in _norms(model, params) if _module(entry) in chosen]
-    return peft_leaves.read(folder, params, places, peft_leaves.held(folder, (), saved)), method
+    return peft_leaves.read(folder, params, places, peft_leaves.held(folder, model, params, saved)), method
 
 
 def _norms(model: nn.Module, params: Params) -> list[Entry]:

@@ -14,6 +14,7 @@ from jaxft.hub.checkpoint import FLOATS, header
 from jaxft.hub.names import Entry, tensors_of
 from jaxft.hub.peft_format import PREFIX, WEIGHTS, Params, Written
 from jaxft.hub.peft_tensors import Slot, module_of
+from jaxft.hub.task import second_names
 from jaxft.methods.base import Compose, Method
 from jaxft.methods.kernels import WORDS
 from jaxft.methods.partial import Partial
@@ -45,6 +46,12 @@ def added(written: Written, model: nn.Module, params: Params, whole: Partial) ->
     tensors = {slot.key: slot.read for slot in slots(every, saved, written.prefix)}
     config = {**written.config, "modules_to_save": names(saved, map(module_of, every))}
     return dataclasses.replace(written, config=config, tensors={**written.tensors, **tensors})
+
+
+def twice_named(tensors: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """Returns an adapter's tensors, what has two names in a tied model by both, as peft writes it: the bias of an encoder's head."""
+    both = second_names(model) if model.config.tie_word_embeddings else {}
+    return {**tensors, **{PREFIX + second: tensors[PREFIX + first] for first, second in both.items() if PREFIX + first in tensors}}
 
 
 def check_head(every: Iterable[Entry], saved: Set[str]) -> None:

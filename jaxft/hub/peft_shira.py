@@ -82,7 +82,7 @@ def read(
     adapted = nodes_of(linear_layers(model, params), SparseKernel, method.is_target)
     shapes: dict[str, tuple[int, ...]] = {_INDICES.format(module=entry.module): (2, _count(entry)) for entry in adapted}
     shapes |= {_WEIGHT.format(module=entry.module): (_count(entry),) for entry in adapted}
-    peft_leaves.check(folder / WEIGHTS, shapes, peft_leaves.held(folder, linear, saved, (*FLOATS, "I32")))
+    peft_leaves.check(folder / WEIGHTS, shapes, peft_leaves.held(folder, model, params, saved, types=(*FLOATS, "I32")))
     return _fill(folder / WEIGHTS, params, adapted), method
 
 

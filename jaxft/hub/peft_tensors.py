@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+from flax import linen as nn
 
 from jaxft.hub import peft_leaves
 from jaxft.hub.names import Entry
-from jaxft.hub.peft_format import PREFIX, Params
+from jaxft.hub.peft_format import PREFIX, WEIGHTS, Params
 from jaxft.methods.kernels import NO_BIAS, trains_bias
 from jaxft.models import segments
 from jaxft.models.node import innermost, is_node
@@ -71,12 +72,13 @@ def module_of(entry: Entry) -> str:
     return entry.name.rpartition(".")[0]
 
 
-def check(path: pathlib.Path, slots: Sequence[Slot], kernels: Sequence[Entry], saved: Collection[str] = ()) -> None:
-    """Raises `UserError` for tensors of the file that are missing, left over, or of another shape.
+def check(folder: pathlib.Path, slots: Sequence[Slot], model: nn.Module, params: Params, saved: Collection[str] = ()) -> None:
+    """Raises `UserError` for tensors of a folder's weights that are missing, left over, or of another shape.
 
-    peft writes the base's own weight of a targeted head or embedding beside the adapter: it must be this model's.
+    peft writes weights of the base beside the adapter: they must be those of `params`.
     """
-    peft_leaves.check(path, {slot.key: slot.shape for slot in slots}, peft_leaves.held(path.parent, kernels, saved))
+    shapes = {slot.key: slot.shape for slot in slots}
+    peft_leaves.check(folder / WEIGHTS, shapes, peft_leaves.held(folder, model, params, saved, shapes))
 
 
 def fill(path: pathlib.Path, params: Params, slots: Sequence[Slot]) -> Params:

@@ -97,7 +97,7 @@ def read(
     method = peft_tensors.with_present_biases(method, tensors_of(model, params))
     params = method.init(jax.random.key(0), model, params)
     adapted = nodes_of(linear_layers(model, params), VeRAKernel, method.is_target)
-    have = peft_leaves.held(folder, linear, saved)
+    have = peft_leaves.held(folder, model, params, saved)
     params = _with_projections(folder, params, have, adapted)
     biases, path = _biases(model, params, method, chosen), folder / WEIGHTS
     peft_leaves.check(path, {slot.key: slot.shape for slot in biases}, {slot.key: have[slot.key] for slot in biases if slot.key in have})

@@ -1,6 +1,7 @@
 """LoRA adapters between jaxft and peft, both ways."""
 
 import json
+import shutil
 import warnings
 
 import jax
@@ -12,6 +13,7 @@ import safetensors.numpy
 import torch
 import transformers
 from conftest import TOLERANCE, difference, make_model
+from tiny_models import load, make_reference
 
 import jaxft
 from jaxft.errors import UserError
@@ -231,6 +233,33 @@ def test_another_head_beside_an_adapter_of_the_head_is_refused(base, folder):
     name = "base_model.model.lm_head.base_layer.weight"
     _edit_tensors(folder, lambda tensors: tensors | {name: tensors[name] + 1})
     with pytest.raises(UserError, match="isn't this model's lm_head.weight"):
+        jaxft.load_adapter(folder, model, params)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_that_peft_writes_beside_an_adapter_are_those_of_the_base(tied, folder):
+    reference = make_reference("llama", tie_word_embeddings=tied)
+    model, params = load(reference)
+    _peft_model(reference, r=4, target_modules=["q_proj"]).save_pretrained(folder, save_embedding_layers=True)
+    names = {f"base_model.model.{name}.weight" for name in ("model.embed_tokens", "lm_head")}
+    assert names <= safetensors.numpy.load_file(folder / "adapter_model.safetensors").keys()
+    tuned, method = jaxft.load_adapter(folder, model, params)
+    shutil.rmtree(folder)
+    jaxft.save_adapter(folder, model, tuned, method)
+    assert not names & safetensors.numpy.load_file(folder / "adapter_model.safetensors").keys()
+    _peft_model(reference, r=4, target_modules=["q_proj"]).save_pretrained(folder, save_embedding_layers=True)
+    for name in names:
+        _edit_tensors(folder, lambda tensors, name=name: tensors | {name: tensors[name] + 1})
+        with pytest.raises(UserError, match=r"weight isn't this model's (model.embed_tokens|lm_head).weight"):
+            jaxft.load_adapter(folder, model, params)
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": ["lm_head"]}, {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}])
+def test_an_adapter_of_a_head_that_is_the_embedding_is_refused(settings, folder):
+    reference = make_reference("llama", tie_word_embeddings=True)
+    model, params = load(reference)
+    _peft_model(reference, r=4, **settings).save_pretrained(folder)
+    with pytest.raises(UserError, match=r"lm_head\..* is of the output head, which is the table of words .* without ensure_weight_tying"):
         jaxft.load_adapter(folder, model, params)
 
 

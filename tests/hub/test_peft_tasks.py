@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from method_checks import IDS, base, logits
-from peft_checks import TOLERANCE, check_ours, check_theirs, config_of, load_in_peft, tensors, tuned_by_peft
+from peft_checks import TOLERANCE, check_ours, check_theirs, config_of, load_in_peft, tensors, their_logits, tuned_by_peft
 from reference_training import check_gradients
 from tiny_models import largest_difference, with_adapter
 
@@ -136,3 +136,32 @@ def test_a_prefix_comes_with_its_head(name, tmp_path):
     ours, again = tensors(tmp_path / "ours"), tensors(tmp_path / "theirs")
     assert {key: value.tobytes() for key, value in ours.items()} == {key: value.tobytes() for key, value in again.items()}
     load_in_peft(tmp_path / "ours", name)
+
+
+def test_a_bias_of_two_names_is_written_by_both_as_peft_does(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["query"], bias="all")
+    check_theirs(tuned_by_peft(config, "", family="bert masked_lm"), tmp_path, "bert masked_lm")
+    tuned_by_peft(config, "", family="roberta masked_lm").save_pretrained(tmp_path / "roberta")  # IDS hold its padding
+    model, params = base("roberta masked_lm")
+    jaxft.save_adapter(tmp_path / "written", model, *jaxft.load_adapter(tmp_path / "roberta", model, params))
+    first, again = tensors(tmp_path / "roberta"), tensors(tmp_path / "written")
+    assert "base_model.model.lm_head.decoder.bias" in first
+    assert {key: value.tobytes() for key, value in first.items()} == {key: value.tobytes() for key, value in again.items()}
+
+
+def test_biases_of_modules_that_a_trained_head_replaced_are_left_out(tmp_path):
+    """peft writes them beside the head, which computes without them."""
+    family = f"bert {CLASSES}"
+    theirs = tuned_by_peft(peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"], bias="all"), "", family=family)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model, params = base(family)
+    tuned, method = jaxft.load_adapter(tmp_path / "theirs", model, params)
+    assert largest_difference(logits(tuned, family), their_logits(theirs)) <= TOLERANCE
+    jaxft.save_adapter(tmp_path / "ours", model, tuned, method)
+    first, again = tensors(tmp_path / "theirs"), tensors(tmp_path / "ours")
+    left = {f"base_model.model.classifier.{part}.bias" for part in ("original_module", "modules_to_save")}
+    assert {key: value.tobytes() for key, value in again.items()} == {
+        key: value.tobytes() for key, value in first.items() if key not in left
+    }
+    assert first.keys() - again.keys() == left
+    assert largest_difference(their_logits(load_in_peft(tmp_path / "ours", family)), their_logits(theirs)) <= TOLERANCE
