@@ -1,6 +1,12 @@
 """What a run keeps: the newest checkpoints and the best one, whatever ties there are."""
 
 import dataclasses
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +62,39 @@ def save(checkpoints, state):
     """Saves, and waits for the threads of orbax that write."""
     checkpoints.save(state, PROGRESS)
     checkpoints.wait()
+
+
+SAVES_FOR_EVER = """
+import itertools, pathlib, sys
+from test_checkpoint import Checkpoints, grown, save
+checkpoints = Checkpoints(pathlib.Path(sys.argv[1]))
+for step in itertools.count((checkpoints.latest() or 0) + 1):
+    save(checkpoints, grown(step, 300_000))
+"""
+
+
+@pytest.mark.slow
+def test_killed_while_it_is_written_a_checkpoint_counts_for_nothing(tmp_path):
+    """SIGKILL as soon as an unfinished checkpoint's folder is there, and a little later; the run goes on beside what is left of it."""
+    folder, here = tmp_path / "checkpoints", pathlib.Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent), str(here.parents[1])])}
+    cut, newest = 0, 0
+    for later in (0.0, 0.01, 0.05):
+        with subprocess.Popen([sys.executable, "-c", SAVES_FOR_EVER, str(folder)], env=environment) as process:
+            while process.poll() is None and not ((newest_step(folder) or 0) > newest and list(folder.glob("*.orbax-checkpoint-tmp"))):
+                time.sleep(0.001)
+            time.sleep(later)
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+        cut += bool(list(folder.glob("*.orbax-checkpoint-tmp")))
+        checkpoints = Checkpoints(folder)
+        assert checkpoints.latest() == newest_step(folder) > newest
+        newest = checkpoints.latest()
+        expected = grown(newest, 300_000)
+        restored = checkpoints.restore(newest, expected, jax.tree.map(lambda leaf: leaf.sharding, expected))
+        checkpoints.close()
+        assert jax.tree.all(jax.tree.map(lambda one, other: (one == other).all(), restored, expected))
+    assert cut >= 2, "the writes were over before they were killed"
 
 
 def test_a_full_disk_gives_one_message_and_leaves_the_whole_checkpoint(tmp_path, capfd):
