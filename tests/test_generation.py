@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from program_shapes import shapes_of
-from tiny_models import VOCABULARY, make_pair, moved
+from tiny_models import ROTARY, VOCABULARY, make_pair, moved
 
 import jaxft
 from jaxft import generation
@@ -23,6 +23,9 @@ MODELS = {
     "mistral": ("mistral", {"sliding_window": 5}),
     "qwen3": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
     "gpt2": ("gpt2", {}),
+    "qwen2": ("qwen2", {}),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    **{name: ("llama", settings) for name, settings in ROTARY.items()},
 }
 
 
@@ -51,7 +54,7 @@ def greedy(reference, prompt, new=NEW, **options):
     return out[0, len(prompt) :].numpy()
 
 
-@pytest.mark.parametrize(("name", "lengths"), [("llama", MIXED), ("mistral", (9, 3, 17)), ("qwen3", (9, 3, 17)), ("gpt2", (9, 3, 17))])
+@pytest.mark.parametrize(("name", "lengths"), [("llama", MIXED), *((name, (9, 3, 17)) for name in MODELS if name != "llama")])
 def test_greedy_is_that_of_transformers_token_by_token(name, lengths):
     reference, model, params = pair(name)
     made = generate(model, params, prompts(lengths), Sampling(max_new_tokens=NEW), batch_size=4)

@@ -43,6 +43,16 @@ ALIKE = {  # what families say otherwise; None is left out
         "n_heads": 4,
     },
 }
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+ROTARY = {  # settings of a Llama and its relatives; the last two scale beyond 16 tokens, fewer than most texts here have
+    name: {"rope_parameters": scaled | {"rope_theta": 10000.0}}
+    for name, scaled in {
+        "linear": {"rope_type": "linear", "factor": 2.0},
+        "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+        "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        "llama3": _LLAMA3,
+    }.items()
+}
 LABELS = ("no", "maybe", "yes")  # of the classifications
 
 

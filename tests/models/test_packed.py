@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from tiny_models import VOCABULARY, make_pair
+from tiny_models import ROTARY, VOCABULARY, make_pair
 
 from jaxft.models.attention import QUERY_BLOCK
 
@@ -16,11 +16,9 @@ MODELS = {
     "llama": ("llama", {}),
     "window": ("mistral", {"sliding_window": 4}),
     "gpt2": ("gpt2", {}),
-    "yarn": (
-        "llama",
-        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0}},
-    ),
-    "dynamic": ("qwen3", {"head_dim": 16, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}),
+    "qwen2": ("qwen2", {}),
+    **{name: ("llama", settings) for name, settings in ROTARY.items()},
+    "dynamic": ("qwen3", {"head_dim": 16} | ROTARY["dynamic"]),
 }
 
 
