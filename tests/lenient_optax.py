@@ -9,11 +9,11 @@ from jaxft.train import optimizer as optimizers
 def lenient(optimizer):
     """Returns the optimizer with updates under standard promotion."""
 
-    def update(*arguments):
+    def update(*arguments, **named):
         with jax.numpy_dtype_promotion("standard"):
-            return optimizer.update(*arguments)
+            return optax.with_extra_args_support(optimizer).update(*arguments, **named)
 
-    return optax.GradientTransformation(optimizer.init, update)
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
 def make_optimizer(config, steps):

@@ -52,16 +52,16 @@ def our_gradients(model, params, method):
     return float(loss), gradients
 
 
-def torch_losses(model, groups=None, before=lambda step: None):
-    """Returns the losses of twenty steps of torch's AdamW on the model, which it changes.
+def torch_losses(model, groups=None, make=torch.optim.AdamW, before=lambda optimizer, step: None):
+    """Returns the losses of twenty steps of torch's AdamW, or another, on the model, which it changes.
 
-    `groups` are parameters with rates; without them all train that can at the start. `before` is called with the number of each step.
+    `groups` are parameters with rates; without them all train that can at the start. `before` is called before each step.
     """
     leaves = list(model.parameters())
-    optimizer = torch.optim.AdamW(groups or [leaf for leaf in leaves if leaf.requires_grad], lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = make(groups or [leaf for leaf in leaves if leaf.requires_grad], lr=LEARNING_RATE, weight_decay=0.0)
     losses = []
     for step in range(STEPS):
-        before(step)
+        before(optimizer, step)
         optimizer.zero_grad()
         loss = torch_loss(model)
         loss.backward()

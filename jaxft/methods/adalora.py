@@ -171,13 +171,15 @@ class AdaLoRA(Method):
                 f"method.tinit is {self.tinit} and method.tfinal {self.tfinal}: of {total} steps none is left to share the budget out in."
             )
 
+        within = optax.with_extra_args_support(inner)
+
         def init(params: Any) -> Allocation:
             importance, uncertainty = (jax.tree.map(jnp.zeros_like, self._own(params)) for _ in range(2))  # a step donates both
-            return Allocation(jnp.zeros((), jnp.int32), importance, uncertainty, inner.init(params))
+            return Allocation(jnp.zeros((), jnp.int32), importance, uncertainty, within.init(params))
 
-        def update(gradients: Any, state: Allocation, params: Any = None) -> tuple[Any, Allocation]:
+        def update(gradients: Any, state: Allocation, params: Any = None, **given: Any) -> tuple[Any, Allocation]:
             step = state.step + 1
-            updates, held = inner.update(gradients, state.inner, params)
+            updates, held = within.update(gradients, state.inner, params, **given)
             importance, uncertainty = self._smoothed(self._own(gradients), self._own(params), self._own(updates), state)
             still = step < total - self.tfinal
             importance, uncertainty = jax.tree.map(
@@ -186,7 +188,7 @@ class AdaLoRA(Method):
             updates = self._pruned(updates, params, jax.tree.map(jnp.multiply, importance, uncertainty), step, total)
             return updates, Allocation(step, importance, uncertainty, held)
 
-        return optax.GradientTransformation(init, update)
+        return optax.GradientTransformationExtraArgs(init, update)
 
     def _smoothed(self, gradients: Any, params: Any, updates: Any, state: Allocation) -> tuple[Any, Any]:
         """Importance and uncertainty of each weight after the step (equations 9 and 10), of the weight as it is then."""

@@ -52,18 +52,19 @@ def is_8bit(value: Any) -> bool:
     return isinstance(value, Moments8bit)
 
 
-def in_8_bits(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+def in_8_bits(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Returns `inner`, whose state is a named tuple of moments and counts, with the moments of large parameters held in 8 bits."""
+    inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> Any:
         return jax.jit(lambda given: _encoded(inner.init(given)))(params)  # the moments are never there in float32
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **given: Any) -> tuple[Any, Any]:
         whole = jax.tree.map(lambda value: value.decoded() if is_8bit(value) else value, state, is_leaf=is_8bit)
-        updates, whole = inner.update(updates, whole, params)
+        updates, whole = inner.update(updates, whole, params, **given)
         return updates, _encoded(whole)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _encoded(state: Any) -> Any:

@@ -59,7 +59,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     schedule = make_schedule(config, steps)
     decay = config.weight_decay
     if config.name == "adamw":
-        update = _decayed(_held(config, optax.scale_by_adam(config.b1, config.b2, config.eps)), schedule, decay)
+        update = _decayed(_held(config, _scale_by_adam(config.b1, config.b2, config.eps)), schedule, decay)
     elif config.name == "lion":
         update = _decayed(_held(config, optax.scale_by_lion(config.b1, config.b2)), schedule, decay)
     elif config.name == "adafactor":
@@ -71,6 +71,24 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     else:
         raise unknown("optimizer", config.name, OPTIMIZERS)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update) if config.clip_norm else update
+
+
+def _scale_by_adam(b1: Any, b2: Any, eps: float) -> optax.GradientTransformationExtraArgs:
+    """Returns optax's scale_by_adam, which corrects the moments of leaves that are `late`, int32 for each, by so many steps fewer."""
+    inner = optax.scale_by_adam(b1, b2, eps)
+
+    def update(updates: Any, state: Any, params: Any = None, late: Any = None, **_: Any) -> tuple[Any, Any]:
+        moved, state = inner.update(updates, state, params)
+        if late is None:
+            return moved, state
+
+        def scaled(mean: jax.Array, square: jax.Array, missed: jax.Array) -> jax.Array:
+            own = jnp.maximum(state.count - missed, 1).astype(jnp.float32)
+            return mean / (1 - b1**own) / (jnp.sqrt(square / (1 - b2**own)) + eps)
+
+        return jax.tree.map(scaled, state.mu, state.nu, late), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def _is_on(number: float | jax.Array) -> bool:
