@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -23,8 +24,7 @@ from jaxft.models.node import dense, find, innermost, is_node
 from jaxft.models.segments import Leaf
 
 _BASE = PREFIX + "{module}.base_layer.weight"
-_WRITTEN_TOO = (WORDS, HEAD, "lm_head/decoder/kernel")
-_REPLACED = ("original_module", "modules_to_save")  # the last part of a module's name, where peft names a bias once more
+_WRITTEN_TOO = (WORDS, HEAD, "lm_head/bias", "lm_head/decoder/kernel", "lm_head/decoder/bias")
 _EMBEDDINGS = ("embed_tokens", "lm_head")  # targets by which peft tells that embeddings, or the output head, are adapted
 
 
@@ -80,30 +80,56 @@ def held(
     saved: Collection[str] = (),
     own: Collection[str] = (),
     types: Collection[str] = FLOATS,
+    prefix: str = PREFIX,
 ) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of a folder's weights that are the adapter's own, without those of `saved` modules.
 
     peft writes the base's table of words and output head too where they are targets, or where save_embedding_layers asks for them:
-    `UserError` is raised where they aren't those of `params`, unless they are among the adapter's `own` tensors. With bias "all" it writes
-    the biases of modules that others replaced, beside those; and what has two names it writes by both.
+    `UserError` is raised where they aren't those of `params`, unless they are among the adapter's `own` tensors. Of modules that others
+    replaced it writes what trains by bias "all", and embeddings; what has two names it writes by both. All that computes nothing.
     """
     path = folder / WEIGHTS
-    have = header(path, types)
+    every = header(path, types)
+    have = {name.removeprefix(prefix): shape for name, shape in every.items() if name.startswith(prefix)}
+    rest = {name: shape for name, shape in every.items() if not name.startswith(prefix)}
+    own = {name.removeprefix(prefix) for name in own}
     for name in list(have):
-        module, _, _ = name.removeprefix(PREFIX).rpartition(".")
-        if module in saved or module.rpartition(".")[2] in _REPLACED:
+        alone = _without_replaced(name)
+        if _module(alone) in saved or (alone != name and alone in own):
             del have[name]
-    bases = {entry.name: entry for entry in tensors_of(model, params) if entry.path in _WRITTEN_TOO}
-    for first, second in second_names(model).items() if model.config.tie_word_embeddings else ():
-        if _is_copy(path, first, second, have):
-            del have[PREFIX + second]
+    entries = {entry.name: entry for entry in tensors_of(model, params)}
+    bases = {name: entry for name, entry in entries.items() if entry.path in _WRITTEN_TOO}
+    for first, second in second_names(model).items():
+        if not model.config.tie_word_embeddings:
+            if first not in entries:  # the bias of an encoder's head, which has another in the model
+                have.pop(first, None)
+        elif {first, second} <= set(have) and _are_equal(path, prefix + first, prefix + second):
+            del have[second]
         elif first in bases:
             bases[second] = bases[first]
     for theirs, entry in bases.items():
-        for name in (PREFIX + theirs, _BASE.format(module=theirs.removesuffix(WEIGHT))):
-            if name not in own and have.pop(name, None) is not None:
-                _check_base(path, name, entry)
-    return have
+        for name in {theirs, f"{theirs.removesuffix(WEIGHT)}.base_layer{WEIGHT}"} - own:
+            if have.pop(name, None) is not None:
+                _check_base(path, prefix + name, entry)
+    return {prefix + name: shape for name, shape in have.items()} | rest
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _without_replaced(name: str) -> str:
+    """Returns the name of what stands for a tensor that is named as one of a module that another replaced, or as one of that other.
+
+    >>> _without_replaced("classifier.modules_to_save.default.dense.bias"), _without_replaced("classifier.bias")
+    ('classifier.dense.bias', 'classifier.bias')
+    """
+    return re.sub(r"\.(original_module|modules_to_save)(\.default)?\.", ".", name)
+
+
+def _are_equal(path: pathlib.Path, first: str, second: str) -> bool:
+    with safetensors.safe_open(path, framework="numpy") as file:
+        return np.array_equal(file.get_tensor(first), file.get_tensor(second))
 
 
 def check_head(folder: pathlib.Path, model: Any) -> None:
@@ -117,14 +143,6 @@ def check_head(folder: pathlib.Path, model: Any) -> None:
                 "(tie_word_embeddings): jaxft adapts that where words are looked up alone. Train the adapter without the head as a target, "
                 "and without ensure_weight_tying."
             )
-
-
-def _is_copy(path: pathlib.Path, first: str, second: str, have: Collection[str]) -> bool:
-    """Whether a file has a tensor under its second name as under its first."""
-    if not {PREFIX + first, PREFIX + second} <= set(have):
-        return False
-    with safetensors.safe_open(path, framework="numpy") as file:
-        return np.array_equal(*(file.get_tensor(PREFIX + name) for name in (first, second)))
 
 
 def base_weights(adapted: Iterable[Entry], targets: Collection[str]) -> dict[str, Callable[[], np.ndarray]]:

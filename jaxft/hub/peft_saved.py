@@ -41,6 +41,7 @@ def added(written: Written, model: nn.Module, params: Params, whole: Partial) ->
     every = tensors_of(model, params)
     saved = {module_of(entry) for entry in every if first_match(whole.targets, entry.path) is not None}
     check_head(every, saved)
+    _check_not_tied(model, every, saved, "This method")
     if overlap := [module for module in saved if any(name.startswith(f"{written.prefix}{module}.") for name in written.tensors)]:
         raise UserError(f"{overlap[0]} trains whole and has an adapter too, which PEFT's files can't hold. Leave one of them out.")
     tensors = {slot.key: slot.read for slot in slots(every, saved, written.prefix)}
@@ -90,12 +91,25 @@ def chosen(config: Mapping[str, Any], model: Any, params: Params, where: str) ->
     """Returns which modules a configuration saves; raises `UserError` for a name that is no module's, and for a tied embedding."""
     every = tensors_of(model, params)
     saved = peft_lora_config.saved_modules(config, dict.fromkeys(map(module_of, every)), where)
-    if model.config.tie_word_embeddings and any(module_of(entry) in saved and entry.path == WORDS for entry in every):
-        raise UserError(f"{where}: modules_to_save has the embeddings, which are the output head too in this model.")
+    _check_not_tied(model, every, saved, f"{where}: modules_to_save")
+    twice = next((entry.path for entry in every if module_of(entry) in saved and entry.path.endswith("/bias")), None)
+    if config.get("bias") == "all" and twice:
+        raise UserError(
+            f"{where}: bias is 'all' and modules_to_save trains {twice} too, which jaxft has for LoRA alone. Train the adapter with "
+            "another bias, or without the module."
+        )
     for entry in every:
         if module_of(entry) in saved and is_node(entry.leaf.value):
             raise UserError(f"These parameters hold {type(entry.leaf.value).__name__} at {entry.path}, which {where} saves whole.")
     return saved
+
+
+def _check_not_tied(model: Any, every: Iterable[Entry], saved: Collection[str], what: str) -> None:
+    if model.config.tie_word_embeddings and any(module_of(entry) in saved and entry.path == WORDS for entry in every):
+        raise UserError(
+            f"{what} has the embeddings, which are the output head too in this model: PEFT can't hold one that is both. Leave them out, or "
+            "write the merged model."
+        )
 
 
 def read(

@@ -97,9 +97,9 @@ def read(
     method = peft_tensors.with_present_biases(method, tensors_of(model, params))
     params = method.init(jax.random.key(0), model, params)
     adapted = nodes_of(linear_layers(model, params), VeRAKernel, method.is_target)
-    have = peft_leaves.held(folder, model, params, saved)
-    params = _with_projections(folder, params, have, adapted)
     biases, path = _biases(model, params, method, chosen), folder / WEIGHTS
+    have = peft_leaves.held(folder, model, params, saved, [slot.key for slot in biases])
+    params = _with_projections(folder, params, have, adapted)
     peft_leaves.check(path, {slot.key: slot.shape for slot in biases}, {slot.key: have[slot.key] for slot in biases if slot.key in have})
     vectors = {name: shape for name, shape in have.items() if name not in {*_PROJECTIONS, *(slot.key for slot in biases)}}
     params = peft_leaves.read(folder, params, _places(adapted), vectors)

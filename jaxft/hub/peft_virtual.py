@@ -12,8 +12,8 @@ import safetensors
 from flax import linen as nn
 
 from jaxft.errors import UserError, nearest
-from jaxft.hub import adapter_keys
-from jaxft.hub.checkpoint import ADAPTER_CONFIG, header
+from jaxft.hub import adapter_keys, peft_leaves
+from jaxft.hub.checkpoint import ADAPTER_CONFIG
 from jaxft.hub.names import listed
 from jaxft.hub.peft_format import BASE, WEIGHTS, Params, Written
 from jaxft.hub.peft_lora_config import VERSION
@@ -78,7 +78,8 @@ class VirtualTokens:
         self._check(config, base.config, where)
         create: Any = self.METHOD
         method = create(virtual_tokens=config["num_virtual_tokens"], **self.made(config, where))
-        tensor = self._tensor(folder / WEIGHTS, (method.virtual_tokens, self.width(base.config)), saved)
+        have = peft_leaves.held(folder, model, params, saved, prefix=BASE)
+        tensor = self._tensor(folder / WEIGHTS, (method.virtual_tokens, self.width(base.config)), have)
         params = method.init(jax.random.key(0), model, params)
         node = params[self.site]
         value = jnp.asarray(tensor.astype(np.float32).reshape(node.embedding.shape))
@@ -106,8 +107,7 @@ class VirtualTokens:
                 continue
             raise UserError(f"{where} has a key that jaxft doesn't know, '{key}'.{nearest(key, known)}")
 
-    def _tensor(self, path: pathlib.Path, shape: tuple[int, int], saved: Collection[str]) -> np.ndarray:
-        have = {name: found for name, found in header(path).items() if name.removeprefix(BASE).rpartition(".")[0] not in saved}
+    def _tensor(self, path: pathlib.Path, shape: tuple[int, int], have: Mapping[str, tuple[int, ...]]) -> np.ndarray:
         if left := sorted(set(have) - {_TENSOR}):
             raise UserError(f"{path} doesn't fit: it has tensors that its configuration has no place for: {listed(left)}.")
         if _TENSOR not in have:

@@ -1,16 +1,19 @@
 """Adapters of every task with the task's head, both ways: PEFT's task_type, its modules_to_save, and Conv1D kernels."""
 
+import copy
 import json
 import re
 
 import jax
+import numpy as np
 import peft
 import pytest
+import safetensors.numpy
 import torch
 from method_checks import IDS, base, logits
 from peft_checks import TOLERANCE, check_ours, check_theirs, config_of, load_in_peft, tensors, their_logits, tuned_by_peft
 from reference_training import check_gradients
-from tiny_models import largest_difference, with_adapter
+from tiny_models import largest_difference, load, make_reference, same_bits, with_adapter
 
 import jaxft
 from jaxft.errors import UserError
@@ -145,13 +148,19 @@ def test_a_bias_of_two_names_is_written_by_both_as_peft_does(tmp_path):
     model, params = base("roberta masked_lm")
     jaxft.save_adapter(tmp_path / "written", model, *jaxft.load_adapter(tmp_path / "roberta", model, params))
     first, again = tensors(tmp_path / "roberta"), tensors(tmp_path / "written")
-    assert "base_model.model.lm_head.decoder.bias" in first
+    second = "base_model.model.lm_head.decoder.bias"
+    assert second in first
     assert {key: value.tobytes() for key, value in first.items()} == {key: value.tobytes() for key, value in again.items()}
+    safetensors.numpy.save_file(first | {second: first[second] + 1}, tmp_path / "roberta/adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"lm_head\.decoder\.bias isn't this model's lm_head.bias"):
+        jaxft.load_adapter(tmp_path / "roberta", model, params)
 
 
-def test_biases_of_modules_that_a_trained_head_replaced_are_left_out(tmp_path):
+@pytest.mark.parametrize(
+    ("family", "places"), [(f"bert {CLASSES}", ["bias"]), (f"roberta {CLASSES}", ["default.dense.bias", "default.out_proj.bias"])]
+)
+def test_biases_of_modules_that_a_trained_head_replaced_are_left_out(family, places, tmp_path):
     """peft writes them beside the head, which computes without them."""
-    family = f"bert {CLASSES}"
     theirs = tuned_by_peft(peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"], bias="all"), "", family=family)
     theirs.save_pretrained(tmp_path / "theirs")
     model, params = base(family)
@@ -159,9 +168,60 @@ def test_biases_of_modules_that_a_trained_head_replaced_are_left_out(tmp_path):
     assert largest_difference(logits(tuned, family), their_logits(theirs)) <= TOLERANCE
     jaxft.save_adapter(tmp_path / "ours", model, tuned, method)
     first, again = tensors(tmp_path / "theirs"), tensors(tmp_path / "ours")
-    left = {f"base_model.model.classifier.{part}.bias" for part in ("original_module", "modules_to_save")}
+    left = {key for key in first if ".original_module." in key or ".modules_to_save." in key}
+    assert len(left) == 2 * len(places)
     assert {key: value.tobytes() for key, value in again.items()} == {
         key: value.tobytes() for key, value in first.items() if key not in left
     }
     assert first.keys() - again.keys() == left
     assert largest_difference(their_logits(load_in_peft(tmp_path / "ours", family)), their_logits(theirs)) <= TOLERANCE
+    stray = {"base_model.model.bert.encoder.layer.0.original_module.bias": np.ones(2, np.float32)}
+    safetensors.numpy.save_file(first | stray, tmp_path / "theirs/adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"no place for: .*layer\.0\.original_module\.bias"):
+        jaxft.load_adapter(tmp_path / "theirs", model, params)
+
+
+def test_all_biases_beside_a_head_are_for_lora_alone(tmp_path):
+    family = f"bert {CLASSES}"
+    config = peft.VeraConfig(task_type="SEQ_CLS", r=4, target_modules=["query"], bias="all")
+    tuned_by_peft(config, "", family=family).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"bias is 'all' and modules_to_save trains classifier/bias too"):
+        jaxft.load_adapter(tmp_path, *base(family))
+
+
+PROMPT = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+BESIDE = {  # with save_embedding_layers
+    "llama": [
+        peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        peft.VeraConfig(r=4, target_modules=["q_proj"]),
+        peft.AdaLoraConfig(target_r=2, init_r=3, total_step=9, target_modules=["q_proj"], bias="all"),
+        peft.PromptTuningConfig(**PROMPT),
+        peft.PrefixTuningConfig(**PROMPT),
+    ],
+    "bert masked_lm": [
+        peft.LoraConfig(r=2, target_modules=["query"]),
+        peft.VeraConfig(r=4, target_modules=["query"], bias="all"),
+        peft.LNTuningConfig(target_modules=["attention.output.LayerNorm"]),
+    ],
+    "distilbert masked_lm": [peft.ShiraConfig(r=1, target_modules=["q_lin"]), peft.LoraConfig(r=2, target_modules=["q_lin"], bias="all")],
+    f"electra {CLASSES}": [peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"], bias="all")],
+}
+
+
+@pytest.mark.parametrize(("family", "config"), [(family, config) for family, configs in BESIDE.items() for config in configs])
+def test_the_base_beside_an_adapter_is_read_over(family, config, tmp_path):
+    theirs = tuned_by_peft(copy.deepcopy(config), "", family=family)
+    theirs.save_pretrained(tmp_path / "alone")
+    theirs.save_pretrained(tmp_path / "beside", save_embedding_layers=True)
+    assert tensors(tmp_path / "beside").keys() > tensors(tmp_path / "alone").keys()
+    (one, method), (other, same) = (jaxft.load_adapter(tmp_path / name, *base(family)) for name in ("alone", "beside"))
+    assert method == same
+    assert same_bits(one, other)
+
+
+@pytest.mark.parametrize("method", [IA3(("k_proj",), ()), Prefix(virtual_tokens=3)])
+def test_a_table_that_is_the_head_too_is_not_written_beside_an_adapter(method, tmp_path):
+    model, params = load(make_reference("llama", tie_word_embeddings=True))
+    method += Partial(targets=("embed",))
+    with pytest.raises(UserError, match=r"has the embeddings, which are the output head too in this model"):
+        jaxft.save_adapter(tmp_path / "adapter", model, method.init(jax.random.key(0), model, params), method)
