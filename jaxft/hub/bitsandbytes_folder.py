@@ -133,7 +133,7 @@ def tensors_of(entry: Entry) -> dict[str, np.ndarray]:
 def note(found: Sequence[Entry]) -> str:
     """Returns what to know of a folder of such weights before bitsandbytes computes with it on a CPU; empty where it computes rightly.
 
-    Its version 0.50 takes each row of a weight, (out, in), for a whole number of blocks where a CPU has AVX-512; elsewhere it doesn't.
+    Its version 0.50 takes each row of a weight, (out, in), for a whole number of blocks on a Xeon with AVX-512, and not on all other CPUs.
     """
     kernels = [entry for entry in found if is_quantized(entry.leaf.value) and entry.leaf.shape[0] % entry.leaf.value.format.block_size]
     if not kernels:
