@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
 import numpy as np
 from flax import linen as nn
 
@@ -42,11 +41,6 @@ class Entry:
     def swap(self, array: np.ndarray) -> np.ndarray:
         """Returns the tensor as ours where it is theirs, and as theirs where it is ours; a view."""
         return TRANSFORMS[self.transform](array)
-
-
-def layer_of(entry: Entry) -> Any:
-    """Returns the entry's own layer of its leaf, an array or a kernel's node."""
-    return entry.leaf.value if entry.index is None else jax.tree.map(lambda part: part[entry.index], entry.leaf.value)
 
 
 def tensors_of(model: nn.Module, params: Any) -> list[Entry]:

@@ -18,7 +18,7 @@ from jaxft.errors import UserError, UserNote, unknown
 from jaxft.hub import bitsandbytes_config, bitsandbytes_folder
 from jaxft.hub import folder as folders
 from jaxft.hub.checkpoint import CONFIG, GENERATION_CONFIG, INDEX, QUANTIZATION
-from jaxft.hub.names import WEIGHT, Entry, layer_of, tensors_of
+from jaxft.hub.names import WEIGHT, Entry, tensors_of
 from jaxft.methods.kernels import is_kernel
 from jaxft.models import segments
 from jaxft.models.heads import CAUSAL_LM, SEQUENCE_CLASSIFICATION, SUFFIXES, is_causal, is_language_model
@@ -146,7 +146,7 @@ def _dense(entry: Entry) -> _Tensor:
     dtype = np.dtype(entry.leaf.value.dtype)
 
     def read() -> np.ndarray:
-        value = layer_of(entry)
+        value = entry.leaf.part(entry.index or 0)
         array = value.dense().astype(dtype) if is_quantized(value) else value
         return entry.swap(np.asarray(jax.device_get(array)))
 
