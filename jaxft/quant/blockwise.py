@@ -104,7 +104,8 @@ class QuantizedKernel(Quantized):
 
     def __repr__(self) -> str:
         doubly = ", double quantization" if self.format.double_quantization else ""
-        return f"{type(self).__name__}({self.shape}, {self.kept_as}, {self.format.code}, blocks of {self.format.block_size}{doubly})"
+        shape = (*getattr(self.codes, "shape", ())[:-2], *self.features)  # a tree of shardings, or `partition`, has no arrays here
+        return f"{type(self).__name__}({shape}, {self.kept_as}, {self.format.code}, blocks of {self.format.block_size}{doubly})"
 
     @property
     def format_name(self) -> str:

@@ -208,4 +208,6 @@ def test_what_is_no_kernel_is_told(shape, made):
 def test_it_prints_and_counts_as_an_array():
     kernel = quantize(np.ones((3, 64, 32), np.float32), Format())
     assert repr(kernel) == "QuantizedKernel((3, 64, 32), float32, nf4, blocks of 64, double quantization)"
+    without = jax.tree.map(lambda _: None, kernel)  # as in the trainable half of `partition`
+    assert repr(without) == "QuantizedKernel((64, 32), float32, nf4, blocks of 64, double quantization)"
     assert (kernel.ndim, kernel.size, kernel.nbytes) == (3, 6144, 3 * (64 * 32 // 2 + 32 + 4 + 4))
