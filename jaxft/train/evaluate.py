@@ -92,7 +92,8 @@ class Evaluator:
         return Shape(*map(max, zip(*map(dataclasses.astuple, shapes), strict=True)))
 
     def _shape(self, layout: Layout) -> Shape:
-        return Shape(min(self._setup.experiment.eval.batch_size, sum(map(len, layout.rows))), layout.length, layout.slots)
+        batches = -(-len(layout.rows) // self._setup.experiment.eval.batch_size)
+        return Shape(-(-len(layout.rows) // batches), layout.length, layout.slots)  # 20 rows are 2 batches of 10, not 16 and 4 that fill 16
 
     def _measured(self, trainable: Any, frozen: Any, examples: Examples) -> Evaluation:
         layout = self._lay_out(examples, np.arange(len(examples)))

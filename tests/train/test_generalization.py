@@ -12,7 +12,7 @@ import experiments
 from jaxft import overrides
 from jaxft.data.folds import load_sets
 from jaxft.errors import UserError
-from jaxft.train import run, setup
+from jaxft.train import placement, run, setup
 from jaxft.train import workdir as workdirs
 from jaxft.train.evaluate import Evaluator
 
@@ -92,6 +92,15 @@ def test_the_gap_is_validation_less_training_on_rows_drawn_once(reviews, whole):
     evaluator.measure(ready.state, ready.examples["validation"])
     evaluator.loss(ready.state, training, evaluator.gap_sample)
     assert evaluator._program._cache_size() == 1  # one program for what is compared
+
+
+@pytest.mark.slow
+def test_the_rows_of_a_set_are_spread_over_its_batches(reviews, monkeypatch):
+    ready = setup.set_up(experiment(reviews, "--config.data.packing=false", "--config.eval.batch_size=10", "--config.eval.gap=false"))
+    sizes, original = [], placement.place_batch
+    monkeypatch.setattr(placement, "place_batch", lambda batch, *given: sizes.append(len(batch["tokens"])) or original(batch, *given))
+    Evaluator(ready).measure(ready.state, ready.examples["train"])
+    assert sizes == [8, 8, 8]  # not 10, 10, and 4 that 6 rows of padding fill
 
 
 @pytest.mark.slow
