@@ -12,12 +12,14 @@ from tiny_models import VOCABULARY, largest_difference, make_examples, make_pair
 
 import jaxft
 from jaxft.config import DataConfig, OptimizerConfig, TrainConfig
+from jaxft.data.batches import NO_ROOM
 from jaxft.methods.partition import size
 from jaxft.models import segments
 from jaxft.models.node import is_node
 from jaxft.models.registry import family_of
 from jaxft.tasks import SFT
 from jaxft.train import placement
+from jaxft.train.data import room_of
 from jaxft.train.state import new_state
 from jaxft.train.step import make_step
 
@@ -66,9 +68,9 @@ def without_nodes(params):
     return jax.tree.map(lambda value: value.base if is_node(value) else value, params, is_leaf=is_node)
 
 
-def rows(packed=False, accumulation=1):
+def rows(packed=False, accumulation=1, room=NO_ROOM):
     """Returns the examples as a step's batch: four rows, or two packed ones."""
-    (batch,) = evaluation_batches(EXAMPLES, DataConfig(max_length=32, packing=packed), 2 if packed else 4, False)
+    (batch,) = evaluation_batches(EXAMPLES, DataConfig(max_length=36, packing=packed), 2 if packed else 4, False, room=room)
     return {name: array.reshape(accumulation, len(array) // accumulation, -1) for name, array in batch.items()}
 
 
@@ -82,7 +84,7 @@ def train(method, family="llama", steps=STEPS, config=ADAMW, remat="none", packe
     state = new_state(jax.tree.map(jnp.array, trainable), optimizer)
     before = jax.tree.map(np.array, (trainable, frozen))
     step = jax.jit(make_step(model.clone(remat=remat), SFT(), optimizer, seed=0, penalty=method.penalty), donate_argnums=0)
-    batch, losses = rows(packed, accumulation), []
+    batch, losses = rows(packed, accumulation, room_of(model, params)), []
     for _ in range(steps):
         state, metrics = step(state, frozen, batch)
         assert metrics["finite"]
@@ -179,7 +181,7 @@ def check_two_devices(method, family="llama", sides=None):
     sharding = placement.state_shardings(began, jaxft.partition(places, mask)[0], mesh, optimizer)
     began = jax.device_put(began, sharding)
     step = jax.jit(make_step(model, SFT(), optimizer, seed=0, penalty=method.penalty), donate_argnums=0, out_shardings=(sharding, None))
-    batch = placement.place_batch(rows(), mesh, placement.BATCH)
+    batch = placement.place_batch(rows(room=room_of(model, params)), mesh, placement.BATCH)
     losses = []
     for _ in range(3):
         began, metrics = step(began, frozen, batch)

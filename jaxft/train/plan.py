@@ -61,13 +61,22 @@ def plan(experiment: Experiment, asked: Asked = Asked(), workdir: pathlib.Path |
 
 
 def _say_advice(experiment: Experiment, material: Material, found: Plan, compiled: bool, device: Device, command: Sequence[str]) -> None:
-    """Prints what makes it fit on a device, or need less there: changes are told from their programs, and compared with such a plan."""
+    """Prints what makes it fit on a device, or need less there: changes are told from their programs.
+
+    Where the plan was compiled, what it has beyond the one told from its own program is added to each of them.
+    """
+
+    def told(changed: Experiment) -> Plan:
+        return estimate(describe(changed, material, found.count), material)
+
+    before = told(experiment) if compiled else found
+    beyond = found.memory_bytes - before.memory_bytes
 
     def planned(changed: Experiment) -> Plan:
-        return dataclasses.replace(estimate(describe(changed, material, found.count), material), process=found.process)
+        return dataclasses.replace(told(changed), process=beyond)
 
     options = advice.changes(experiment, device, found.mesh["data"] * found.mesh["fsdp"]) + advice.meshes(found.count, experiment)
-    before = planned(experiment) if compiled else found
+    before = dataclasses.replace(before, process=beyond)
     advice.say(advice.ranked(experiment, options, planned, before, device), before, device, command)
 
 
@@ -107,7 +116,7 @@ def _say_memory(found: Plan, compiled: bool) -> None:
     each = f" on each of {found.count} devices" if found.count > 1 else ""
     told = "" if compiled else ", told from the program"
     if found.process:
-        parts.append(("Python, libraries, programs", gibibytes(found.process)))
+        parts.append(("Python, programs, a checkpoint's copy", gibibytes(found.process)))
     console.table(f"Memory of a step{each}{told}", ("part", "GiB"), [*parts, ("in all", gibibytes(found.memory_bytes))])
     for part, count in found.host.items():
         console.say(f"The host's memory holds {gibibytes(count)} GiB of {part}{' for each device' if found.count > 1 else ''}.\n")

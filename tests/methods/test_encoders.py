@@ -18,10 +18,10 @@ from method_checks import (
     logits,
     pair,
 )
-from tiny_models import largest_difference, moved
+from tiny_models import largest_difference, moved, same_bits
 
 from jaxft.errors import UserError
-from jaxft.methods import IA3, BitFit, Bottleneck, LoRA, NormTuning, Partial, Prefix, SparseMask, VeRA
+from jaxft.methods import IA3, BitFit, Bottleneck, LoRA, NormTuning, Partial, Prefix, Prompt, PTuning, SparseMask, VeRA
 
 FAMILY = "bert masked_lm"
 OUTPUT = "layers/[0-9]+/output"
@@ -37,6 +37,11 @@ METHODS = {
 BESIDE = {  # what can't be merged
     "bottleneck": Bottleneck(reduction=4.0),
     "pfeiffer": Bottleneck.seq_bn(reduction=4.0),
+}
+BEFORE = {  # tokens before each text, which every token of it sees
+    "prefix": Prefix(virtual_tokens=3),
+    "prompt": Prompt(virtual_tokens=3),
+    "ptuning": PTuning(virtual_tokens=3, hidden_size=8),
 }
 
 
@@ -58,22 +63,41 @@ def test_merged_is_unmerged(name):
     check_merge(METHODS[name], FAMILY)
 
 
-@pytest.mark.parametrize("name", ["lora", "pfeiffer"])
+@pytest.mark.parametrize("name", ["lora", "pfeiffer", *BEFORE])
 def test_only_what_trains_moves(name):
-    check_what_moves((METHODS | BESIDE)[name], FAMILY)
+    check_what_moves((METHODS | BESIDE | BEFORE)[name], FAMILY)
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_virtual_tokens_are_seen_and_go_without_a_trace(name):
+    model, params = base(FAMILY)
+    method = BEFORE[name]
+    kept = jax.tree.map(np.array, params)
+    tuned = moved(method, model, params)
+    assert same_bits(params, kept), "init changed its argument"
+    assert largest_difference(logits(tuned, FAMILY), logits(params, FAMILY)) > 0.01
+    off = {branch: leaves for branch, leaves in tuned.items() if branch in params}
+    assert same_bits(logits(off, FAMILY), logits(params, FAMILY))
+    with pytest.raises(UserError, match="can't be merged"):
+        method.merge(model, tuned)
 
 
 def test_what_trains_is_float32_on_a_bfloat16_base():
     check_bfloat16(METHODS["lora"], FAMILY)
 
 
-@pytest.mark.parametrize("method", [METHODS["lora"] + BESIDE["pfeiffer"], Prefix(virtual_tokens=3)], ids=["lora + bottleneck", "prefix"])
+@pytest.mark.parametrize("method", [METHODS["lora"] + BESIDE["pfeiffer"], *BEFORE.values()], ids=["lora + bottleneck", *BEFORE])
 def test_how_a_batch_is_cut_changes_nothing(method):
     check_cuts(method, FAMILY)
 
 
 def test_two_devices_are_one():
     check_two_devices(METHODS["lora"] + Partial(targets=("lm_head",)), FAMILY, {"data_parallel": 1, "tensor_parallel": 2})
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_two_devices_are_one_before_each_text(name):
+    check_two_devices(BEFORE[name], FAMILY)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])

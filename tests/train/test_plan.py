@@ -127,6 +127,16 @@ def test_from_the_command_line(material, tmp_path, capsys):
     assert not workdir.exists()
 
 
+def test_what_helps_needs_less_than_the_plan_says(material, monkeypatch):
+    said = []
+    monkeypatch.setattr(advice, "say", lambda found, before, *_: said.append((found, before)))
+    whole = plan(experiment(material, LoRA()))
+    ((found, before),) = said
+    assert before.memory_bytes == whole.memory_bytes
+    assert found
+    assert all(one.plan.memory_bytes < whole.memory_bytes for one in found)
+
+
 def test_what_a_step_makes_is_told_from_the_program_as_the_compiler_tells_it(material):
     """Within a tenth of XLA's memory for methods that train little; full tuning's update is one more copy of the gradient there."""
     asked = experiment(material, LoRA(rank=3), data_parallel=1, fsdp_parallel=1, tensor_parallel=2, batch_size=8)
