@@ -2,7 +2,7 @@
 
 import dataclasses
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from jaxft.config import DataConfig
@@ -66,6 +66,16 @@ def conversation(row: Mapping[str, Any], config: DataConfig, place: str) -> Conv
         f"{place}: no format understood has the columns {', '.join(row)}. Formats: {FORMATS}. Name the columns in "
         '--config.data.prompt="Question: {question}" --config.data.completion="{answer}", or rename them.'
     )
+
+
+def are_texts(columns: Collection[str]) -> bool:
+    """Returns whether rows with these columns are plain texts, as `conversation` takes them.
+
+    >>> are_texts(["id", "text"]), are_texts(["text", "messages"])
+    (True, False)
+    """
+    turns = ({"messages"}, {"conversations"}, {"prompt", "completion"}, {"instruction", "output"})
+    return "text" in columns and not any(names <= set(columns) for names in turns)
 
 
 def question(row: Mapping[str, Any], config: DataConfig, place: str) -> tuple[Message, ...]:

@@ -14,7 +14,7 @@ from jaxft.errors import UserError, unknown
 from jaxft.methods.base import Method
 from jaxft.methods.kernels import KERNEL, NO_BIAS, check_biases, check_ranks, fold, key_of, trains_bias
 from jaxft.methods.lora import BIASES, narrow
-from jaxft.methods.partition import cast, check_targets, first_match, mask_by_name, partition
+from jaxft.methods.partition import cast, check_targets, combine, first_match, mask_by_name, partition
 from jaxft.models import segments
 from jaxft.models.dropout import dropped
 from jaxft.models.node import Around, Kernel, dense, dot, is_node, node
@@ -174,28 +174,27 @@ class AdaLoRA(Method):
         within = optax.with_extra_args_support(inner)
 
         def init(params: Any) -> Allocation:
-            importance, uncertainty = (jax.tree.map(jnp.zeros_like, self._own(params)) for _ in range(2))  # a step donates both
+            importance, uncertainty = (self._beside(jax.tree.map(jnp.zeros_like, self._own(params)), params) for _ in range(2))
             return Allocation(jnp.zeros((), jnp.int32), importance, uncertainty, within.init(params))
 
         def update(gradients: Any, state: Allocation, params: Any = None, **given: Any) -> tuple[Any, Allocation]:
             step = state.step + 1
             updates, held = within.update(gradients, state.inner, params, **given)
-            importance, uncertainty = self._smoothed(self._own(gradients), self._own(params), self._own(updates), state)
+            before = self._own(state.importance), self._own(state.uncertainty)
+            now = self._smoothed(self._own(gradients), self._own(params), self._own(updates), before)
             still = step < total - self.tfinal
-            importance, uncertainty = jax.tree.map(
-                lambda new, old: jnp.where(still, new, old), (importance, uncertainty), (state.importance, state.uncertainty)
-            )
+            importance, uncertainty = jax.tree.map(lambda new, old: jnp.where(still, new, old), now, before)
             updates = self._pruned(updates, params, jax.tree.map(jnp.multiply, importance, uncertainty), step, total)
-            return updates, Allocation(step, importance, uncertainty, held)
+            return updates, Allocation(step, self._beside(importance, params), self._beside(uncertainty, params), held)
 
         return optax.GradientTransformationExtraArgs(init, update)
 
-    def _smoothed(self, gradients: Any, params: Any, updates: Any, state: Allocation) -> tuple[Any, Any]:
+    def _smoothed(self, gradients: Any, params: Any, updates: Any, before: tuple[Any, Any]) -> tuple[Any, Any]:
         """Importance and uncertainty of each weight after the step (equations 9 and 10), of the weight as it is then."""
         now = jax.tree.map(lambda leaf, update, gradient: jnp.abs((leaf + update) * gradient), params, updates, gradients)
-        importance = jax.tree.map(lambda old, new: self.beta1 * old + (1 - self.beta1) * new, state.importance, now)
+        importance = jax.tree.map(lambda old, new: self.beta1 * old + (1 - self.beta1) * new, before[0], now)
         uncertainty = jax.tree.map(
-            lambda old, new, smooth: self.beta2 * old + (1 - self.beta2) * jnp.abs(new - smooth), state.uncertainty, now, importance
+            lambda old, new, smooth: self.beta2 * old + (1 - self.beta2) * jnp.abs(new - smooth), before[1], now, importance
         )
         return importance, uncertainty
 
@@ -231,6 +230,10 @@ class AdaLoRA(Method):
     def _own(self, tree: Any) -> Any:
         """The leaves of this method's triplets, None in the place of others."""
         return partition(tree, self._triplets(tree))[0]
+
+    def _beside(self, own: Any, params: Any) -> Any:
+        """The leaves of `_own`, and a scalar for each other one that trains, as a head's: a state's trees have the trainable's form."""
+        return combine(own, jax.tree.map(lambda _: jnp.zeros(()), partition(params, self._triplets(params))[1]))
 
     def _is_own(self, leaf: segments.Leaf) -> bool:
         return _is_kernel(leaf.value) and self.is_target(leaf.names[0])

@@ -11,6 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxft.data.examples import Examples
+from jaxft.errors import UserError
 from jaxft.methods.partition import combine
 from jaxft.tasks.head import Sums
 
@@ -176,6 +177,12 @@ class Objective(abc.ABC):
     def evaluated(self, state: Any, metrics: Mapping[str, float]) -> Any:
         """Returns the arrays after an evaluation on validation, outside of a step; of the same shapes and types."""
         return state
+
+
+def check_token(field: str, number: int, model: Any) -> None:
+    """Raises `UserError` for a token's number that the model hasn't; -1 stands for one of the tokenizer's."""
+    if not -1 <= number < model.config.vocab_size:
+        raise UserError(f"objective.{field} is {number}; the model has {model.config.vocab_size} tokens, from 0.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,10 @@ from jaxft.data.tags import PLAIN, kind_of, scheme_of
 from jaxft.data.word_numbers import word_numbers
 from jaxft.errors import UserError, unknown
 from jaxft.models import heads
+from jaxft.models.attention import SHARED
 from jaxft.models.layers import RECEIVED, received
 from jaxft.objectives import policies
-from jaxft.objectives.base import Batch, LanguageHead, Logged, Objective, Step
+from jaxft.objectives.base import Batch, LanguageHead, Logged, Objective, Step, check_token
 from jaxft.objectives.policies import COSINE, LINEAR, LOSS, SALIENCE, SCHEDULES, TAGS, VALIDATION, Knowledge
 from jaxft.objectives.restoration import reads, restored
 from jaxft.tasks.head import Sums, head_sums
@@ -122,6 +123,11 @@ class DynamicMask(Objective):
             return
         if not train.eval_every:
             raise UserError("objective.schedule=validation follows the evaluations during training: set train.eval_every too.")
+        if 0 < train.steps <= train.eval_every:
+            raise UserError(
+                "objective.schedule=validation follows the evaluations during training, and there is none before the end: train.eval_every "
+                f"is {train.eval_every}, train.steps {train.steps}. Lower train.eval_every."
+            )
         if not (experiment.data.validation or experiment.data.split[1] or experiment.data.folds):
             raise UserError(
                 "objective.schedule=validation needs a validation set: config.data.validation, or a share of config.data.split."
@@ -131,8 +137,7 @@ class DynamicMask(Objective):
         """Returns the objective with the tokenizer's mask token; raises `UserError` for an encoder's that has none, and plain tags."""
         if TAGS in self._used and scheme_of(model.config.labels, task.scheme) == PLAIN:
             raise UserError("objective.policy=tags parts entities from other words, and these tags mark none. Choose another policy.")
-        if self.mask_token_id >= model.config.vocab_size:
-            raise UserError(f"objective.mask_token_id is {self.mask_token_id}; the model has {model.config.vocab_size} tokens, from 0.")
+        check_token("mask_token_id", self.mask_token_id, model)
         if self.mask_token_id != _OF_THE_TOKENIZER or not self.masked:
             return self
         if tokenizer.mask_token_id is not None:
@@ -387,15 +392,36 @@ def _certainty(step: Step, params: Any, batch: Batch) -> jax.Array:
 
     targets = batch["targets"].reshape(-1, *batch["targets"].shape[2:])
     sure = jax.lax.map(one, (hidden, targets), batch_size=task.chunk or len(hidden)).reshape(slots)
-    places = batch["scored"] + (1 if heads.is_language_model(model) else 0)  # a language model's slot tells the token behind it
+    places = _told(batch) if heads.is_language_model(model) else batch["scored"]
     own = _at_words(batch, places, sure, -1.0)
 
-    def mean(segments: jax.Array, scored: jax.Array, sure: jax.Array, real: jax.Array) -> jax.Array:
-        of, weight = jnp.maximum(segments[scored], 0), real.astype(jnp.float32)
+    def mean(segments: jax.Array, places: jax.Array, sure: jax.Array, real: jax.Array) -> jax.Array:
+        known = places < len(segments)
+        of, weight = jnp.maximum(segments[jnp.where(known, places, 0)], 0), (real & known).astype(jnp.float32)
         total, count = (jnp.zeros(len(segments) + 1).at[of].add(part) for part in (sure * weight, weight))
         return jnp.where(count > 0, total / jnp.maximum(count, 1), 1.0)[jnp.maximum(segments, 0)]
 
-    return jnp.where(own >= 0, own, jax.vmap(mean)(batch["segment_ids"], batch["scored"], sure, batch["weights"] > 0))
+    return jnp.where(own >= 0, own, jax.vmap(mean)(batch["segment_ids"], places, sure, batch["weights"] > 0))
+
+
+def _told(batch: Batch) -> jax.Array:
+    """The place of the token that each slot of a language model tells, (batch, slots) int32: the one behind; `length` where it isn't known.
+
+    Behind the last token of a shared prefix stands the first one of each of the row's examples: that of the slot's own example is where its
+    next slot reads, which has the token that this one tells.
+    """
+    scored, tokens, segments = batch["scored"], batch["tokens"], batch["segment_ids"]
+    length = tokens.shape[1]
+    behind = jnp.minimum(scored + 1, length - 1)
+    ends_prefix = (_at(segments, scored) == SHARED) & (_at(segments, behind) != SHARED)
+    after = jnp.roll(scored, -1, axis=1)
+    follows = jnp.roll(batch["weights"] > 0, -1, axis=1).at[:, -1].set(False) & (_at(segments, after) != SHARED)
+    first = jnp.where(follows & (_at(tokens, after) == batch["targets"]), after, length)
+    return jnp.where(ends_prefix, first, scored + 1)
+
+
+def _at(values: jax.Array, places: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(values, places, axis=1)
 
 
 def _shares(step: Step, found: Masked) -> Logged:

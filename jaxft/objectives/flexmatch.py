@@ -4,7 +4,7 @@ Zhang et al. 2021, arXiv:2110.08263.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ class FlexMatch(Views):
     >>> FlexMatch().threshold
     0.95
     """
+
+    meanwhile: ClassVar[str] = "the threshold of each class is still 0, so it learns whatever it says itself"
 
     def init(self, task: Any, model: Any, trainable: Any) -> Any:
         """Returns the counts, and no slot's class yet."""
@@ -53,6 +55,10 @@ class FlexMatch(Views):
         votes = logged[_SURE][0]
         classes = jnp.where(jnp.max(votes, axis=-1) > 0, jnp.argmax(votes, axis=-1).astype(jnp.int32), state["classes"])
         return {**super().update(state, trainable, logged, number), "classes": classes}
+
+    def was_sure(self, state: Any) -> bool:
+        """Returns whether any slot has a class."""
+        return bool((state["classes"] >= 0).any())
 
 
 def shares(classes: jax.Array, count: int) -> jax.Array:

@@ -26,7 +26,7 @@ class FreeLB(Objective):
 
     ascents: int = 3  # changes of the embeddings that a step averages over
     rate: float = 0.1  # Euclidean length of a step of the change of an example's embeddings
-    start: float = 0.0  # length of the random change at the beginning; 0: none
+    start: float = 0.0  # most that the random change at the beginning is long: each number uniform in +-start / sqrt(numbers); 0: none
     epsilon: float = 0.0  # length of a change at most; 0: any
 
     def __post_init__(self) -> None:

@@ -52,8 +52,10 @@ class MeanTeacher(WithUnlabelled):
         return trainable
 
     def ramp(self, step: Step) -> jax.Array:
-        """Returns exp(-5 (1 - t)^2), t the share of the ramp that is done."""
-        length = max(self.ramp_up * step.steps, 1e-9)
+        """Returns exp(-5 (1 - t)^2), t the share of the ramp that is done; 1 where there is none."""
+        if not self.ramp_up:
+            return jnp.float32(1.0)
+        length = self.ramp_up * step.steps
         return jnp.exp(-_STEEPNESS * jnp.square(1 - jnp.minimum(step.number.astype(jnp.float32) / length, 1.0)))
 
     def added(self, step: Step, trainable: Any, batch: Batch, state: Any) -> tuple[jax.Array, Logged]:

@@ -14,7 +14,7 @@ from jaxft.errors import UserError
 from jaxft.models.attention import PADDING
 from jaxft.models.heads import CAUSAL_LM
 from jaxft.models.node import prepared
-from jaxft.objectives.base import Batch, Logged, Objective, Step
+from jaxft.objectives.base import Batch, Logged, Objective, Step, check_token
 from jaxft.objectives.pseudo_labels import USED, Sure
 from jaxft.objectives.unlabelled import dropout
 from jaxft.tasks.head import gather
@@ -61,7 +61,8 @@ class PseudoAnswers(Sure):
         return self.answer_tokens
 
     def fitted(self, task: Any, model: Any, tokenizer: Any) -> Objective:
-        """Returns the objective with the tokenizer's end of text; raises `UserError` where it has none."""
+        """Returns the objective with the tokenizer's end of text; raises `UserError` where it has none, or the model lacks the one."""
+        check_token("end_token_id", self.end_token_id, model)
         if self.end_token_id != _OF_THE_TOKENIZER:
             return self
         if tokenizer.eos_token_id is None:
@@ -86,7 +87,8 @@ class PseudoAnswers(Sure):
             "weights": self._by_slot(shares, batch),
         }
         sums = step.task.sums(step.model, step.params(trainable), learned, dropout(step, 1))
-        return sums.loss, self._figures(found, used, real, batch) | {"agreement": (sums.correct, sums.weight)}
+        told = {"agreement": (sums.correct, sums.weight), "unlabelled_loss": (sums.loss, jnp.sum(real))}
+        return sums.loss, self._figures(found, used, real, batch) | told
 
     def _figures(self, found: Answers, used: jax.Array, real: jax.Array, batch: Batch) -> Logged:
         """The share of answers that is used, and how many of these are the hidden ones, token by token."""

@@ -2,14 +2,14 @@
 
 import abc
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxft.errors import UserError
-from jaxft.objectives.base import Batch, Logged, Objective, Step
+from jaxft.objectives.base import Batch, Logged, Objective, Step, check_token
 from jaxft.objectives.unlabelled import WithUnlabelled, agreement, dropout, outputs
 from jaxft.objectives.views import RANDOM, View, strong
 
@@ -23,6 +23,8 @@ class Sure(WithUnlabelled):
     """A loss on what the model itself says of rows without labels, where it is sure enough."""
 
     threshold: float = 0.95  # probability of the likeliest class from which a row's own label is taken
+
+    meanwhile: ClassVar[str] = "it learns from labelled rows alone so far"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,13 +42,17 @@ class Sure(WithUnlabelled):
         return {**state, "used": state["used"] + logged[USED][0]}
 
     def warning(self, state: Any, number: int, steps: int) -> str:
-        """Returns that no label was taken so far, once, early in the run."""
-        if number != min(max(round(_EARLY * steps), _EARLIEST), steps) or float(state["used"]):
+        """Returns that the model was never sure enough so far, once, early in the run."""
+        if number != min(max(round(_EARLY * steps), _EARLIEST), steps) or self.was_sure(state):
             return ""
         return (
-            f"in {number} steps the model was never as sure of an unlabelled row as config.objective.threshold={self.threshold}: it learns "
-            "from labelled rows alone so far. Lower the threshold, or give it more steps on labels."
+            f"in {number} steps the model was never as sure of an unlabelled row as config.objective.threshold={self.threshold}: "
+            f"{self.meanwhile}. Lower the threshold, or give it more steps on labels."
         )
+
+    def was_sure(self, state: Any) -> bool:
+        """Returns whether any slot passed the threshold so far."""
+        return bool(state["used"] > 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +115,9 @@ class Views(PseudoLabels):
         View(self.masked, self.deleted, self.swapped)  # refuses what is no share
 
     def fitted(self, task: Any, model: Any, tokenizer: Any) -> Objective:
-        """Returns the objective with the tokenizer's special tokens."""
+        """Returns the objective with the tokenizer's special tokens; raises `UserError` for a mask token that the model hasn't."""
         super().fitted(task, model, tokenizer)
+        check_token("mask_token_id", self.mask_token_id, model)
         given = tokenizer.mask_token_id if self.mask_token_id == RANDOM else self.mask_token_id
         special = self.special_token_ids or tuple(sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}))
         return dataclasses.replace(self, mask_token_id=RANDOM if given is None else int(given), special_token_ids=special)

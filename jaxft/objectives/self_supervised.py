@@ -15,7 +15,7 @@ from jaxft.data.unlabelled import NUMBERS, UNLABELLED
 from jaxft.errors import UserError
 from jaxft.models import heads
 from jaxft.models.attention import PADDING
-from jaxft.objectives.base import Batch, LanguageHead, Logged, Objective, Step
+from jaxft.objectives.base import Batch, LanguageHead, Logged, Objective, Step, check_token
 from jaxft.objectives.restoration import restored
 from jaxft.objectives.unlabelled import CLASSES, WithUnlabelled, dropout
 from jaxft.tasks.head import Sums
@@ -56,6 +56,7 @@ class SelfSupervised(WithUnlabelled):
         """Returns the objective with the tokenizer's special tokens; raises `UserError` for an encoder's that has no mask token."""
         if heads.is_causal(model):
             return dataclasses.replace(self, mask_token_id=_OF_THE_TOKENIZER)  # it hides nothing
+        check_token("mask_token_id", self.mask_token_id, model)
         given = tokenizer.mask_token_id if self.mask_token_id == _OF_THE_TOKENIZER else self.mask_token_id
         if given is None:
             raise UserError("The tokenizer has no mask token. Set it in its files, or give a token's number: objective.mask_token_id.")

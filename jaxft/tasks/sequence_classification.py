@@ -140,8 +140,9 @@ class SequenceClassification(Task):
         """Returns rows without labels as tokens, a slot each; their targets are the hidden classes, or unknown."""
         if known:
             return self.examples(rows, tokenizer, data, model)
-        placeholder = [model.config.labels[0]] * len(rows)
-        return without_labels(self.examples(with_column(rows, data.label, placeholder), tokenizer, data, model))
+        labels, problem = model.config.labels, model.config.problem_type
+        placeholder: Any = {MULTI_LABEL: [labels[0]], REGRESSION: 0.0 if len(labels) == 1 else [0.0] * len(labels)}.get(problem, labels[0])
+        return without_labels(self.examples(with_column(rows, data.label, [placeholder] * len(rows)), tokenizer, data, model))
 
     # ------------------------------------------------------------ loss
 

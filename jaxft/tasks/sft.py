@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxft.config import DataConfig
-from jaxft.data.conversations import question
+from jaxft.data.conversations import are_texts, question
 from jaxft.data.examples import Examples, Labelled, NextTokens, answer_end
 from jaxft.data.rows import Rows
 from jaxft.data.unlabelled import without_answers
@@ -65,7 +65,7 @@ class SFT(Task):
 
         places = [rows.place(i) for i in range(len(rows))]
         asked = [question(row, data, place) for row, place in zip(rows.dataset, places, strict=True)]
-        plain = not answer_tokens and not data.prompt and rows.dataset.column_names == ["text"]
+        plain = not answer_tokens and not data.prompt and are_texts(rows.dataset.column_names)
         prompts = self._texts(rows, tokenizer, data) if plain else prompt_tokens(asked, places, tokenizer, data)
         answers = self._answers(rows, tokenizer, data) if known and answer_tokens else [np.zeros(0, np.int32)] * len(rows)
         return without_answers(prompts, answers, answer_tokens, data.max_length, places)

@@ -18,8 +18,9 @@ from jaxft import methods
 from jaxft.config import DataConfig, Experiment, ModelConfig, TrainConfig
 from jaxft.errors import UserError
 from jaxft.hub.language_head import LanguageHead
-from jaxft.objectives import DynamicMask
+from jaxft.objectives import UDA, DynamicMask, FixMatch, PseudoAnswers, SelfSupervised
 from jaxft.objectives.base import OWN, Step
+from jaxft.objectives.dynamic_mask import _told
 from jaxft.objectives.restoration import language_model, reads
 from jaxft.quant.blockwise import Format
 from jaxft.tasks import SFT, MaskedLM, SequenceClassification, TokenClassification
@@ -221,6 +222,19 @@ def test_loss_and_gradient_of_a_causal_models_answers_are_those_of_torch():
     assert np.linalg.norm(gradient["embed"]["embedding"] - other) <= 1e-4 * np.linalg.norm(other)
 
 
+def test_a_slot_read_in_a_shared_prefix_tells_the_first_token_of_its_own_example():
+    batch = {
+        "tokens": [[9, 8, 5, 6, 7, 4, 3], [9, 8, 5, 4, 3, 0, 0]],
+        "segment_ids": [[-1, -1, 1, 1, 1, 2, 2], [-1, -1, 1, 2, 2, 0, 0]],
+        "scored": [[0, 1, 2, 3, 1, 5], [1, 1, 3, 0, 0, 0]],
+        "targets": [[8, 5, 6, 7, 4, 3], [5, 4, 3, 0, 0, 0]],
+        "weights": [[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]],
+    }
+    told = _told({name: jnp.asarray(values) for name, values in batch.items()})
+    assert told[0].tolist() == [1, 2, 3, 4, 5, 6]
+    assert told[1, :3].tolist() == [7, 3, 4]  # of an example of one token nothing says which one it is
+
+
 def test_a_hidden_token_is_told_from_the_one_before_it_in_its_example():
     causal, encoder = (types.SimpleNamespace(pooling=pooling) for pooling in ("last", "first"))
     places = jnp.arange(7)[None]
@@ -406,6 +420,7 @@ def test_values_that_make_no_sense_are_refused(fields, message):
         (DynamicMask(), SequenceClassification(), {"r_drop": 1.0}, "leave train.r_drop out"),
         (RISING, SFT(), {}, "set train.eval_every too"),
         (RISING, SFT(), {"eval_every": 5}, "needs a validation set"),
+        (RISING, SFT(), {"eval_every": 5, "steps": 5}, "there is none before the end"),
     ],
 )
 def test_what_it_can_not_be_joined_with_is_refused(objective, task, train, message):
@@ -420,6 +435,9 @@ def test_models_and_rows_that_it_can_not_have_are_refused(tagger):
     assert DynamicMask(mask_token_id=7).fitted(TokenClassification(), model, nothing).mask_token_id == 7
     with pytest.raises(UserError, match="the model has 97 tokens"):
         DynamicMask(mask_token_id=97).fitted(TokenClassification(), model, nothing)
+    for objective in (FixMatch(mask_token_id=97), UDA(mask_token_id=-7), SelfSupervised(mask_token_id=97), PseudoAnswers(end_token_id=97)):
+        with pytest.raises(UserError, match="the model has 97 tokens, from 0"):
+            objective.fitted(TokenClassification(), model, nothing)
     plain = model.clone(config=dataclasses.replace(model.config, labels=("NOUN", "VERB")))
     with pytest.raises(UserError, match="these tags mark none"):
         DynamicMask("tags").fitted(TokenClassification(), plain, nothing)

@@ -99,6 +99,6 @@ def test_a_causal_model_tells_the_next_tokens_and_a_stage_has_one_loss_alone(tmp
 
 
 def test_an_encoder_without_a_mask_token_can_not_have_it():
-    model = types.SimpleNamespace(pooling="first")
+    model = types.SimpleNamespace(pooling="first", config=types.SimpleNamespace(vocab_size=97))
     with pytest.raises(UserError, match="The tokenizer has no mask token. Set it in its files, or give a token's number"):
         SelfSupervised().fitted(None, model, types.SimpleNamespace(mask_token_id=None, all_special_ids=[]))

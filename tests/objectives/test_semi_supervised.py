@@ -231,6 +231,10 @@ def test_freelbs_random_start_has_its_length_on_average_and_none_on_padding():
     lengths = np.float32([5] * 5 + [4] * 4)
     assert (np.abs(start[:, :9]) <= 0.3 / np.sqrt(lengths * 5)[None, :, None] + 1e-7).all()
     assert not np.asarray(start[:, 9:]).any()
+    drawn = [np.asarray(FreeLB(start=0.3)._start(bag.step({"objective": jax.random.key(number)}), rows)) for number in range(200)]
+    for example in (slice(5), slice(5, 9)):
+        squares = [(one[0, example] ** 2).sum() for one in drawn]
+        np.testing.assert_allclose(np.mean(squares), 0.3**2 / 3, rtol=0.1)  # of a uniform number a third of its bound's square
 
 
 def test_smart_is_the_divergence_at_the_worst_change_within_a_cube_and_from_the_averaged_weights():
@@ -277,6 +281,10 @@ def test_gradients_are_those_of_finite_differences_and_hidden_labels_change_noth
     np.testing.assert_array_equal(ours(objective, state=state, number=number, rows=hidden)[1]["head"], gradient["head"])
 
 
+def test_without_a_ramp_the_teacher_counts_whole_from_the_first_step():
+    assert float(MeanTeacher(ramp_up=0.0).ramp(bag.step(KEYS))) == 1.0
+
+
 def test_a_teacher_carries_no_gradient():
     given = bag.step(KEYS, jnp.float32(1), number=2)
     loss = jax.jit(jax.grad(lambda teacher: TEACHER.sums(given, bag.TRAINABLE, bag.rows(), teacher)[0].loss))
@@ -319,4 +327,7 @@ def test_a_threshold_that_nothing_passes_is_said_once_and_early():
     )
     assert objective.warning(some, 10, 100) == ""
     assert objective.warning(none, 4, 4) != ""
+    flex = FlexMatch(threshold=0.9)  # whose thresholds of classes begin at 0: all labels are used
+    assert "it learns whatever it says itself" in flex.warning({"used": jnp.float32(40), "classes": jnp.full(5, -1)}, 10, 100)
+    assert flex.warning({"used": jnp.float32(40), "classes": jnp.asarray([-1, 2])}, 10, 100) == ""
     assert dataclasses.replace(objective, threshold=0.5).update(none, None, {"unlabelled_used": (2.0, 4.0)}, 1) == {"used": 2.0}

@@ -9,13 +9,19 @@ import signal
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
+from stopped_runs import stop_at
 
 import experiments
 from jaxft import overrides
+from jaxft.config import DataConfig
+from jaxft.data.sources import load_rows
 from jaxft.errors import UserError
 from jaxft.generation import Sampling, generate
+from jaxft.hub.tokenizer import load_tokenizer
 from jaxft.objectives.base import Step
 from jaxft.objectives.pseudo_answers import answered
+from jaxft.tasks import SFT
 from jaxft.train import run, setup
 from jaxft.train.data import load_training_data
 from jaxft.train.logs import Logs
@@ -130,6 +136,44 @@ def test_what_an_objective_can_not_have_is_refused(reviews, flags, message):
         setup.describe_run(experiment(reviews, *flags))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), (FLEX[1], "--config.objective=MeanTeacher()")], ids=["alone", "mean teacher"])
+def test_adalora_trains_beside_a_classifiers_head(reviews, tmp_path, monkeypatch, flags):
+    method = "AdaLoRA(init_rank=3, target_rank=2, tinit=1, tfinal=2, targets=('query', 'value'))"
+    asked = experiment(reviews, f"--config.method={method}", *flags)
+    run.train(asked, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        assert run.train(asked, tmp_path / "stopped") == {}
+    run.train(asked, tmp_path / "stopped")
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+    adapter = safetensors.numpy.load_file(tmp_path / "whole" / "export" / "peft" / "adapter_model.safetensors")
+    assert sum(np.count_nonzero(leaf) for name, leaf in adapter.items() if "lora_E" in name) == 2 * 2  # pruned to the budget of two kernels
+    assert any("classifier" in name for name in adapter)
+
+
+@pytest.mark.parametrize(("problem", "given"), [("multi_label_classification", (["bad"], ["bad", "so"])), ("regression", (0.5, 2.0))])
+def test_rows_without_labels_stand_beside_several_labels_and_numbers(reviews, tmp_path, problem, given):
+    labelled, others = tmp_path / "labelled.jsonl", tmp_path / "others.jsonl"
+    labelled.write_text("".join(json.dumps({"text": f"w1 w{i}", "label": given[i % 2]}) + "\n" for i in range(12)))
+    others.write_text("".join(json.dumps({"text": f"w2 w{i}"}) + "\n" for i in range(5)))
+    flags = [f"--config.data.train={labelled}", f"--config.data.unlabelled={others}", f"--config.task.problem_type={problem}"]
+    data = loaded(experiment(reviews, *flags, "--config.objective=SelfSupervised(mask_token_id=1)"))
+    assert len(data.unlabelled.layout.examples) == 5
+
+
+def test_texts_without_labels_are_read_as_labelled_ones_whatever_stands_beside(material, tmp_path):
+    tokenizer, found = load_tokenizer(str(material / "model")), []
+    for others in ({}, {"id": 3}):
+        path = tmp_path / f"{len(others)}.jsonl"
+        path.write_text("".join(json.dumps({"text": f"number {i}", **others}) + "\n" for i in range(5)))
+        rows, data = load_rows(str(path), "train"), DataConfig(loss="all", cache=False)
+        labelled = SFT().examples(rows, tokenizer, data, None)
+        found.append(SFT().unlabelled(rows, tokenizer, data, None, False))
+        for i in range(5):
+            np.testing.assert_array_equal(found[-1].tokens_of(i), labelled.tokens_of(i))
+
+
 def test_words_without_tags_have_a_slot_each(reviews):
     rows = [{"tokens": ["w1", "w2", "w3"], "tags": ["O", "B-X", "I-X"]}, {"tokens": ["w4", "w5"], "tags": ["O", "O"]}] * 10
     (reviews / "tags.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
@@ -208,6 +252,8 @@ def test_the_loss_of_pseudo_answers_is_their_mean_likelihood_over_prompts(answer
 
     (sums, logged), labelled = losses(ready.state.trainable)
     prompts = float(others["weights"].sum()) / 6
+    np.testing.assert_allclose(logged["unlabelled_loss"][1], prompts)
+    np.testing.assert_allclose(logged["unlabelled_loss"][0] * shared, sums.loss - labelled, rtol=1e-3)
     assert 0 < float(logged["unlabelled_used"][0]) == found.ended.sum()
     assert float(logged["unlabelled_used"][1]) == prompts
     own = -np.log(found.likelihood[found.ended]).sum()  # the model has no dropout: its loss on an answer is how likely it found it
