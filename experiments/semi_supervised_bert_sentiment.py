@@ -11,9 +11,12 @@ Variant: the 60 labels alone, which it is to be compared with.
 
     python launch.py --experiment=semi_supervised_bert_sentiment:supervised
 
-Hardware: two CPU cores, 2.7 GB of memory.
-Its result over several seeds isn't measured yet. Two runs of 60 steps, at half and at three times this rate, were for the rate alone: the
-60 labels alone had 65.0% accuracy on validation, which the majority class has, and 26.3% and 33.4% macro F1.
+Hardware: two CPU cores, 2.8 GB of memory; 16 minutes of processor time on an AMD EPYC of 2017, of `supervised` 6. 22,714,371 parameters
+train.
+On the test, mean and deviation of seeds 0, 1, 2, the checkpoint of the least loss on validation: 65.1% (0.6) accuracy, 32.0% (6.9) macro
+F1, a loss of 0.904 (0.086); `supervised` 66.8% (1.2), 35.3% (6.9) and 0.885 (0.076), its F1 and loss better for each seed; the majority
+class has 65.4% and 26.4%, a logistic regression on TF-IDF 65.6% (0.2) and 26.9% (0.4). FixMatch gains nothing here: the model that 60
+labels make is hardly better than the majority, and so are the labels that it gives itself.
 """
 
 import dataclasses
