@@ -3,7 +3,7 @@
     python benchmarks/objectives.py [--groups NAME ...] [--rounds N] [--only TEXT] [--output FOLDER]
 
 Three groups, each of one experiment on the bundled material: `labels`, semi_supervised_bert_sentiment, 2 packed rows of labelled reviews
-and 4 of the others a step, full fine-tuning of MiniLM; `tags`, dynamic_mask_bert_tags, LoRA on MiniLM; `answers`, semi_supervised_llama2,
+and 4 of the others a step, full fine-tuning of MiniLM; `tags`, lora_bert_tags, LoRA on MiniLM; `answers`, semi_supervised_llama2,
 LoRA on SmolLM2. The first of a group is the supervised step on the labelled rows alone.
 
 All steps of a group are compiled first, then taken in turn, one of each a round: what else the machine does meets all of them. A time is
@@ -23,7 +23,6 @@ from typing import Any
 import jax
 import machine
 
-import experiments
 from jaxft import overrides
 from jaxft.train import placement
 from jaxft.train.loop import jitted_step
@@ -31,6 +30,10 @@ from jaxft.train.programs import operations
 from jaxft.train.setup import TrainingSetup, set_up
 
 HERE = pathlib.Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))  # where the experiments are
+
+import experiments  # noqa: E402
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy")
 PLAIN = "none"
 _VIEW = "threshold=0.8,masked=0.15"

@@ -9,17 +9,21 @@ import dataclasses
 import functools
 import json
 import pathlib
+import sys
 import tempfile
 from typing import Any
 
 import torch
 import transformers
 
-import experiments
 from jaxft.hub.tokenizer import load_tokenizer
 from jaxft.train import placement
 from jaxft.train.loop import jitted_step
 from jaxft.train.setup import set_up
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # where the experiments are
+
+import experiments
 
 RECORD = pathlib.Path(__file__).with_suffix(".json")
 METRICS = ("loss", "gradient_norm", "scored_tokens")
