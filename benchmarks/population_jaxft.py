@@ -15,16 +15,16 @@ from jaxft.train import run
 from jaxft.train.logs import peak_memory_bytes
 
 RATES, ALPHAS = (3e-4, 1e-3, 3e-3, 1e-2), (16.0, 32.0)  # of runs 0, 1, ...; the seed is 0 for the first four, 1 for the next
-MODELS = {"encoder": ("full_bert_sentiment", ("attention/(query|value)",)), "decoder": ("lora_llama2", ("q_proj", "v_proj"))}
+MODELS = {"encoder": ("ablation_methods", ("attention/(query|value)",)), "decoder": ("lora_llama2", ("q_proj", "v_proj"))}
 
 
 def experiment(job: dict[str, Any], number: int) -> Experiment:
     """Returns one of the runs."""
     name, targets = MODELS[job["model"]]
     found = experiments.load(name)
-    train = dataclasses.replace(found.train, batch_size=job["batch_size"], seed=number // 4, eval_every=0, checkpoint_every=10**6)
-    if job["steps"] or job["epochs"]:
-        train = dataclasses.replace(train, steps=job["steps"], epochs=job["epochs"] or train.epochs)
+    train = dataclasses.replace(found.train, batch_size=job["batch_size"], seed=number // 4)
+    if job["steps"]:
+        train = dataclasses.replace(train, steps=job["steps"], eval_every=0)
     method = LoRA(rank=8, alpha=ALPHAS[number // 2 % 2], targets=targets)
     optimizer = dataclasses.replace(found.optimizer, learning_rate=RATES[number % 4])
     evaluation = dataclasses.replace(found.eval, generate=False, limit=8 if job["steps"] else found.eval.limit)
