@@ -37,7 +37,7 @@ def get_config(variant: str = "") -> Experiment:
         found,
         name="ablation_quantization",
         train=dataclasses.replace(found.train, steps=20, eval_every=10),
-        eval=dataclasses.replace(found.eval, generate=False, gap=False),
+        eval=dataclasses.replace(found.eval, generate=False, gap=False, general="bundled:general-text"),
     )
 
 

@@ -24,7 +24,7 @@ def check(folder: Folder) -> str | list[list[str]]:
                 described.add(kind)
                 _check_fit(experiment)
         except UserError as error:
-            return f"Run {run}: {error}"
+            return f"Run {run}: {error}".replace("train.best_", "Sweep.")  # the sweep's own metric and mode, which runs have these by
     names = list(experiments)
     return [[names[i] for i in group] for group in populations(list(experiments.values()))]
 

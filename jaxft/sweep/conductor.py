@@ -5,9 +5,10 @@ import time
 from collections.abc import Mapping, Sequence
 
 from jaxft.errors import UserError
+from jaxft.sweep import sizing
 from jaxft.sweep.executor import Workers
 from jaxft.sweep.progress import Progress
-from jaxft.sweep.runs import ENDED, RUNNING, Folder, Run, State, name_runs, read_json
+from jaxft.sweep.runs import ENDED, RUNNING, Folder, Run, State, is_taken, name_runs, read_json
 from jaxft.sweep.search import Searcher
 
 POLL = 0.25  # seconds between looks at the runs
@@ -31,8 +32,8 @@ class Conductor:
             if len(runs) > 1:  # one is checked by itself
                 jobs = self._grouped({run.id for run in runs}, self._checked())
             self._folder.write_queue(self._session, jobs, open=False)
-            while self._unfinished(jobs):
-                self._have_workers(len(self._unfinished(jobs)))
+            while left := self._unfinished(jobs):
+                self._have_workers(left)
                 time.sleep(POLL)
                 self._look(runs)
                 self._settle(jobs)
@@ -60,10 +61,10 @@ class Conductor:
             while True:
                 self._propose(searcher, runs, trials)
                 jobs = [[run.id] for run in runs]
-                if not self._unfinished(jobs):
+                if not (left := self._unfinished(jobs)):
                     self._folder.write_queue(self._session, jobs, open=False)
                     return self._states
-                self._have_workers(len(self._unfinished(jobs)))
+                self._have_workers(left)
                 time.sleep(POLL)
                 self._look(runs)
                 self._settle(jobs)
@@ -78,7 +79,8 @@ class Conductor:
         """The groups of runs that train together, once a worker found nothing wrong with any of them."""
         while (found := read_json(self._folder.checked)) is None:
             self._folder.write_queue(self._session, None, open=True)
-            self._have_workers(1)
+            if not is_taken(self._folder.check_lock):
+                self._start_workers(1)
             time.sleep(POLL)
         if found["error"] is not None:
             self._folder.checked.unlink()  # another start looks anew
@@ -90,7 +92,8 @@ class Conductor:
         sweep = self._folder.sweep()
         known = {run["id"]: run["group"] for run in sweep["runs"]}
         left = {run for run in chosen if known[run] is None and self._states[run].state not in ENDED}
-        free = [[run for run in group if run in left] for group in groups]
+        free = [group for group in ([run for run in group if run in left] for group in groups) if group]
+        free = sizing.split(free, self._count)
         number = 1 + max((group for group in known.values() if group is not None), default=-1)
         for group in (group for group in free if len(group) > 1):
             known |= dict.fromkeys(group, number)
@@ -157,9 +160,13 @@ class Conductor:
     def _unfinished(self, jobs: Sequence[Sequence[str]]) -> list[Sequence[str]]:
         return [job for job in jobs if any(run in self._states and self._states[run].state not in ENDED for run in job)]
 
-    def _have_workers(self, jobs: int) -> None:
-        """Starts workers where fewer are at work than there is work for; raises `UserError` where they end without taking any."""
-        wanted = min(self._count, jobs)
+    def _have_workers(self, jobs: Sequence[Sequence[str]]) -> None:
+        """Starts workers where fewer are at work than there is work for; a job that an earlier start's run is still ending isn't."""
+        if any(not is_taken(self._folder.lock_file(job[0])) for job in jobs):
+            self._start_workers(min(self._count, len(jobs)))
+
+    def _start_workers(self, wanted: int) -> None:
+        """Starts workers where fewer are at work; raises `UserError` where they end without taking any run."""
         if len(self._workers.running()) >= wanted:
             return
         attempts = sum(state.attempts for state in self._states.values())

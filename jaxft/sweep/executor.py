@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import pathlib
 import shutil
@@ -86,7 +87,7 @@ class Workers:
         """Starts workers until so many are at work."""
         for _ in range(count - len(self.running())):
             with _importable(), _deaf():
-                self._jobs.append(self._executor().submit(_work, str(self._folder.path), self._session, self._options.executor == LOCAL))
+                self._jobs.append(self._executor().submit(_work, str(self._folder.path), self._session, *self._terms()))
 
     def running(self) -> Sequence[Any]:
         """Returns the jobs of workers that haven't ended."""
@@ -103,6 +104,11 @@ class Workers:
         while self.running() and time.monotonic() < until:
             time.sleep(POLL)
 
+    def _terms(self) -> tuple[bool, float]:
+        """Whether a worker ends with this process, and the seconds it has: of Slurm's, less what a run takes to end in order."""
+        limit = 60.0 * (self._options.time or _DAY)
+        return (True, math.inf) if self._options.executor == LOCAL else (False, max(limit - GOODBYE, limit / 2))
+
     def _executor(self) -> Any:
         options, submitit = self._options, _submitit()
         made = submitit.AutoExecutor(folder=self.folder, cluster=options.executor)
@@ -115,11 +121,11 @@ class Workers:
         return made
 
 
-def _work(path: str, session: int, attached: bool) -> None:
+def _work(path: str, session: int, attached: bool, seconds: float) -> None:
     """What a worker's process is given to do: named here, so that submitting needs none of what runs need."""
     from jaxft.sweep import worker
 
-    worker.work(path, session, attached)
+    worker.work(path, session, attached, seconds)
 
 
 @contextlib.contextmanager

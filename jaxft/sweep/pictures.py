@@ -66,7 +66,7 @@ def _share(results: Results, settings: Sequence[Setting]) -> Figure | None:
     best = sorted(front([(share, results.sign * value.mean) for _, share, value in points]), key=lambda i: points[i][1])
     axes.plot([points[i][1] for i in best], [points[i][2].mean for i in best], color="#8a94a0", linewidth=1, label="Pareto front", zorder=0)
     _log(axes, [share for _, share, _ in points], lambda value: f"{100 * value:g}%")
-    axes.set(xlabel="trained parameters among all", ylabel=_axis(results))
+    axes.set(xlabel="trained parameters among all", ylabel=f"{results.split} {_axis(results)}")
     figure.legend(loc="outside right upper", frameon=False)
     return figure
 

@@ -30,6 +30,8 @@ from jaxft.train.workdir import summary_of
 
 # (number of the member, steps done, metrics on validation) -> whether it stops here
 Pruner = Callable[[int, int, Mapping[str, float]], bool]
+# (number of the member, what came of it, or None as it begins)
+Teller = Callable[[int, Mapping[str, Any] | None], None]
 
 
 def populations(experiments: Sequence[Experiment]) -> list[list[int]]:
@@ -50,7 +52,11 @@ def _can_share(experiment: Experiment) -> bool:
 
 
 def train_population(
-    experiments: Sequence[Experiment], workdirs: Sequence[pathlib.Path], prune: Pruner | None = None, places: int = 0
+    experiments: Sequence[Experiment],
+    workdirs: Sequence[pathlib.Path],
+    prune: Pruner | None = None,
+    places: int = 0,
+    tell: Teller = lambda number, found: None,
 ) -> list[dict[str, Any]]:
     """Trains runs of one of `populations` in one program, each in its folder; returns what came of each.
 
@@ -63,6 +69,7 @@ def train_population(
       prune: asked after each evaluation on validation; where it says True, the run ends there without a summary, and another takes its
         place.
       places: runs that step at once; 0 is what pays on this machine. The others wait for a place.
+      tell: called as a run begins, and when it has ended, with what is returned of it.
 
     Returns:
       of each run its summary; {} where a signal stopped the program before its end; {"error": message} where it failed; {"pruned": steps}
@@ -78,7 +85,7 @@ def train_population(
         )
     if len({workdir.absolute() for workdir in workdirs}) != len(experiments):
         raise UserError(f"There are {len(experiments)} runs and {len({*workdirs})} folders; each run has a folder of its own.")
-    return _Population(experiments, workdirs, prune, places).train()
+    return _Population(experiments, workdirs, prune, places, tell).train()
 
 
 @dataclasses.dataclass
@@ -142,13 +149,16 @@ class _Shares:
 class _Population:
     """Trains all runs: as many at once as there are places, the others as places fall free."""
 
-    def __init__(self, experiments: Sequence[Experiment], workdirs: Sequence[pathlib.Path], prune: Pruner | None, places: int):
-        self._experiments, self._workdirs, self._prune, self._places = experiments, workdirs, prune, places
+    def __init__(
+        self, experiments: Sequence[Experiment], workdirs: Sequence[pathlib.Path], prune: Pruner | None, places: int, tell: Teller
+    ):
+        self._experiments, self._workdirs, self._prune, self._places, self._tell = experiments, workdirs, prune, places, tell
         self._members, self._shares = Members(), _Shares()
         self._evaluator: Evaluator | None = None  # the first one, whose program all have
         self._before: dict[str, dict[str, float]] = {}  # evaluations before training
         self._found: dict[int, dict[str, Any]] = {}
         self._waiting: collections.deque[int] = collections.deque()
+        self._begun: set[int] = set()
 
     def train(self) -> list[dict[str, Any]]:
         """Trains them; returns what came of each."""
@@ -201,10 +211,13 @@ class _Population:
             number = self._waiting.popleft()
             if like is not None:
                 self._shares.spend_on([number])
+            if number not in self._begun:  # a run that doesn't fit the others comes twice
+                self._begun.add(number)
+                self._tell(number, None)
             try:
                 run.prepare(self._experiments[number], self._workdirs[number])
                 if summary := summary_of(self._workdirs[number]):
-                    self._found[number] = summary
+                    self._end(number, summary)
                     continue
                 console.say(f"Run {number + 1} of {len(self._experiments)}, in {self._workdirs[number]}.\n")
                 member = self._members.set_up(self._experiments[number])
@@ -276,7 +289,7 @@ class _Population:
         if seat.course.is_due(seat.index):
             seat.course.after(program.state(place, sharding), seat.index, lambda: False)
             if self._is_pruned(seat):
-                self._found[seat.number] = {"pruned": seat.index}
+                self._end(seat.number, {"pruned": seat.index})
                 seat.close()
                 return True
         if not seat.ended:
@@ -294,10 +307,15 @@ class _Population:
         """Measures, exports and reports a run that has come to its end."""
         seat.begun.checkpoints.wait()
         outcome = Outcome(state, seat.course.progress, seat.compile_seconds, seat.course.logs)
-        self._found[seat.number] = run.finish(seat.begun, outcome, seat.elapsed)
+        self._end(seat.number, run.finish(seat.begun, outcome, seat.elapsed))
+
+    def _end(self, number: int, found: dict[str, Any]) -> None:
+        """Notes and tells what came of a run."""
+        self._found[number] = found
+        self._tell(number, found)
 
     def _fail(self, number: int, error: UserError) -> None:
-        self._found[number] = {"error": str(error)}
+        self._end(number, {"error": str(error)})
         console.say(f"\nRun {number + 1} of {len(self._experiments)}, in {self._workdirs[number]}, failed: {error}\n")
 
 

@@ -49,8 +49,6 @@ class Progress:
 
 def _seconds(state: State) -> float:
     """Seconds of the newest attempt."""
-    if state.shared_seconds is not None:
-        return state.shared_seconds
     assert state.began is not None
     assert state.ended is not None
     return (datetime.datetime.fromisoformat(state.ended) - datetime.datetime.fromisoformat(state.began)).total_seconds()

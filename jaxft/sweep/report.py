@@ -117,6 +117,10 @@ def notes(results: Results) -> list[str]:
         said.append("A figure of one seed has no interval: how much of it is chance is unknown.")
     if len(counts) > 1:
         said.append("Methods have different numbers of finished seeds.")
+    if results.workers > 1:
+        said.append(f"Up to {results.workers} runs went at a time: times and tokens/s are theirs beside each other, not of a run alone.")
+    if not _is_forgetting_known(results):
+        said.append("Forgetting, how far the loss on general text rises, wasn't measured: config.eval.general names such a text, for SFT.")
     if any(row.shared for row in results.rows):
         said.append(
             "† Its runs trained in one program with others, as a population: time is a run's share of the program's, peak memory the whole "
@@ -128,7 +132,7 @@ def notes(results: Results) -> list[str]:
 def methods(results: Results) -> Table:
     """Returns a row for each setting, the best first; those without a figure last, in their order."""
     columns = ["method", _tuned_title(results), f"{results.split} {results.metric.replace('_', ' ')}", "seeds", "trained", "share"]
-    columns += ["peak memory", "tokens/s", "time", "on disk", "forgetting", "runs tuned"]
+    columns += ["peak memory", "tokens/s", "time", "on disk", *(["forgetting"] if _is_forgetting_known(results) else []), "runs tuned"]
     figures = {setting.label: setting.figure(results.metric) for setting in results.settings()}
 
     def order(setting: Setting) -> tuple[bool, float]:
@@ -154,9 +158,13 @@ def _method(results: Results, setting: Setting) -> list[str]:
         _MISSING if rate is None else f"{rate:,.0f}",
         _MISSING if seconds is None else _time(seconds) + mark,
         _MISSING if disk is None else _bytes(disk),
-        _interval(forgetting, signed=True),
+        *([_interval(forgetting, signed=True)] if _is_forgetting_known(results) else []),
         f"{sum(row.state == DONE for row in setting.rows)} of {len(setting.rows)}",
     ]
+
+
+def _is_forgetting_known(results: Results) -> bool:
+    return any(row.forgetting is not None for row in results.rows)
 
 
 def tuning(results: Results) -> Table:
@@ -187,7 +195,7 @@ def unfinished(results: Results) -> Table:
 def made_with(results: Results) -> Table:
     """Returns versions, hardware and seeds."""
     seeds = sorted({row.seed for row in results.rows if row.seed is not None})
-    rows = [["seeds", ", ".join(map(str, seeds))]]
+    rows = [["seeds", ", ".join(map(str, seeds))], ["runs at a time", str(results.workers)]]
     rows += [["hardware", ", ".join(f"{name} {value}" for name, value in one.items())] for one in results.devices]
     rows += [["versions", ", ".join(f"{name} {value}" for name, value in one.items())] for one in results.versions]
     model, data = results.config.get("model", {}), results.config.get("data", {})

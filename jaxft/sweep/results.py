@@ -5,10 +5,11 @@ one seed each are a candidate. The candidate is chosen on validation, figures ar
 """
 
 import dataclasses
+import io
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ RATE, SEED = "optimizer.learning_rate", "train.seed"
 DONE = "done"
 CONFIDENCE = 0.95
 _CLASS = "class"  # of a method as JSON
+_TITLES = {"dora": "DoRA", "rslora": "rsLoRA"}  # of a LoRA with such a field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +119,7 @@ class Results:
     config: Mapping[str, Any]
     versions: tuple[Mapping[str, str], ...]  # different ones among the runs
     devices: tuple[Mapping[str, Any], ...]
+    workers: int  # runs, or populations, at a time
     rows: tuple[Row, ...]
 
     @property
@@ -194,7 +197,7 @@ def gather(folder: pathlib.Path) -> Results:
         UserError: the folder holds no sweep.
     """
     sweep = _read(folder / "sweep.json")
-    if sweep is None:
+    if not isinstance(sweep, dict):
         raise UserError(f"{folder} holds no sweep of jaxft: there is no sweep.json that can be read. Name a sweep's folder by --workdir.")
     runs, config = sweep["runs"], sweep["config"]
     changed = {path: None for run in runs for path in run["overrides"]}
@@ -202,11 +205,10 @@ def gather(folder: pathlib.Path) -> Results:
     configs = [_read(folder / "runs" / run["id"] / "config.json") or {} for run in runs]
     summaries = [_read(folder / "runs" / run["id"] / "summary.json") or {} for run in runs]
     labels = _labels([_values(run["overrides"], vary, config) for run in runs], _values({}, vary, config))
-    tuned = [path for path in changed if path not in vary and path != SEED]
-    rows = []
-    for run, summary, label in zip(runs, summaries, labels, strict=True):
-        values = _values(run["overrides"], tuned, config)
-        rows.append(_row(folder / "runs", run, summary, (label, _tuned_label(values)), sweep))
+    paths = [path for path in changed if path not in vary and path != SEED]
+    tuned = _tuned_labels([_values(run["overrides"], paths, config) for run in runs])
+    of = zip(runs, summaries, zip(labels, tuned, strict=True), strict=True)
+    rows = [_row(folder / "runs", run, summary, both, sweep) for run, summary, both in of]
     return Results(
         sweep["experiment"],
         sweep["metric"],
@@ -216,6 +218,7 @@ def gather(folder: pathlib.Path) -> Results:
         config,
         _different([sweep.get("versions"), *(one.get("versions") for one in configs)]),
         _different([sweep.get("device"), *(one.get("device") for one in configs)]),
+        sweep.get("workers", 1),
         tuple(rows),
     )
 
@@ -229,7 +232,7 @@ def _row(
     validation = f"validation_{sweep['metric']}"
     curves = _curves(folder / run["id"] / "metrics.jsonl", ("loss", validation))
     best = (min if sweep["mode"] == "min" else max)((value for _, value in curves[validation]), default=None)
-    shared, error = state.get("shared_seconds"), state.get("error")
+    error = state.get("error")
     if state.get("state") == DONE and not summary:
         error = "Its folder holds no summary.json that can be read."
     forgotten = after["general_loss"] - before["general_loss"] if "general_loss" in before and "general_loss" in after else None
@@ -245,7 +248,7 @@ def _row(
         state=state.get("state", "waiting"),
         attempts=state.get("attempts", 0),
         error=error,
-        shared=shared is not None,
+        shared=state.get("shared", False),
         validation=best,
         before=before,
         after=after,
@@ -253,7 +256,7 @@ def _row(
         total_parameters=summary.get("total_parameters"),
         peak_memory_bytes=summary.get("peak_memory_bytes"),
         tokens_per_second=summary.get("tokens_per_second"),
-        seconds=summary.get("seconds") if shared is None else shared,
+        seconds=summary.get("seconds"),
         compile_seconds=summary.get("compile_seconds"),
         export_bytes=_size(folder / run["id"] / "export"),
         forgetting=forgotten,
@@ -326,7 +329,7 @@ def _values(overrides: Mapping[str, Any], paths: Sequence[str], config: Any) -> 
 
 def _labels(values: Sequence[Mapping[str, Any]], base: Mapping[str, Any]) -> list[str]:
     """A label for each run's values: what differs among the runs and from the base, as short as it tells them apart."""
-    kinds = [{path: value.get(_CLASS) if isinstance(value, dict) else None for path, value in one.items()} for one in values]
+    kinds = [{path: _title(value) if _is_method(value) else None for path, value in one.items()} for one in values]
     keys = [json.dumps(one, sort_keys=True) for one in values]
     labels = []
     for one, kind in zip(values, kinds, strict=True):
@@ -345,13 +348,19 @@ def _labels(values: Sequence[Mapping[str, Any]], base: Mapping[str, Any]) -> lis
     return [f"{one} ({i + 1})" if (i := numbers[one].index(key)) else one for one, key in zip(labels, keys, strict=True)]
 
 
-def _title(value: Mapping[str, Any]) -> str:
-    """The class of a method, or those of a sum's parts.
+def _is_method(value: Any) -> bool:
+    return isinstance(value, dict) and _CLASS in value
 
-    >>> _title({"class": "Compose", "methods": [{"class": "LoRA"}, {"class": "BitFit"}]})
-    'LoRA + BitFit'
+
+def _title(value: Mapping[str, Any]) -> str:
+    """The class of a method, or those of a sum's parts; of a LoRA the name that its paper has.
+
+    >>> _title({"class": "Compose", "methods": [{"class": "LoRA", "dora": True}, {"class": "BitFit"}]})
+    'DoRA + BitFit'
     """
-    return " + ".join(map(_title, value["methods"])) if "methods" in value else str(value[_CLASS])
+    if "methods" in value:
+        return " + ".join(map(_title, value["methods"]))
+    return next((title for field, title in _TITLES.items() if value.get(field) is True), str(value[_CLASS]))
 
 
 def _fields(value: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -380,8 +389,17 @@ def _plain(path: str, value: Any) -> str:
     return value if isinstance(value, str) and value not in ("", "none") else _named(name, value)
 
 
-def _tuned_label(values: Mapping[str, Any]) -> str:
-    return ", ".join(_short(value) if path == RATE else f"{path.rpartition('.')[2]} {_short(value)}" for path, value in values.items())
+def _tuned_labels(values: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A label for what of each run is tuned: with all digits where two values would read alike."""
+
+    def label(own: Mapping[str, Any], text: Callable[[Any], str]) -> str:
+        return ", ".join(text(value) if path == RATE else f"{path.rpartition('.')[2]} {text(value)}" for path, value in own.items())
+
+    short, whole = ([label(own, text) for own in values] for text in (_short, json.dumps))
+    alike: dict[str, set[str]] = {}
+    for one, other in zip(short, whole, strict=True):
+        alike.setdefault(one, set()).add(other)
+    return [one if len(alike[one]) == 1 else other for one, other in zip(short, whole, strict=True)]
 
 
 def _short(value: Any) -> str:
@@ -407,9 +425,11 @@ def write(folder: pathlib.Path, results: Results) -> None:
         for setting in results.settings()
     ]
     replace(folder / "results.json", json.dumps(dataclasses.asdict(results) | {"settings": settings}, indent=1) + "\n")
-    table, temporary = pyarrow.Table.from_pylist([_flat(row) for row in results.rows]), folder / ".results.parquet.partial"
-    pyarrow.parquet.write_table(table, temporary)
-    temporary.replace(folder / "results.parquet")
+    rows = [_flat(row) for row in results.rows]
+    columns = dict.fromkeys(name for row in rows for name in row)  # a run that failed has no metrics
+    table, content = pyarrow.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows]), io.BytesIO()
+    pyarrow.parquet.write_table(table, content)
+    replace(folder / "results.parquet", content.getvalue())
 
 
 def _flat(row: Row) -> dict[str, Any]:

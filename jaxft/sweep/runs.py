@@ -53,7 +53,7 @@ class State:
     began: str | None = None  # ISO time of the newest attempt
     ended: str | None = None
     host: str | None = None
-    shared_seconds: float | None = None  # of a member of a population: its share of the program's time
+    shared: bool = False  # whether the newest attempt trains in one program with others
     session: int = 0  # start of the sweep in which the newest attempt began
     deaths: int = 0  # attempts of that session that ended without a word
 
@@ -112,6 +112,7 @@ class Folder:
         self.path = path
         self.runs = path / "runs"
         self.checked = path / "checked.json"  # what the check of all runs came to
+        self.check_lock = path / "check.lock"  # held by the worker that checks them
         self.owner = path / "sweep.lock"  # held by the sweep's own process
 
     def workdir(self, run: str) -> pathlib.Path:
@@ -126,13 +127,21 @@ class Folder:
         """Returns the file that asks for the end of a run."""
         return self.runs / f"{run}.prune"
 
+    def lock_file(self, run: str) -> pathlib.Path:
+        """Returns the file of a run's lock; that of a job is its first run's."""
+        return self.runs / f"{run}.lock"
+
     def lock(self, run: str) -> Any:
         """Returns `held` of the run's lock."""
-        return held(self.runs / f"{run}.lock")
+        return held(self.lock_file(run))
 
     def state(self, run: str) -> State:
         """Returns the state of a run; that of one that nothing was said of is waiting."""
-        return State(**(read_json(self.runs / f"{run}.json") or {}))
+        path = self.runs / f"{run}.json"
+        try:
+            return State(**(read_json(path) or {}))
+        except TypeError as error:
+            raise UserError(f"{path} isn't of this version of jaxft: {error}. Choose another --workdir.") from error
 
     def write_state(self, run: str, state: State) -> None:
         """Says what became of a run: only who holds its lock may."""
@@ -144,7 +153,10 @@ class Folder:
 
     def sweep(self) -> dict[str, Any]:
         """Returns sweep.json, or an empty dictionary where there is none."""
-        return read_json(self.path / "sweep.json") or {}
+        found = read_json(self.path / "sweep.json") or {}
+        if not isinstance(found, dict):
+            raise UserError(f"{self.path / 'sweep.json'} holds no sweep. Put it back, or choose another --workdir.")
+        return found
 
     def write_sweep(self, found: Mapping[str, Any]) -> None:
         """Writes sweep.json."""
@@ -183,8 +195,8 @@ class Folder:
 
     # What becomes of a run, said by who holds its lock
 
-    def begin(self, run: str, session: int) -> None:
-        """Notes that an attempt begins, of a run that was settled and hasn't ended."""
+    def begin(self, run: str, session: int, shared: bool = False) -> None:
+        """Notes that an attempt begins, alone or in one program with others, of a run that was settled and hasn't ended."""
         state = self.state(run)
         began: dict[str, Any] = {
             "state": RUNNING,
@@ -192,6 +204,7 @@ class Folder:
             "began": now(),
             "ended": None,
             "host": socket.gethostname(),
+            "shared": shared,
             "session": session,
             "deaths": state.deaths if self.has_died(run, session) else 0,
         }
@@ -215,17 +228,15 @@ class Folder:
         elif state.session == session:
             self.died(run, "Its process ended without a word, as one does that is killed, by hand or for want of memory.")
 
-    def end(self, run: str, state: str, error: str | None = None, shared_seconds: float | None = None) -> None:
+    def end(self, run: str, state: str, error: str | None = None) -> None:
         """Notes what a run came to."""
-        known = self.state(run)
-        ended: dict[str, Any] = {"state": state, "error": error, "ended": now(), "shared_seconds": shared_seconds}
-        self.write_state(run, dataclasses.replace(known, **ended))
+        self.write_state(run, dataclasses.replace(self.state(run), state=state, error=error, ended=now()))
 
-    def died(self, run: str, reason: str) -> None:
-        """Notes that an attempt died; the run waits for another one, or has failed."""
+    def died(self, run: str, reason: str, log: pathlib.Path | None = None) -> None:
+        """Notes that an attempt died; the run waits for another one, or has failed. `log`: what it printed, where not in its own."""
         state = self.state(run)
         deaths = state.deaths + 1
-        error = f"{reason} What it printed is in {self.log(run)}."
+        error = f"{reason} What it printed is in {log or self.log(run)}."
         if deaths >= ATTEMPTS:
             error = f"It died {deaths} times. {error}"
         self.write_state(
@@ -270,19 +281,28 @@ def held(path: pathlib.Path) -> Iterator[bool]:
     """Holds a file's lock, if it is free: whether it was. The system frees it when the process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
-        yield True
+        yield _locked(file, fcntl.LOCK_EX)
 
 
 def is_held(path: pathlib.Path) -> bool:
     """Returns whether some process holds a file's lock."""
+    with path.open("a") as file:
+        return not _locked(file, fcntl.LOCK_SH)
+
+
+def is_taken(path: pathlib.Path) -> bool:
+    """Returns whether some process holds the lock of a file that may not be there yet."""
+    return path.exists() and is_held(path)
+
+
+def _locked(file: Any, kind: int) -> bool:
+    """Locks a file, if that is free: whether it was; raises `UserError` on a file system that has no locks."""
     try:
-        with path.open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
+        return False
+    except OSError as error:
+        raise UserError(
+            f"{file.name} can't be locked ({error.strerror}): a sweep needs a file system with locks. Choose another --workdir."
+        ) from error
+    return True

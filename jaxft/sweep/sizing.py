@@ -66,3 +66,16 @@ def cut(group: Sequence[int]) -> list[list[int]]:
     [[0, 1, 2]]
     """
     return [list(group[start : start + MOST]) for start in range(0, len(group), MOST)]
+
+
+def split(groups: Sequence[Sequence[Any]], count: int) -> list[list[Any]]:
+    """Returns groups of runs, the largest halved until there are so many: no worker is idle while another has several runs to do.
+
+    >>> split([[0, 1, 2], [3]], 3)
+    [[0, 1], [2], [3]]
+    """
+    found = [list(group) for group in groups]
+    while found and len(found) < count and len(largest := max(found, key=len)) > 1:
+        place, half = found.index(largest), (len(largest) + 1) // 2
+        found[place : place + 1] = [largest[:half], largest[half:]]
+    return found

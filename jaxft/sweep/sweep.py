@@ -43,7 +43,7 @@ def sweep(experiment: Experiment, declared: Any, workdir: pathlib.Path, options:
     _check_folder(folder)
     with contextlib.ExitStack() as stack:
         with _owned(folder) as session:
-            runs = _written(folder, _base(experiment, plan), runs)
+            runs = _written(folder, _base(experiment, plan) | {"workers": options.workers}, runs)
             for run in chosen or runs:
                 folder.retry(run.id)
             workers = Workers(folder, options, session)
@@ -52,7 +52,8 @@ def sweep(experiment: Experiment, declared: Any, workdir: pathlib.Path, options:
             if plan.search is None:
                 states = conductor.conduct(chosen)
             else:
-                states = conductor.search(runs, Searcher(plan.search, plan.mode), options.limit or plan.search.trials)
+                trials = min(options.limit or plan.search.trials, plan.search.trials)
+                states = conductor.search(runs[:trials], Searcher(plan.search, plan.mode), trials)
         _report(folder, states)
 
 

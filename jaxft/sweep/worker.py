@@ -4,6 +4,7 @@ It imports what runs need once, and gives each run a process of its own by forki
 in memory is its own, and it pays for no imports. The worker itself must start no JAX backend and no thread, which no fork survives.
 """
 
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -13,11 +14,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxft.errors import UserError
-from jaxft.sweep.runs import DONE, ENDED, FAILED, PRUNED, WAITING, Folder, held, is_held, read_json, write_json
+from jaxft.sweep.runs import DONE, ENDED, FAILED, PRUNED, RUNNING, WAITING, Folder, held, is_held, write_json
 
 POLL = 0.2  # seconds between looks at what others write
 PATIENCE = 120.0  # seconds that a run gets to write its checkpoint and end
@@ -25,20 +26,21 @@ LAST_WORDS = 10.0  # seconds that a process gets to end after its answer
 _STOPPED = "stopped"  # in the place of an answer: it was told to end
 
 
-def work(path: str, session: int, attached: bool) -> None:
+def work(path: str, session: int, attached: bool, seconds: float = math.inf) -> None:
     """Runs what queue.json of the sweep's folder has, until nothing is left or the sweep has ended.
 
     Args:
       path: of the sweep's folder.
       session: the start of the sweep that this worker belongs to.
       attached: whether it ends with the sweep's own process; on a cluster it goes on.
+      seconds: that it has: then its run is told to write a checkpoint and end, for another worker to go on with.
     """
     from jaxft.sweep import population  # noqa: F401 - what every run needs: imported once, before the first fork
     from jaxft.train import run  # noqa: F401
 
-    parent = os.getppid()
+    parent, until = os.getppid(), time.monotonic() + seconds
     folder = Folder(pathlib.Path(path))
-    alive = (lambda: os.getppid() == parent and is_held(folder.owner)) if attached else (lambda: True)
+    alive = (lambda: os.getppid() == parent and is_held(folder.owner)) if attached else (lambda: time.monotonic() < until)
     while alive():
         queue = folder.queue()
         if queue.get("session") != session:
@@ -53,7 +55,7 @@ def work(path: str, session: int, attached: bool) -> None:
 
 def _check(folder: Folder, alive: Callable[[], bool]) -> None:
     """Has all runs checked by a process of its own, unless another worker does so."""
-    with held(folder.path / "check.lock") as mine:
+    with held(folder.check_lock) as mine:
         if not mine or folder.checked.exists():
             time.sleep(POLL)
             return
@@ -81,43 +83,59 @@ def _take(folder: Folder, job: Sequence[str], session: int, alive: Callable[[], 
         for part in [left] if together else [[run] for run in left]:
             if not alive():
                 break
-            for run in part:  # only now: what is charged to a run is what befell it
-                folder.begin(run, session)
+            if not together:  # members of a population say themselves when they begin: what is charged to a run is what befell it
+                folder.begin(part[0], session)
             pruned = lambda part=part: all(folder.prune(run).exists() for run in part)  # noqa: E731
-            death, errors = _forked(_train, (folder, part), folder.log(part[0]), alive, pruned)
-            for run in part:
-                _note(folder, run, death, errors, pruned(), together)
+            death, errors = _forked(_train, (folder, part, session), folder.log(part[0]), alive, pruned)
+            _note(folder, part, session, death, errors if isinstance(errors, dict) else {}, pruned())
     return bool(left)
 
 
-def _note(folder: Folder, run: str, death: str | None, errors: dict[str, str] | str | None, pruned: bool, together: bool) -> None:
-    """Writes what became of a run."""
-    if summary := read_json(folder.workdir(run) / "summary.json"):
-        folder.end(run, DONE, shared_seconds=summary["seconds"] if together else None)
-    elif death is not None:
-        folder.died(run, death)
-    elif isinstance(errors, dict) and run in errors:
-        folder.end(run, FAILED, error=errors[run])
-    elif pruned:
-        folder.end(run, PRUNED)
-    else:
-        folder.end(run, WAITING)
+def _note(folder: Folder, part: Sequence[str], session: int, death: str | None, errors: dict[str, str], pruned: bool) -> None:
+    """Writes what became of the runs of a process that has ended, as far as it hasn't said so itself."""
+    open_runs = [run for run in part if folder.state(run).state not in ENDED]
+    if death is not None and open_runs and not any(folder.state(run).state == RUNNING for run in open_runs):
+        folder.begin(open_runs[0], session, shared=True)  # it died before the first of them, or between two
+    for run in open_runs:
+        if run in errors:
+            folder.end(run, FAILED, error=errors[run])
+        elif folder.state(run).state != RUNNING:
+            continue
+        elif (folder.workdir(run) / "summary.json").is_file():
+            folder.end(run, DONE)
+        elif death is not None:
+            folder.died(run, death, folder.log(part[0]))
+        else:
+            folder.end(run, PRUNED if pruned else WAITING)
 
 
-def _train(folder: Folder, part: Sequence[str]) -> dict[str, str]:
+def _train(folder: Folder, part: Sequence[str], session: int) -> dict[str, str]:
     """Trains a run, or a population; returns what the user did wrong, by the run. Of one that is done, its folder tells."""
     from jaxft.sweep.population import train_population
     from jaxft.train import run
+
+    def tell(number: int, found: Mapping[str, Any] | None) -> None:
+        if found is None:
+            folder.begin(part[number], session, shared=True)
+        elif "error" in found:
+            folder.end(part[number], FAILED, found["error"])
+        elif found:
+            folder.end(part[number], PRUNED if "pruned" in found else DONE)
 
     try:
         experiments = [folder.experiment(name) for name in part]
         if len(part) == 1:
             run.train(experiments[0], folder.workdir(part[0]))
-            return {}
-        found = train_population(experiments, [folder.workdir(name) for name in part])
+        else:
+            train_population(
+                experiments,
+                [folder.workdir(name) for name in part],
+                prune=lambda number, step, metrics: folder.prune(part[number]).exists(),
+                tell=tell,
+            )
     except UserError as error:
         return dict.fromkeys(part, str(error))
-    return {name: one["error"] for name, one in zip(part, found, strict=True) if "error" in one}
+    return {}
 
 
 # ---------------------------------------------------------------- a process of its own

@@ -59,7 +59,7 @@ def test_half_a_sweep_is_reported(tmp_path: pathlib.Path):
     """One seed has no interval, a run that failed says why, and names are no HTML."""
     other = {"overrides": {"method": {"class": "<b>$x$|" + "y" * 90}, "optimizer.learning_rate": 1e-3, "train.seed": 0}}
     write_sweep(tmp_path, [lora(1e-3, 0) | {"group": 0}, lora(1e-3, 1), other])
-    write_run(tmp_path, "000", [0.5], 0.625, state={"shared_seconds": 12.0})
+    write_run(tmp_path, "000", [0.5], 0.625, state={"shared": True}, seconds=12.0)
     write_run(tmp_path, "001", state={"state": "failed", "attempts": 2, "error": "It died <twice>."})
     (tmp_path / "runs" / "000" / "metrics.jsonl").open("a").write('{"step": 3')  # a line that is being written
     report.write(tmp_path)
@@ -76,6 +76,40 @@ def test_half_a_sweep_is_reported(tmp_path: pathlib.Path):
     assert [row["id"] for row in table] == [row["id"] for row in json.loads((tmp_path / "results.json").read_text())["rows"]]
     assert table[0]["seconds"] == 12.0
     assert table[2]["after_loss"] is None
+
+
+def test_figures_are_in_the_table_where_the_first_run_has_none(tmp_path: pathlib.Path):
+    write_sweep(tmp_path, [lora(1e-3, 0), lora(1e-3, 1)])
+    write_run(tmp_path, "000", state={"state": "failed", "attempts": 2, "error": "The loss isn't finite."})
+    write_run(tmp_path, "001", [0.5], 0.625)
+    report.write(tmp_path)
+    table = pyarrow.parquet.read_table(tmp_path / "results.parquet").to_pylist()
+    assert [row["after_loss"] for row in table] == [None, 0.625]
+
+
+def test_a_table_that_cannot_be_written_is_told(tmp_path: pathlib.Path):
+    write_sweep(tmp_path, [lora(1e-3, 0)])
+    (tmp_path / "results.parquet").mkdir()
+    with pytest.raises(UserError, match="results.parquet can't be written"):
+        report.write(tmp_path)
+
+
+def test_rates_that_read_alike_are_two(tmp_path: pathlib.Path):
+    rates = (1.2345678e-3, 1.2345679e-3)
+    write_sweep(tmp_path, [lora(rate, seed) for rate in rates for seed in (0, 1)])
+    for i in range(4):
+        write_run(tmp_path, f"{i:03d}", [0.5], 0.5)
+    (setting,) = gather(tmp_path).settings()
+    assert [(one.tuned, len(one.rows)) for one in setting.candidates] == [(str(rate), 2) for rate in rates]
+
+
+def test_what_nobody_measured_has_no_column(tmp_path: pathlib.Path):
+    write_sweep(tmp_path, [lora(1e-3, 0)], workers=3)
+    write_run(tmp_path, "000", [0.5], 0.5, eval={"before": {"loss": 1.1}, "after": {"loss": 0.5}})
+    found = gather(tmp_path)
+    assert "forgetting" not in report.methods(found).columns
+    assert any("config.eval.general" in note for note in report.notes(found))
+    assert any("Up to 3 runs went at a time" in note for note in report.notes(found))
 
 
 def test_a_sweep_before_its_first_run_ends_has_a_report(tmp_path: pathlib.Path):
@@ -97,6 +131,7 @@ LORA, NF4, DOUBLE = {"class": "LoRA", "rank": 8}, {"model.quantization": "nf4"},
     ("runs", "labels"),
     [
         ([{"method": LORA}, {"method": LORA, **NF4}, {"method": {"class": "IA3"}}], ["LoRA", "LoRA, nf4", "IA3"]),
+        ([{"method": LORA}, {"method": LORA | {"dora": True}}, {"method": LORA | {"rank": 4}}], ["LoRA rank 8", "DoRA", "LoRA rank 4"]),
         ([{"model.quantization": "none"}, NF4], ["quantization none", "nf4"]),
         ([{"method.rank": rank, "method.alpha": 2.0 * rank} for rank in (8, 16)], ["rank 8, alpha 16", "rank 16, alpha 32"]),
         (
@@ -118,5 +153,5 @@ def test_only_what_trained_together_is_marked(tmp_path: pathlib.Path):
     write_run(tmp_path, "000", [0.5], 0.5)
     write_run(tmp_path, "001", [0.5], 0.5)
     assert not gather(tmp_path).settings()[0].is_shared
-    (tmp_path / "runs" / "001.json").write_text(json.dumps({"state": "done", "shared_seconds": 3.0}))
+    (tmp_path / "runs" / "001.json").write_text(json.dumps({"state": "done", "shared": True}))
     assert gather(tmp_path).settings()[0].is_shared
