@@ -20,7 +20,7 @@ from jaxft.sweep import sizing
 from jaxft.sweep.members import Member, Members
 from jaxft.sweep.numbers import likeness, varying
 from jaxft.sweep.program import Program
-from jaxft.train import run
+from jaxft.train import host_memory, run
 from jaxft.train.evaluate import Evaluator
 from jaxft.train.folds import is_cross_validation
 from jaxft.train.loop import Course, Outcome, StopRequest
@@ -189,9 +189,10 @@ class _Population:
         table: list[_Seat | None] = [*seats, *[None] * (places - len(seats))]
         for place, seat in enumerate(seats):
             self._sit(program, place, seat, compile_seconds)
-        with StopRequest() as request:
+        with StopRequest() as request, host_memory.kept() as memory:
             while any(table) and not request.name:
                 self._step(program, table)
+                memory.settle()
                 for place, seat in enumerate(table):
                     if seat is None and not request.name and (new := self._next(first.member, others)) is not None:
                         program.put(place, new.member)

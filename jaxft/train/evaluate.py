@@ -18,7 +18,7 @@ from jaxft.generation import Sampling, generate
 from jaxft.methods.partition import partition
 from jaxft.models.heads import LAST
 from jaxft.tasks.answers import AnswerFormat, equal_answers, majority_match, overlap
-from jaxft.train import placement
+from jaxft.train import host_memory, placement
 from jaxft.train.data import GENERAL, check_split, pad_token
 from jaxft.train.gap import sample
 from jaxft.train.setup import Setup, end_tokens
@@ -122,10 +122,12 @@ class Evaluator:
         """Yields the numbers of some rows, their sums as floats, and their outputs."""
         setup = self._setup
         size = -(-max(self._shape(layout).rows, self._least.rows) // _shares(setup)) * _shares(setup)
-        for rows, batch in each_once(layout, size):
-            placed = placement.place_batch(batch, setup.mesh, placement.EVALUATION_BATCH)
-            sums, outputs = jax.device_get(self._program(trainable, frozen, placed))
-            yield rows, jax.tree.map(float, sums), outputs
+        with host_memory.kept() as memory:
+            for rows, batch in each_once(layout, size):
+                placed = placement.place_batch(batch, setup.mesh, placement.EVALUATION_BATCH)
+                sums, outputs = jax.device_get(self._program(trainable, frozen, placed))
+                memory.settle()
+                yield rows, jax.tree.map(float, sums), outputs
 
     def full(self, state: State, name: str, title: str) -> Evaluation:
         """Returns the metrics, with `eval.general` the loss on those texts, and, where the task generates and `eval.generate` is on, the

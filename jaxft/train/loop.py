@@ -16,7 +16,7 @@ from flax import linen as nn
 from jaxft.config import Experiment
 from jaxft.errors import UserError
 from jaxft.objectives.base import Supervised, objective_of
-from jaxft.train import loggers, placement
+from jaxft.train import host_memory, loggers, placement
 from jaxft.train.average import make_average
 from jaxft.train.checkpoint import Checkpoints, Progress
 from jaxft.train.evaluate import Evaluator
@@ -185,6 +185,7 @@ class Course:
 
     def keep(self, state: State) -> None:
         """Writes a checkpoint, where there is none of this step."""
+        host_memory.give_back()
         self._checkpoints.save(state, dataclasses.replace(self.progress, elapsed=self._elapsed()))
 
     def close(self) -> None:
@@ -276,11 +277,12 @@ class Loop:
         complete = False
         try:
             course.observe(state)
-            with StopRequest() as request:
+            with StopRequest() as request, host_memory.kept() as memory:
                 for index in range(start, setup.steps):
                     if course.given_up():
                         break
                     state = self._advance(step, state, index, index > start, course)
+                    memory.settle()
                     state = course.after(state, index + 1, lambda: bool(request.name))
                     if request.name:
                         break

@@ -29,7 +29,7 @@ from jaxft.inspect.page import page
 from jaxft.methods.base import Compose, Method
 from jaxft.methods.partition import size
 from jaxft.tasks.base import Report
-from jaxft.train import requantize
+from jaxft.train import host_memory, requantize
 from jaxft.train.checkpoint import Checkpoints, Progress, fingerprint
 from jaxft.train.data import GENERAL
 from jaxft.train.evaluate import Evaluation, Evaluator, answer_texts, make_sampling
@@ -117,6 +117,7 @@ def prepare(experiment: Experiment, workdir: pathlib.Path) -> None:
     """Raises `UserError` unless the folder is free or holds this very run; has compiled programs kept on disk from now on."""
     check_workdir(workdir, overrides.to_dict(experiment))
     _keep_compiled()
+    host_memory.run_in_calling_thread()
 
 
 def begin(
@@ -372,6 +373,7 @@ def _load_best(experiment: Experiment, workdir: pathlib.Path, measured: bool = F
         folder = fold_folder(workdir, 0)
         raise UserError(f"{workdir} holds a run for each of {experiment.data.folds} folds. Name one of them, as --workdir={folder}.")
     _keep_compiled()
+    host_memory.run_in_calling_thread()
     checkpoints = Checkpoints(workdir / "checkpoints", experiment.train.keep)
     newest = checkpoints.latest()
     if newest is None:
