@@ -18,6 +18,15 @@ class AbsentError(UserError):
     """Something that a user named and that this machine neither has nor can fetch: a plan can do without much of it."""
 
 
+class OutOfReachError(AbsentError):
+    """What is gated on the hub, or not in its cache where the hub can't be reached: no mistake, and a plan does without it by itself."""
+
+    def __init__(self, message: str, what: str = "") -> None:
+        """`what` it is: rows, files or tokenizer of a source."""
+        super().__init__(message)
+        self.what = what
+
+
 class UserNote(UserWarning):
     """What a user should know of what was done as asked: a warning in Python, one line of what `launch.py` prints."""
 

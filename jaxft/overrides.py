@@ -121,6 +121,23 @@ def given_paths(arguments: Sequence[str]) -> list[str]:
     return [match["path"] or "" for match in map(_FLAG.fullmatch, arguments) if match]
 
 
+def merged(arguments: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Returns the words of a command with the flags `others` at the end, in the place of those that they override.
+
+    A flag `--config.method=...` is in the place of those of a method's fields too.
+
+    >>> merged(["launch.py", "--config.train.steps=3", "--config.train.seed", "1"], ["--config.train.steps=5"])
+    ['launch.py', '--config.train.seed', '1', '--config.train.steps=5']
+    """
+    new, kept, keeps = given_paths(others), list[str](), True
+    for word in arguments:
+        if word.startswith("--") or given_paths([word]):  # another word is the value of the flag before it
+            keeps = not any(path == other or path.startswith(f"{other}.") for path in given_paths([word]) for other in new)
+        if keeps:
+            kept.append(word)
+    return [*kept, *others]
+
+
 def fields_of(experiment: Experiment) -> dict[str, tuple[Any, Any]]:
     """Returns the annotation and the value of every field, by its path ("data.limit"), those of the method and the task included."""
     return {path: (annotation, value) for path, annotation, value in _walk(experiment, "")}

@@ -12,7 +12,7 @@ from jaxft.data.packing import common_prefix, pack
 from jaxft.models.attention import PADDING, SHARED
 
 _LENGTH_MULTIPLE = 64  # tokens: what attention kernels and vector units divide evenly
-_SCORED_MULTIPLE = 8
+SCORED_MULTIPLE = 8  # scored positions a row
 _EMPTY = -1  # stands for a row of padding
 _BALANCED_EPOCHS = 8  # draws of what balanced classes repeat; then the first again
 
@@ -114,7 +114,7 @@ def lay_out(
     longest = prefix + max(int(own[row].sum()) for row in rows)
     slots = max(int(held.counts[row].sum()) for row in rows)
     length = min(longest_row, _round_up(longest, _LENGTH_MULTIPLE))
-    return Layout(examples, rows, prefix, length, _round_up(slots, _SCORED_MULTIPLE), pad_token_id, room)
+    return Layout(examples, rows, prefix, length, _round_up(slots, SCORED_MULTIPLE), pad_token_id, room)
 
 
 def _prefix(examples: Examples) -> int:

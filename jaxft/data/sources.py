@@ -21,9 +21,9 @@ from jaxft.data.drug_questions import drug_questions
 from jaxft.data.drug_tags import tagged
 from jaxft.data.rows import Rows
 from jaxft.data.squad import is_squad, squad_rows
-from jaxft.errors import AbsentError, UserError, given_path, nearest, unknown
+from jaxft.errors import AbsentError, OutOfReachError, UserError, given_path, nearest, unknown
 
-__all__ = ["BUNDLED", "SPLITS", "Rows", "load_rows", "load_splits"]
+__all__ = ["BUNDLED", "SPLITS", "Rows", "is_on_hub", "load_rows", "load_splits"]
 
 SPLITS = ("train", "validation", "test")
 BUNDLED = "bundled:"
@@ -46,7 +46,7 @@ def load_rows(source: str, default_split: str) -> Rows:
     """
     if source.startswith(BUNDLED):
         rows = _load_bundled(source, default_split)
-    elif (path := given_path(source)).suffix.lower() in _READERS or path.exists():
+    elif _is_file(path := given_path(source)):
         rows = _load_file(path)
     elif match := _HUB.fullmatch(source):
         rows = _load_hub(match["repository"], match["config"], match["split"] or default_split)
@@ -58,6 +58,19 @@ def load_rows(source: str, default_split: str) -> Rows:
     if not len(rows):
         raise UserError(f"{rows.name} has no rows.")
     return rows
+
+
+def is_on_hub(source: str) -> bool:
+    """Returns whether `load_rows` looks for a source on the hub.
+
+    >>> is_on_hub("owner/name@main:train"), is_on_hub("bundled:drug-reviews"), is_on_hub("folder/rows.jsonl")
+    (True, False, False)
+    """
+    return not source.startswith(BUNDLED) and not _is_file(given_path(source)) and _HUB.fullmatch(source) is not None
+
+
+def _is_file(path: pathlib.Path) -> bool:
+    return path.suffix.lower() in _READERS or path.exists()
 
 
 Grouped = Callable[[Rows], np.ndarray | None]  # which rows belong together, (n,) int; None: each is on its own
@@ -312,8 +325,21 @@ def _load_hub(repository: str, config: str | None, split: str) -> Rows:
     try:
         dataset = datasets.load_dataset(repository, config, split=split)
     except Exception as error:  # datasets raises what its many readers raise
-        raise AbsentError(f"{name}: {_hub_advice(error, repository, split)}") from error
+        message = f"{name}: {_hub_advice(error, repository, split)}"
+        if _is_gated(error) or _is_unreached(error):
+            raise OutOfReachError(message, f"rows of {name}") from error
+        raise AbsentError(message) from error
     return Rows(dataset, name, "row", np.arange(1, len(dataset) + 1))
+
+
+def _is_gated(error: Exception) -> bool:
+    return re.search(r"\bgated\b", str(error)) is not None
+
+
+def _is_unreached(error: Exception) -> bool:
+    if isinstance(error, datasets.exceptions.DatasetNotFoundError):
+        return False
+    return isinstance(error, ConnectionError) or "offline" in str(error).lower()
 
 
 def _hub_advice(error: Exception, repository: str, split: str) -> str:
@@ -321,14 +347,14 @@ def _hub_advice(error: Exception, repository: str, split: str) -> str:
     text = str(error).strip()
     reason = text.splitlines()[0] if text else type(error).__name__
     local = "or give a local file (.jsonl, .json, .csv, .tsv, .parquet) as the source"
-    if "gated" in text:
+    if _is_gated(error):
         return (
             f"the data set is gated. Ask for access on https://huggingface.co/datasets/{repository}, then set HF_TOKEN to a token of that "
             f"account (or run `hf auth login`), {local}."
         )
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
         return f"the hub has no such data set, or it is private. Check the name, set HF_TOKEN if it is private, {local}."
-    if isinstance(error, ConnectionError) or "offline" in text.lower():
+    if _is_unreached(error):
         return f"the hub can't be reached and the data set is not cached here ({reason}). Go online once, unset HF_HUB_OFFLINE, {local}."
     if found := re.search(r"Unknown split .* Should be one of (\[.*\])", text):
         known = re.findall(r"'([^']+)'", found[1])

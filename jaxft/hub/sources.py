@@ -9,7 +9,7 @@ import re
 import huggingface_hub
 import huggingface_hub.errors
 
-from jaxft.errors import AbsentError, UserError, given_path, unknown
+from jaxft.errors import AbsentError, OutOfReachError, UserError, given_path, unknown
 
 BUNDLED = "bundled:"
 GGUF_SUFFIX = ".gguf"
@@ -114,13 +114,14 @@ def _file(source: str, path: pathlib.Path) -> Source:
 
 def _download(repository: str, revision: str, files: tuple[str, ...]) -> pathlib.Path:
     instead = f"Or pass another source: {_KINDS}."
-    page = f"{huggingface_hub.constants.ENDPOINT}/{repository}"
+    page, what = f"{huggingface_hub.constants.ENDPOINT}/{repository}", f"files of {repository}"
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(files)))
     except huggingface_hub.errors.GatedRepoError as error:
-        raise AbsentError(
+        raise OutOfReachError(
             f"'{repository}' is gated on the hub. Ask for access at {page}, log in with `hf auth login` or set HF_TOKEN, and start again. "
-            f"{instead}"
+            f"{instead}",
+            what,
         ) from error
     except huggingface_hub.errors.RepositoryNotFoundError as error:
         raise AbsentError(
@@ -134,14 +135,15 @@ def _download(repository: str, revision: str, files: tuple[str, ...]) -> pathlib
     except huggingface_hub.errors.HFValidationError as error:
         raise AbsentError(f"There is no folder '{repository}', and it is no hub id: {error}") from error
     except huggingface_hub.errors.HfHubHTTPError as error:
-        raise AbsentError(f"The hub refused '{repository}': {_first_line(error)}. {instead}") from error
+        raise OutOfReachError(f"The hub refused '{repository}': {_first_line(error)}. {instead}", what) from error
     except OSError as error:  # LocalEntryNotFoundError, of no network and of HF_HUB_OFFLINE; network errors of the client
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             place = huggingface_hub.constants.HF_HUB_CACHE
             raise UserError(f"'{repository}' can't be kept in the hub's cache, {place}: {error}. Set HF_HOME to another place.") from error
-        raise AbsentError(
+        raise OutOfReachError(
             f"'{repository}' (revision '{revision}') isn't, or isn't wholly, in the hub's cache, and the hub can't be reached: "
-            f"{_first_line(error)}. Check the network and HF_HUB_OFFLINE. {instead}"
+            f"{_first_line(error)}. Check the network and HF_HUB_OFFLINE. {instead}",
+            what,
         ) from error
 
 

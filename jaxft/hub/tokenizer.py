@@ -10,7 +10,7 @@ from typing import Any
 
 import transformers
 
-from jaxft.errors import AbsentError, UserError
+from jaxft.errors import AbsentError, OutOfReachError, UserError, given_path
 from jaxft.hub import sources
 from jaxft.hub.folder import is_of_the_disk
 from jaxft.hub.gguf_file import metadata
@@ -34,7 +34,14 @@ def load_tokenizer(source: str, revision: str = "main") -> Any:
     [19556]
     """
     found = sources.find(source, revision, sources.CONFIG_FILES + sources.TOKENIZER_FILES)
-    return _from_gguf(found.gguf) if found.gguf else _load(found.folder, found.name)
+    if found.gguf:
+        return _from_gguf(found.gguf)
+    try:
+        return _load(found.folder, found.name)
+    except AbsentError as error:
+        if given_path(found.name).is_dir() or any(path for pattern in sources.TOKENIZER_FILES for path in found.folder.glob(pattern)):
+            raise
+        raise OutOfReachError(str(error), f"files of {found.name}") from error  # the cache has others of its files alone
 
 
 def _load(folder: pathlib.Path, name: str, **options: Any) -> Any:

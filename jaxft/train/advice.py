@@ -109,13 +109,8 @@ def meshes(count: int, experiment: Experiment) -> list[Change]:
     return [Change(tuple(_flag(name, side) for name, side in zip(names, whole, strict=True)), True)]
 
 
-def ranked(
-    experiment: Experiment, options: Sequence[Change], planned: Callable[[Experiment], Plan], before: Plan, device: Device
-) -> list[Planned]:
-    """Returns the changes that need less memory, planned: those that fit first, of these what computes the same, then by time and memory.
-
-    A change that the run refuses is left out.
-    """
+def lighter(experiment: Experiment, options: Sequence[Change], planned: Callable[[Experiment], Plan], before: Plan) -> list[Planned]:
+    """Returns the changes that need less memory, planned; one that the run refuses is left out."""
     found = []
     for change in options:
         try:
@@ -124,6 +119,11 @@ def ranked(
             continue
         if plan.memory_bytes < before.memory_bytes:
             found.append(Planned(change, plan))
+    return found
+
+
+def ranked(found: Sequence[Planned], device: Device) -> list[Planned]:
+    """Returns the changes for a device: those that fit first, of these what computes the same, then by time and memory."""
 
     def order(one: Planned) -> tuple[bool, bool, float, int]:
         misfit = one.plan.memory_bytes > device.most_room
@@ -132,26 +132,34 @@ def ranked(
     return sorted(found, key=order)
 
 
-def say(found: Sequence[Planned], before: Plan, device: Device, command: Sequence[str]) -> None:
-    """Prints the changes as commands.
+def say(found: Sequence[Planned], before: Plan, targets: Sequence[Device], command: Sequence[str]) -> None:
+    """Prints the changes as commands: for each device that the run doesn't fit on, or, where it fits on all, for the first one.
 
     Args:
-      found: ranked.
+      found: of `lighter`.
       before: the plan as it is.
-      device: that the run is planned for.
-      command: the words of a command that a change is added to.
+      targets: the devices that the run is planned for.
+      command: the words of a command that a change is put into.
     """
+    misfits = [device for device in targets if before.memory_bytes > device.most_room]
+    shared: dict[tuple[str, ...], list[str]] = {}  # the names of devices with the same lines
+    for device in misfits or targets[:1]:
+        shared.setdefault(tuple(_lines(ranked(found, device)[:_SHOWN], before, device, command)), []).append(device.name)
+    for lines, names in shared.items():
+        where = " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
+        if not lines:
+            console.say(f"Nothing that jaxft knows makes it {'fit' if misfits else 'need less memory'} on {where}.\n")
+            continue
+        what = "makes it fit, or come nearer," if misfits else "needs less memory"
+        console.say("\n".join((f"What {what} on {where} (* changes what is learned):", *lines, "")))
+
+
+def _lines(found: Sequence[Planned], before: Plan, device: Device, command: Sequence[str]) -> Iterator[str]:
+    """Two lines for each change: what comes of it, and the command."""
     fits = before.memory_bytes <= device.most_room
-    if not found:
-        console.say(
-            "Nothing that jaxft knows makes it need less memory here.\n" if fits else "Nothing that jaxft knows makes it fit here.\n"
-        )
-        return
-    console.say(f"What {'needs less memory' if fits else 'makes it fit, or come nearer'} (* changes what is learned):")
-    for number, one in enumerate(found[:_SHOWN], start=1):
+    for number, one in enumerate(found, start=1):
         memory, seconds = one.plan.memory_bytes / 2**30, one.plan.pace(device).seconds / before.pace(device).seconds
         fit = "" if fits else "fits, " if one.plan.memory_bytes <= device.most_room else "doesn't fit, "
         star = "" if one.change.same else " *"
-        console.say(f"{number}. {memory:,.2f} GiB, {fit}{seconds:.2f} of the step's time at best{star}")
-        console.say(f"   {shlex.join([*command, *one.change.flags])}")
-    console.say()
+        yield f"{number}. {memory:,.2f} GiB, {fit}{seconds:.2f} of the step's time at best{star}"
+        yield f"   {shlex.join(overrides.merged(command, one.change.flags))}"

@@ -10,21 +10,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxft import console
 from jaxft.config import Experiment
+from jaxft.data.batches import SCORED_MULTIPLE
+from jaxft.data.sources import SPLITS, is_on_hub
+from jaxft.data.sources import load_rows as load_source
 from jaxft.data.unlabelled import UNLABELLED, real_tokens, step_batch
-from jaxft.errors import AbsentError, UserError
+from jaxft.errors import AbsentError, OutOfReachError, UserError
 from jaxft.methods.base import Compose
 from jaxft.methods.partition import distinct, partition, size
-from jaxft.models.heads import CAUSAL_LM
+from jaxft.models.heads import CAUSAL_LM, LAST, SEQUENCE_CLASSIFICATION, SINGLE_LABEL
 from jaxft.models.registry import family_of
 from jaxft.models.segments import LAYERS
 from jaxft.objectives.base import Step, objective_of
 from jaxft.train import placement
-from jaxft.train.data import load_training_data
+from jaxft.train.data import load_rows, load_training_data
 from jaxft.train.devices import Device
 from jaxft.train.loop import jitted_step, step_function
 from jaxft.train.roofline import Pace, pace
-from jaxft.train.setup import Described, begin_state, check, describe_model, describe_run, make_optimizer, shardings_of, with_own
+from jaxft.train.setup import (
+    Described,
+    begin_state,
+    check,
+    describe_model,
+    describe_run,
+    make_optimizer,
+    own_tokenizer,
+    shardings_of,
+    with_own,
+)
 from jaxft.train.state import State
 from jaxft.train.work import Work, work
 
@@ -100,22 +114,33 @@ def _cut(batch: Mapping[str, Any], accumulation: int, size: int, unlabelled: int
     }
 
 
-def prepare(experiment: Experiment, count: int | None, full_rows: bool) -> tuple[Material, Described]:
+def prepare(
+    experiment: Experiment, count: int | None, full_rows: bool, read: Callable[[Experiment], Any] = own_tokenizer
+) -> tuple[Material, Described]:
     """Returns what all plans of an experiment share, and the run as it is given.
+
+    Where the rows or the tokenizer are out of reach, it says so and takes full rows.
 
     Args:
       experiment: of the run.
       count: of devices; None is this machine's.
-      full_rows: whether to do without rows and tokenizer.
+      full_rows: whether to do without rows and tokenizer in any case.
+      read: returns the tokenizer.
+
+    Raises:
+      UserError: what a run would refuse, or can't be had and be done without.
     """
     try:
-        return _without_rows(experiment, count) if full_rows else _with_rows(experiment, count)
+        return _without_rows(experiment, count) if full_rows else _with_rows(experiment, count, read)
     except AbsentError as error:
         raise UserError(f"{error} {_WITHOUT}") from error
 
 
-def _with_rows(experiment: Experiment, count: int | None) -> tuple[Material, Described]:
-    run, rows = describe_run(experiment, count)
+def _with_rows(experiment: Experiment, count: int | None, read: Callable[[Experiment], Any]) -> tuple[Material, Described]:
+    try:
+        run, rows = describe_run(experiment, count, read)
+    except OutOfReachError as error:
+        return _in_their_place(experiment, count, error)
     data = load_training_data(run.experiment, run.model, run.tokenizer, run.shapes, rows)
     whole = dict(step_batch(data.batches, data.unlabelled, 0))
     batch = jax.tree.map(lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype), whole)
@@ -123,19 +148,51 @@ def _with_rows(experiment: Experiment, count: int | None) -> tuple[Material, Des
     return Material(lambda _: run.tokenizer, run.options, batch, tokens, data.steps, data.slots), run
 
 
-def _without_rows(experiment: Experiment, count: int | None) -> tuple[Material, Described]:
-    task, train, length = experiment.task, experiment.train, experiment.data.max_length
-    if task.model_task != CAUSAL_LM or not task.generates or experiment.objective is not None:
-        raise UserError(f"--plan.full_rows is for SFT alone: {type(task).__name__} and objectives need the rows. Give them.")
+def _in_their_place(experiment: Experiment, count: int | None, absent: OutOfReachError) -> tuple[Material, Described]:
+    """Full rows in the place of what is out of reach; raises `UserError` for the other sources as a run would."""
+    data = experiment.data
+    given = [(getattr(data, name), name) for name in SPLITS] + [(data.unlabelled, "train"), (experiment.eval.general, "train")]
+    for source, split in given:
+        if source and not is_on_hub(source):
+            load_source(source, split)
+    found = _without_rows(experiment, count, f"The {absent.what} aren't here. ")
+    console.say(f"The {absent.what} aren't here; rows are taken as full, {data.max_length:,} tokens each.\n")
+    return found
+
+
+def _without_rows(experiment: Experiment, count: int | None, because: str = "") -> tuple[Material, Described]:
+    """What `prepare` returns, without tokens: of a classification the rows say what its labels are."""
+    task, classifies = experiment.task, experiment.task.model_task == SEQUENCE_CLASSIFICATION
+    if not (classifies or (task.model_task == CAUSAL_LM and task.generates)) or experiment.objective is not None:
+        raise _needing_rows(experiment, because)
     parts = experiment.method.methods if isinstance(experiment.method, Compose) else (experiment.method,)
     if any(getattr(part, "text", "") for part in parts):
-        raise UserError("--plan.full_rows has no tokenizer for config.method.text. Give config.method.virtual_tokens in its place.")
+        raise UserError(f"{because}Full rows have no tokenizer for config.method.text. Give config.method.virtual_tokens in its place.")
     mesh = check(experiment, count)
-    size = (train.accumulation, train.batch_size, length)
-    names = dict.fromkeys(("tokens", "segment_ids", "positions", "scored", "targets"), "int32") | {"weights": "float32"}
-    batch = {name: jax.ShapeDtypeStruct(size, dtype) for name, dtype in names.items()}
-    run = describe_model(experiment, mesh, {}, lambda _: None)
-    return Material(lambda _: None, {}, batch, int(np.prod(size)), train.steps, 0), run
+    options = task.model_options(load_rows(experiment)["train"], experiment.data) if classifies else {}
+    run = describe_model(experiment, mesh, options, lambda _: None)
+    if run.model.pooling != LAST:
+        raise _needing_rows(experiment, because)
+    batch = _full(experiment, options)
+    return Material(lambda _: None, options, batch, int(np.prod(batch["tokens"].shape)), experiment.train.steps, 0), run
+
+
+def _needing_rows(experiment: Experiment, because: str) -> UserError:
+    kind = type(experiment.task if experiment.objective is None else experiment.objective).__name__
+    return UserError(f"{because}Full rows are for SFT, and for sequence classification by causal models; {kind} needs the data. Give it.")
+
+
+def _full(experiment: Experiment, options: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a step's batch of full rows: every token is scored, or, with labels, one text a row."""
+    train, length = experiment.train, experiment.data.max_length
+    rows, slots = (train.accumulation, train.batch_size), SCORED_MULTIPLE if options else length
+    numbers = (len(options["labels"]),) if options and options["problem_type"] != SINGLE_LABEL else ()  # of each text
+    return {
+        **{name: jax.ShapeDtypeStruct((*rows, length), "int32") for name in ("tokens", "segment_ids", "positions")},
+        "scored": jax.ShapeDtypeStruct((*rows, slots), "int32"),
+        "targets": jax.ShapeDtypeStruct((*rows, slots, *numbers), "float32" if numbers else "int32"),
+        "weights": jax.ShapeDtypeStruct((*rows, slots), "float32"),
+    }
 
 
 def describe(experiment: Experiment, material: Material, count: int | None) -> Described:

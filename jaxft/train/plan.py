@@ -8,16 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from jaxft import console
+from jaxft import console, overrides
 from jaxft.config import Experiment
 from jaxft.errors import UserError
 from jaxft.train import advice, devices
 from jaxft.train.devices import Device
 from jaxft.train.estimate import Material, Plan, describe, estimate, of_step, prepare
 from jaxft.train.folds import is_cross_validation, one_fold
+from jaxft.train.published import with_shapes
 from jaxft.train.roofline import REACHED, REACHED_BY_CPU, Measured, measured
-from jaxft.train.setup import print_trainable, with_own
+from jaxft.train.setup import own_tokenizer, print_trainable, with_own
 
+_WITH_FRACTION = "yes*"
 _SHARES = f"{REACHED:.0%} ({REACHED_BY_CPU:.0%} on a CPU)"
 
 
@@ -49,19 +51,23 @@ def plan(experiment: Experiment, asked: Asked = Asked(), workdir: pathlib.Path |
     own, count = _on_mesh(own, asked)
     targets = [devices.named(name) for name in asked.devices]
     own = _typed(own) if targets else own
-    material, run = prepare(own, count, asked.full_rows)
-    print_trainable(*with_own(run, run.shapes, run.language_head.shapes))
-    found = of_step(run, material) if count is None else estimate(run, material)
-    targets = targets or [devices.this_device()]  # what measures it takes memory, which isn't the step's
-    _say_memory(found, count is None)
-    _say_work(found)
-    _say_time(found, targets, asked.price, measured(workdir, own) if workdir else None)
-    _say_advice(own, material, found, count is None, targets[0], _command(experiment, asked, arguments))
+    with with_shapes(own.model) as model:
+        known = dataclasses.replace(own, model=model)
+        material, run = prepare(known, count, asked.full_rows, lambda _: own_tokenizer(own))
+        print_trainable(*with_own(run, run.shapes, run.language_head.shapes))
+        found = of_step(run, material) if count is None else estimate(run, material)
+        targets = targets or [devices.this_device()]  # what measures it takes memory, which isn't the step's
+        _say_memory(found, count is None)
+        _say_work(found)
+        _say_time(found, targets, asked.price, measured(workdir, own) if workdir else None)
+        _say_advice(known, material, found, count is None, targets, _command(experiment, asked, arguments))
     return found
 
 
-def _say_advice(experiment: Experiment, material: Material, found: Plan, compiled: bool, device: Device, command: Sequence[str]) -> None:
-    """Prints what makes it fit on a device, or need less there: changes are told from their programs.
+def _say_advice(
+    experiment: Experiment, material: Material, found: Plan, compiled: bool, targets: Sequence[Device], command: Sequence[str]
+) -> None:
+    """Prints what makes it fit on devices, or need less there: changes are told from their programs.
 
     Where the plan was compiled, what it has beyond the one told from its own program is added to each of them.
     """
@@ -75,16 +81,17 @@ def _say_advice(experiment: Experiment, material: Material, found: Plan, compile
     def planned(changed: Experiment) -> Plan:
         return dataclasses.replace(told(changed), process=beyond)
 
-    options = advice.changes(experiment, device, found.mesh["data"] * found.mesh["fsdp"]) + advice.meshes(found.count, experiment)
+    # Named devices may all change the same.
+    options = advice.changes(experiment, targets[0], found.mesh["data"] * found.mesh["fsdp"]) + advice.meshes(found.count, experiment)
     before = dataclasses.replace(before, process=beyond)
-    advice.say(advice.ranked(experiment, options, planned, before, device), before, device, command)
+    advice.say(advice.lighter(experiment, options, planned, before), before, targets, command)
 
 
 def _command(experiment: Experiment, asked: Asked, arguments: Sequence[str]) -> list[str]:
     """The words of the command that trains what was planned."""
     mesh = devices.parse_mesh(asked.mesh) if asked.mesh else {}
     sides = [f"--config.train.{name}_parallel={size}" for name, size in mesh.items()]
-    return ["python", "launch.py", f"--experiment={experiment.name}", *arguments, *sides]
+    return ["python", "launch.py", f"--experiment={experiment.name}", *overrides.merged(arguments, sides)]
 
 
 def _on_mesh(experiment: Experiment, asked: Asked) -> tuple[Experiment, int | None]:
@@ -136,6 +143,8 @@ def _say_time(found: Plan, targets: Sequence[Device], price: float, rate: Measur
     columns = ("device", "fits", "of its memory", "a step at best, s", "a step, s", f"{of}, h", "US dollars")
     rows = [_figures(found, device, price, rate) for device in targets]
     console.table("Time and cost, evaluation and compilation aside", columns, rows)
+    if any(fitting(found.memory_bytes, device) == _WITH_FRACTION for device in targets):
+        console.say(f"* with {devices.MEMORY_FRACTION}\n")
     console.say(_explained(rate))
 
 
@@ -167,10 +176,10 @@ def _is_on(rate: Measured, device: Device, count: int) -> bool:
 
 
 def fitting(memory: int, device: Device) -> str:
-    """Returns whether a step of so many bytes fits on a device, in a word or with what it takes."""
+    """Returns whether a step of so many bytes fits on a device: yes, with a star where it takes `devices.MEMORY_FRACTION`, or no."""
     if memory <= device.room:
         return "yes"
-    return f"with {devices.MEMORY_FRACTION}" if memory <= device.most_room else "no"
+    return _WITH_FRACTION if memory <= device.most_room else "no"
 
 
 def gibibytes(count: int) -> str:

@@ -170,17 +170,28 @@ class Described:
     language_head: LanguageHead  # the same
 
 
-def describe_run(experiment: Experiment, count: int | None = None) -> tuple[Described, dict[str, Rows]]:
+def own_tokenizer(experiment: Experiment) -> Any:
+    """Returns the model's tokenizer as the task reads with it."""
+    found = load_tokenizer(experiment.model.source, experiment.model.revision)
+    return experiment.task.fit_tokenizer(with_template(found, experiment.data.template))
+
+
+def describe_run(
+    experiment: Experiment, count: int | None = None, read: Callable[[Experiment], Any] = own_tokenizer
+) -> tuple[Described, dict[str, Rows]]:
     """Loads the rows, and of the model its configuration alone; raises `UserError` for what can be found without tokens and weights.
 
-    With a `count` it is of a run on so many devices, which needn't be here.
+    Args:
+      experiment: of the run.
+      count: of devices, which needn't be here; None is this machine's.
+      read: returns the tokenizer.
     """
     mesh = _check_given(experiment, count)
     rows = load_rows(experiment)
     check_split(experiment.eval.split, rows)
     if "validation" not in rows:
         _check_unvalidated(experiment.train)
-    return describe_model(experiment, mesh, experiment.task.model_options(rows["train"], experiment.data)), rows
+    return describe_model(experiment, mesh, experiment.task.model_options(rows["train"], experiment.data), read), rows
 
 
 def _check_unvalidated(train: TrainConfig) -> None:
@@ -209,12 +220,6 @@ def _check_given(experiment: Experiment, count: int | None = None) -> Any:
     chosen = experiment.objective
     check_unlabelled(experiment.data, experiment.train, type(chosen).__name__ if chosen else "", objective_of(experiment).unlabelled)
     return mesh
-
-
-def own_tokenizer(experiment: Experiment) -> Any:
-    """Returns the model's tokenizer as the task reads with it."""
-    found = load_tokenizer(experiment.model.source, experiment.model.revision)
-    return experiment.task.fit_tokenizer(with_template(found, experiment.data.template))
 
 
 def describe_model(

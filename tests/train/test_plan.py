@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
+import datasets
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import pytest
@@ -13,13 +16,16 @@ import launch
 from jaxft import overrides
 from jaxft.config import DataConfig, EvalConfig, ModelConfig, TrainConfig
 from jaxft.errors import UserError
+from jaxft.hub.load import describe_pretrained
 from jaxft.methods import LoRA, VeRA
-from jaxft.train import advice, devices, estimate, roofline, setup
+from jaxft.methods.partition import size
+from jaxft.objectives import SelfSupervised
+from jaxft.train import advice, devices, estimate, published, roofline, setup
 from jaxft.train.loop import jitted_step
 from jaxft.train.placement import BATCH, place_batch
 from jaxft.train.plan import Asked, plan
 from jaxft.train.programs import operations
-from jaxft.train.work import Work, work
+from jaxft.train.work import Kernel, Work, work
 
 
 @pytest.fixture(autouse=True)
@@ -171,9 +177,123 @@ def test_llama_2_70b_is_planned_from_its_configuration_alone(tmp_path):
     assert found.memory["activations"] == pytest.approx(layers, rel=0.1)
 
 
-def test_without_rows_it_says_how_to_do_without_them(tmp_path):
-    with pytest.raises(UserError, match=r"--plan.full_rows .* `hf download OWNER/NAME config.json"):
-        estimate.prepare(dataclasses.replace(full_rows(tmp_path), data=DataConfig(train="nobody/nothing:train")), 8, full_rows=False)
+def test_without_a_tokenizer_it_says_how_to_do_without_it(material, tmp_path):
+    rows = DataConfig(train=str(material / "rows.jsonl"), split=(0.8, 0.1, 0.1), cache=False)
+    with pytest.raises(UserError, match=r"has no tokenizer .* --plan.full_rows .* `hf download OWNER/NAME config.json"):
+        estimate.prepare(dataclasses.replace(full_rows(tmp_path), data=rows), 8, full_rows=False)
+
+
+# Parameters by Touvron et al. 2023 (arXiv:2307.09288), table 1, to the last one as transformers counts them.
+LLAMA_2 = {"7b": 6_738_415_616, "13b": 13_015_864_320, "70b": 68_976_648_192}
+
+
+@pytest.fixture
+def bare(tmp_path, monkeypatch):
+    """A machine without network, whose caches of the hub are empty; returns the cache of models."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    return cache
+
+
+@pytest.mark.parametrize("name", LLAMA_2)
+@pytest.mark.parametrize("kind", ["", "-chat"])
+def test_the_published_shapes_are_those_of_llama_2(name, kind, bare, capsys):
+    source = f"meta-llama/Llama-2-{name}{kind}-hf"
+    with published.with_shapes(ModelConfig(source=source)) as model:
+        assert size(describe_pretrained(model.source)[1]) == LLAMA_2[name]
+    assert f"The files of {source} aren't here; shapes are those of its published configuration." in capsys.readouterr().out
+
+
+def from_the_command_line(capsys, *flags):
+    launch.main(["launch.py", "--mode=plan", *flags])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["lora_llama2:70b", "qlora_llama2:13b"])
+def test_llama_2_is_planned_where_the_hub_is_out_of_reach(name, bare, capsys, monkeypatch):
+    monkeypatch.setattr(advice, "changes", lambda *_: [])  # each is another plan
+    said = from_the_command_line(capsys, f"--experiment={name}", "--plan.device=h100", "--plan.count=8", "--plan.mesh=fsdp:8")
+    assert f"The files of meta-llama/Llama-2-{name.partition(':')[2]}-chat-hf aren't here; shapes are those of its" in said
+    assert "The rows of medalpaca/medical_meadow_medical_flashcards:train aren't here; rows are taken as full, 2,048 tokens each." in said
+    assert "each of its 32,768 tokens." in said
+    assert "a million tokens, h" in said
+
+
+def test_a_classifier_of_llama_2_is_planned_without_a_tokenizer(bare, capsys, monkeypatch):
+    monkeypatch.setattr(advice, "changes", lambda *_: [])
+    said = from_the_command_line(capsys, "--experiment=lora_llama2_classifier:7b", "--plan.device=h100", "--config.train.steps=9")
+    assert "The files of meta-llama/Llama-2-7b-hf aren't here; rows are taken as full, 256 tokens each." in said
+    assert "each of its 1,024 tokens; the run has 9 steps." in said
+    assert "the run, h" in said
+
+
+def test_what_the_cache_has_of_a_model_alone_is_enough(material, bare, capsys):
+    folder = bare / "models--owner--tiny"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40, encoding="ascii")
+    ignored = shutil.ignore_patterns("*token*", "*.jinja", "*.safetensors")
+    shutil.copytree(material / "model", folder / "snapshots" / ("0" * 40), ignore=ignored)
+    asked = dataclasses.replace(experiment(material, LoRA(rank=3)), model=ModelConfig(source="owner/tiny"))
+    found, _ = estimate.prepare(asked, 2, full_rows=False)
+    assert found.batch["tokens"].shape == (1, 2, 128)
+    assert "The files of owner/tiny aren't here; rows are taken as full, 128 tokens each." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--config.data.train=gone.jsonl", "There is no file gone.jsonl"),
+        ("--config.data.test=gone.jsonl", "There is no file gone.jsonl"),
+        ("--config.data.train=bundled:drug-review", "There is no bundled data set 'drug-review'. Did you mean"),
+        ("--config.data.test=bundled:drug-review", "There is no bundled data set 'drug-review'. Did you mean"),
+        ("--config.model.source=bundled:smollm2", "There is no bundled model 'smollm2'"),
+        ("--config.model.source=gone.gguf", "There is no file 'gone.gguf'"),
+        ("--config.model.source=meta-llama/Llama-2-7b-chat", "'meta-llama/Llama-2-7b-chat' (revision 'main') isn't"),
+        ("--config.method.targets=q_projection", "matches nothing"),
+    ],
+)
+def test_a_mistake_stays_one_where_the_hub_is_out_of_reach(change, message, bare):
+    with pytest.raises(UserError, match=re.escape(message)):
+        plan(overrides.parse_flags(experiments.load("lora_llama2", "7b"), [change]), Asked(devices=("h100",)))
+
+
+def test_an_objective_needs_the_rows(bare):
+    asked = dataclasses.replace(experiments.load("lora_llama2", "7b"), objective=SelfSupervised())
+    asked = dataclasses.replace(asked, data=dataclasses.replace(asked.data, labelled_fraction=0.5))
+    with pytest.raises(UserError, match=r"The rows of medalpaca/.* aren't here\. Full rows are for SFT.*; SelfSupervised needs the data"):
+        plan(asked, Asked(devices=("h100",)))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (datasets.exceptions.DatasetNotFoundError("Dataset 'o/n' is a gated dataset on the Hub."), None),
+        (datasets.exceptions.DatasetNotFoundError("Dataset 'o/aggregated' doesn't exist on the Hub"), "the hub has no such data set"),
+        (ValueError("Unknown split 'tran'. Should be one of ['train', 'test']."), "no split 'tran'"),
+    ],
+)
+def test_a_gated_data_set_is_done_without_and_a_wrong_name_is_not(error, message, material, monkeypatch, capsys):
+    def load_dataset(*_, **__):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    asked = dataclasses.replace(experiment(material, LoRA(rank=3)), data=DataConfig(train="o/n:tran", max_length=128))
+    if message:
+        with pytest.raises(UserError, match=message):
+            estimate.prepare(asked, 2, full_rows=False)
+    else:
+        estimate.prepare(asked, 2, full_rows=False)
+        assert "The rows of o/n:tran aren't here; rows are taken as full, 128 tokens each." in capsys.readouterr().out
+
+
+def test_a_run_needs_the_files_that_a_plan_does_without(material, bare):
+    with pytest.raises(UserError, match=r"medical_flashcards:train: the hub can't be reached"):
+        setup.describe_run(experiments.load("lora_llama2", "7b"))
+    asked = dataclasses.replace(experiment(material, LoRA(rank=3)), model=experiments.load("lora_llama2", "7b").model)
+    with pytest.raises(UserError, match=r"'meta-llama/Llama-2-7b-chat-hf' .* isn't, or isn't wholly, in the hub's cache"):
+        setup.describe_run(asked)
 
 
 def test_a_product_is_as_long_as_its_operations_or_its_bytes_take():
@@ -213,8 +333,74 @@ def test_what_fits_comes_first_then_what_computes_the_same():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(advice.overrides, "parse_flags", lambda _, flags: flags)
         whole = estimate.Plan(1, 1, {"all": 2000}, {}, Work({}, 0), 1, 1, {"data": 1, "fsdp": 1, "tensor": 1})
-        found = advice.ranked(asked, options, of, whole, device)
+        found = advice.ranked(advice.lighter(asked, options, of, whole), device)
     assert [one.change.flags[0] for one in found] == ["again", "rank", "fewer"]
+
+
+def sized(memory):
+    """A plan of so many bytes."""
+    kernels = {Kernel(100, "float32", 100): 1}
+    return estimate.Plan(1, 1, {"all": memory}, {}, Work(kernels, 0), 1, 1, {"data": 1, "fsdp": 1, "tensor": 1})
+
+
+def of_memory(name, memory):
+    return devices.Device(name, "tpu", memory, {"float32": 1.0}, 1.0, 1.0, 0.0)
+
+
+CHANGES = (
+    advice.Planned(advice.Change(("--config.train.batch_size=1", "--config.train.accumulation=8"), True), sized(600)),
+    advice.Planned(advice.Change(("--config.method.rank=4",), False), sized(300)),
+)
+GIVEN = ("--config.train.batch_size=4", "--config.train.seed", "1", "--config.train.accumulation", "2", "--config.method.rank=8")
+COMMAND = ("launch.py", *GIVEN)
+
+
+def test_each_device_that_it_does_not_fit_on_has_its_own_list(capsys):
+    targets = [of_memory(name, memory) for name, memory in (("large", 5000), ("middle", 700), ("small", 400), ("other", 450))]
+    advice.say(CHANGES, sized(1000), targets, COMMAND)
+    titles, lists = [], {}
+    for line in capsys.readouterr().out.splitlines():
+        if line.startswith("What "):
+            titles.append(line)
+        elif line[:1].isdigit():
+            lists.setdefault(titles[-1], []).append(line.split(", ")[1])
+    assert titles == [
+        "What makes it fit, or come nearer, on middle (* changes what is learned):",
+        "What makes it fit, or come nearer, on small and other (* changes what is learned):",
+    ]
+    assert list(lists.values()) == [["fits", "fits"], ["fits", "doesn't fit"]]
+
+
+def test_where_all_fit_what_needs_less_is_told_once_with_its_device(capsys):
+    advice.say(CHANGES, sized(1000), [of_memory("first", 5000), of_memory("second", 3000)], COMMAND)
+    said = capsys.readouterr().out
+    assert said.count("What ") == said.count("What needs less memory on first (* changes what is learned):") == 1
+    advice.say((), sized(1000), [of_memory("first", 500), of_memory("second", 300)], COMMAND)
+    assert capsys.readouterr().out == "Nothing that jaxft knows makes it fit on first and second.\n\n"
+
+
+def test_a_changes_flag_is_in_the_place_of_the_given_one(capsys):
+    advice.say(CHANGES, sized(1000), [of_memory("first", 5000)], COMMAND)
+    commands = [line.strip() for line in capsys.readouterr().out.splitlines() if "launch.py" in line]
+    assert commands == [
+        "launch.py --config.train.seed 1 --config.method.rank=8 --config.train.batch_size=1 --config.train.accumulation=8",
+        "launch.py --config.train.batch_size=4 --config.train.seed 1 --config.train.accumulation 2 --config.method.rank=4",
+    ]
+    other = advice.Planned(advice.Change(("--config.method=LoRA(rank=8)",), False), sized(300))
+    advice.say([other], sized(1000), [of_memory("first", 5000)], COMMAND)
+    assert "--config.method.rank" not in capsys.readouterr().out
+
+
+def test_a_setting_that_it_needs_to_fit_stands_below_the_table(material, capsys, monkeypatch):
+    asked = experiment(material, LoRA(rank=3), batch_size=1, fsdp_parallel=1)
+    monkeypatch.setattr(advice, "changes", lambda *_: [])
+    needed = plan(asked, Asked(devices=("h100",))).memory_bytes
+    assert devices.MEMORY_FRACTION not in capsys.readouterr().out
+    monkeypatch.setitem(devices.DEVICES, "h100", dataclasses.replace(devices.named("h100"), memory=int(needed / 0.9)))
+    plan(asked, Asked(devices=("h100",)))
+    said = capsys.readouterr().out.splitlines()
+    assert re.search(r" h100 +yes\* +90% ", "\n".join(said))
+    assert f"* with {devices.MEMORY_FRACTION}" in said
 
 
 @pytest.mark.parametrize(
