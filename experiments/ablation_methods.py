@@ -5,7 +5,7 @@
 MiniLM-L6 on the bundled reviews, two epochs of 118 steps a run, 99 runs: a rate is chosen for each method by the loss on validation,
 figures are of the test reviews. Every method meets the same data, steps and number of tuning runs.
 
-Hardware: two CPU cores, 2.1 GB of memory; a run with LoRA takes 390 s of processor time on an AMD EPYC without AVX-512, all of them hours.
+Hardware: two CPU cores, 3 GB of memory; a run with LoRA takes 390 s of processor time on an AMD EPYC without AVX-512, all of them hours.
 A sweep that is stopped goes on where it was.
 Its result isn't measured yet.
 """

@@ -1,8 +1,6 @@
 """What a step of a run needs: compiled for this machine's devices, or told from the program for others. From shapes alone."""
 
 import dataclasses
-import pathlib
-import resource
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,6 +24,7 @@ from jaxft.objectives.base import Step, objective_of
 from jaxft.train import placement
 from jaxft.train.data import load_rows, load_training_data
 from jaxft.train.devices import Device
+from jaxft.train.host_memory import resident_bytes
 from jaxft.train.loop import jitted_step, step_function
 from jaxft.train.roofline import Pace, pace
 from jaxft.train.setup import (
@@ -243,15 +242,6 @@ def of_step(run: Described, material: Material) -> Plan:
     found = _plan(run, material, arrays, _work(run, material, arrays), _bytes(batch), rest, offloaded)
     own = after + int(_EVALUATION * max(after - before, 0)) + _bytes(state) if jax.default_backend() == "cpu" else 0
     return dataclasses.replace(found, process=own)
-
-
-def resident_bytes() -> int:
-    """Returns the memory that this process has; where the system doesn't say, the most that it had."""
-    try:
-        pages = int(pathlib.Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return pages * resource.getpagesize()
 
 
 def estimate(run: Described, material: Material) -> Plan:

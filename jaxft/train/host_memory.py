@@ -7,7 +7,8 @@ which runs in the thread that calls it: blocks of other threads are mapped all t
 
 import contextlib
 import ctypes
-import os
+import pathlib
+import resource
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -39,7 +40,7 @@ class Kept:
         if self._libc is None:
             return
         self._calls += 1
-        resident = _resident_bytes()
+        resident = resident_bytes()
         if self._calls <= _FIRST or (self._usual and resident > _GROWTH * self._usual + _SLACK):
             self._libc.malloc_trim(0)
             self._usual = 0
@@ -85,7 +86,10 @@ def _glibc() -> Any:
     return libc if hasattr(libc, "gnu_get_libc_version") else None
 
 
-def _resident_bytes() -> int:
-    """Of the process now."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def resident_bytes() -> int:
+    """Returns the memory that this process has; where the system doesn't say, the most that it had."""
+    try:
+        pages = int(pathlib.Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return pages * resource.getpagesize()
