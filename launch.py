@@ -46,7 +46,7 @@ flags.DEFINE_list("plan.device", [], "plan: devices by name, as h100,a100-40g,rt
 flags.DEFINE_integer("plan.count", 0, "plan: how many of them; default: as many as the mesh takes.", flag_values=FLAGS)
 flags.DEFINE_string("plan.mesh", "", "plan: their mesh, as data:1,fsdp:8,tensor:1; default: the configuration's.", flag_values=FLAGS)
 flags.DEFINE_float("plan.price", 0.0, "plan: US dollars that one costs an hour; default: a public price.", flag_values=FLAGS)
-flags.DEFINE_boolean("plan.full_rows", False, "plan: take full rows, without data and tokenizer.", flag_values=FLAGS)
+flags.DEFINE_boolean("plan.full_rows", False, "plan: take full rows in the place of the data's, without a tokenizer.", flag_values=FLAGS)
 flags.DEFINE_integer("sweep.limit", 0, "sweep: the first so many runs alone; 0 is all.", flag_values=FLAGS)
 flags.DEFINE_string("sweep.filter", "", "sweep: the runs alone whose ID matches this regular expression.", flag_values=FLAGS)
 flags.DEFINE_string("sweep.executor", "local", "sweep: local, processes of this machine; slurm, jobs of Slurm.", flag_values=FLAGS)

@@ -333,13 +333,13 @@ def _load_hub(repository: str, config: str | None, split: str) -> Rows:
 
 
 def _is_gated(error: Exception) -> bool:
-    return re.search(r"\bgated\b", str(error)) is not None
+    return re.search(r"\bgated dataset\b", str(error)) is not None
 
 
 def _is_unreached(error: Exception) -> bool:
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
         return False
-    return isinstance(error, ConnectionError) or "offline" in str(error).lower()
+    return isinstance(error, ConnectionError) or "offline mode" in str(error).lower()
 
 
 def _hub_advice(error: Exception, repository: str, split: str) -> str:

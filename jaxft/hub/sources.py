@@ -135,7 +135,10 @@ def _download(repository: str, revision: str, files: tuple[str, ...]) -> pathlib
     except huggingface_hub.errors.HFValidationError as error:
         raise AbsentError(f"There is no folder '{repository}', and it is no hub id: {error}") from error
     except huggingface_hub.errors.HfHubHTTPError as error:
-        raise OutOfReachError(f"The hub refused '{repository}': {_first_line(error)}. {instead}", what) from error
+        message = f"The hub refused '{repository}': {_first_line(error)}. {instead}"
+        if error.response is not None and error.response.status_code not in (401, 403, 429) and error.response.status_code < 500:
+            raise AbsentError(message) from error
+        raise OutOfReachError(message, what) from error
     except OSError as error:  # LocalEntryNotFoundError, of no network and of HF_HUB_OFFLINE; network errors of the client
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             place = huggingface_hub.constants.HF_HUB_CACHE

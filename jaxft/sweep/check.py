@@ -24,7 +24,10 @@ def check(folder: Folder) -> str | list[list[str]]:
                 described.add(kind)
                 _check_fit(experiment)
         except UserError as error:
-            return f"Run {run}: {error}".replace("train.best_", "Sweep.")  # the sweep's own metric and mode, which runs have these by
+            text = f"Run {run}: {error}"
+            for field in ("metric", "mode"):  # the sweep's own, which its runs have these by
+                text = text.replace(f"train.best_{field}", f"Sweep.{field}")
+            return text
     names = list(experiments)
     return [[names[i] for i in group] for group in populations(list(experiments.values()))]
 

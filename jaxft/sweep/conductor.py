@@ -93,7 +93,8 @@ class Conductor:
         known = {run["id"]: run["group"] for run in sweep["runs"]}
         left = {run for run in chosen if known[run] is None and self._states[run].state not in ENDED}
         free = [group for group in ([run for run in group if run in left] for group in groups) if group]
-        free = sizing.split(free, self._count)
+        at_work = {known[run] for run in chosen if known[run] is not None and self._states[run].state not in ENDED}
+        free = sizing.split(free, max(self._count - len(at_work), 1))
         number = 1 + max((group for group in known.values() if group is not None), default=-1)
         for group in (group for group in free if len(group) > 1):
             known |= dict.fromkeys(group, number)
@@ -154,7 +155,7 @@ class Conductor:
                 continue
             with self._folder.lock(job[0]) as free:
                 for run in running if free else ():
-                    self._folder.settle(run, self._session)
+                    self._folder.settle(run, self._session, self._folder.log(job[0]))
                     self._states[run] = self._folder.state(run)
 
     def _unfinished(self, jobs: Sequence[Sequence[str]]) -> list[Sequence[str]]:
@@ -162,8 +163,9 @@ class Conductor:
 
     def _have_workers(self, jobs: Sequence[Sequence[str]]) -> None:
         """Starts workers where fewer are at work than there is work for; a job that an earlier start's run is still ending isn't."""
-        if any(not is_taken(self._folder.lock_file(job[0])) for job in jobs):
-            self._start_workers(min(self._count, len(jobs)))
+        wanted = min(self._count, len(jobs))
+        if len(self._workers.running()) < wanted and any(not is_taken(self._folder.lock_file(job[0])) for job in jobs):
+            self._start_workers(wanted)
 
     def _start_workers(self, wanted: int) -> None:
         """Starts workers where fewer are at work; raises `UserError` where they end without taking any run."""

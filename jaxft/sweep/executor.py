@@ -19,6 +19,7 @@ from jaxft.sweep.runs import Folder
 POLL, GOODBYE = 0.05, 150.0  # seconds between looks at workers, and for those that end with a checkpoint to write
 LOCAL, SLURM = "local", "slurm"
 _DAY = 60 * 24  # minutes
+_SIGNAL = 10  # seconds before the end of a job of Slurm's at which submitit is told: after GOODBYE is over
 _FOREVER = 365 * _DAY  # a local worker ends when its work does
 _SLURM_ONLY = ("partition", "account", "time", "gpus", "cpus", "memory", "slurm")
 _SUBMITIT = {
@@ -59,6 +60,8 @@ def check(options: Options) -> None:
     for name in _SLURM_ONLY:
         if options.executor == LOCAL and getattr(options, name):
             raise UserError(f"sweep.{name} is an option of Slurm's jobs. Give --sweep.executor=slurm too, or leave it out.")
+    if any(option.startswith(("time=", "signal=")) for option in options.slurm):
+        raise UserError("sweep.slurm gives no time and no signal: a run must end in order before them. Give --sweep.time in minutes.")
     if wrong := next((option for option in options.slurm if not option.partition("=")[2]), None):
         raise UserError(f"sweep.slurm: '{wrong}' is no option of sbatch. Write NAME=VALUE, several with commas between them.")
     _submitit()
@@ -117,6 +120,7 @@ class Workers:
             return made
         given = {name: getattr(options, field) for field, name in _SUBMITIT.items() if getattr(options, field)}
         others = dict(option.split("=", 1) for option in options.slurm)
+        given["slurm_signal_delay_s"] = _SIGNAL  # what it tells a worker then would end its run without a checkpoint
         made.update_parameters(name=self._folder.path.name, timeout_min=options.time or _DAY, slurm_additional_parameters=others, **given)
         return made
 

@@ -191,8 +191,7 @@ class _Population:
             self._sit(program, place, seat, compile_seconds)
         with StopRequest() as request, host_memory.kept() as memory:
             while any(table) and not request.name:
-                self._step(program, table)
-                memory.settle()
+                self._step(program, table, memory)
                 for place, seat in enumerate(table):
                     if seat is None and not request.name and (new := self._next(first.member, others)) is not None:
                         program.put(place, new.member)
@@ -212,9 +211,6 @@ class _Population:
             number = self._waiting.popleft()
             if like is not None:
                 self._shares.spend_on([number])
-            if number not in self._begun:  # a run that doesn't fit the others comes twice
-                self._begun.add(number)
-                self._tell(number, None)
             try:
                 run.prepare(self._experiments[number], self._workdirs[number])
                 if summary := summary_of(self._workdirs[number]):
@@ -225,6 +221,7 @@ class _Population:
                 if like is not None and not member.fits(like):
                     others.append(number)
                     continue
+                self._tell_begin(number)
                 seat = self._begin(number, member)
                 if not seat.ended:
                     return seat
@@ -259,7 +256,7 @@ class _Population:
         seat.member = dataclasses.replace(seat.member, setup=setup)
         seat.begun = dataclasses.replace(seat.begun, setup=setup, state=abstract)
 
-    def _step(self, program: Program, table: list[_Seat | None]) -> None:
+    def _step(self, program: Program, table: list[_Seat | None], memory: host_memory.Kept) -> None:
         """One step of the runs in all places, and what each does after it; those that end leave their places."""
         seats = {place: seat for place, seat in enumerate(table) if seat is not None}
         self._shares.spend_on([seat.number for seat in seats.values()])
@@ -267,8 +264,9 @@ class _Population:
         any_batch = next(iter(batches.values()))  # for places that nobody needs
         on_devices = program.step([batches.get(place, any_batch) for place in range(len(table))])
         for seat in seats.values():
-            seat.prepare()  # while the devices work
+            seat.prepare()  # while an accelerator works
         metrics = jax.device_get(on_devices)
+        memory.settle()
         seconds = (time.perf_counter() - began) / len(seats)
         for place, seat in seats.items():
             self._shares.spend_on([seat.number])
@@ -310,8 +308,14 @@ class _Population:
         outcome = Outcome(state, seat.course.progress, seat.compile_seconds, seat.course.logs)
         self._end(seat.number, run.finish(seat.begun, outcome, seat.elapsed))
 
+    def _tell_begin(self, number: int) -> None:
+        if number not in self._begun:
+            self._begun.add(number)
+            self._tell(number, None)
+
     def _end(self, number: int, found: dict[str, Any]) -> None:
         """Notes and tells what came of a run."""
+        self._tell_begin(number)
         self._found[number] = found
         self._tell(number, found)
 

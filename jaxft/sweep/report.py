@@ -117,8 +117,8 @@ def notes(results: Results) -> list[str]:
         said.append("A figure of one seed has no interval: how much of it is chance is unknown.")
     if len(counts) > 1:
         said.append("Methods have different numbers of finished seeds.")
-    if results.workers > 1:
-        said.append(f"Up to {results.workers} runs went at a time: times and tokens/s are theirs beside each other, not of a run alone.")
+    if (most := min(results.workers, len(results.rows))) > 1:
+        said.append(f"Up to {most} runs went at a time: times and tokens/s are theirs beside each other, not of a run alone.")
     if not _is_forgetting_known(results):
         said.append("Forgetting, how far the loss on general text rises, wasn't measured: config.eval.general names such a text, for SFT.")
     if any(row.shared for row in results.rows):

@@ -395,11 +395,16 @@ def _tuned_labels(values: Sequence[Mapping[str, Any]]) -> list[str]:
     def label(own: Mapping[str, Any], text: Callable[[Any], str]) -> str:
         return ", ".join(text(value) if path == RATE else f"{path.rpartition('.')[2]} {text(value)}" for path, value in own.items())
 
-    short, whole = ([label(own, text) for own in values] for text in (_short, json.dumps))
+    short, whole = ([label(own, text) for own in values] for text in (_short, _whole))
     alike: dict[str, set[str]] = {}
     for one, other in zip(short, whole, strict=True):
         alike.setdefault(one, set()).add(other)
     return [one if len(alike[one]) == 1 else other for one, other in zip(short, whole, strict=True)]
+
+
+def _whole(value: Any) -> str:
+    """A value with all its digits, a whole number as any other."""
+    return json.dumps(float(value) if isinstance(value, int) and not isinstance(value, bool) else value)
 
 
 def _short(value: Any) -> str:

@@ -215,10 +215,11 @@ class Folder:
         state = self.state(run)
         return state.session == session and state.deaths > 0
 
-    def settle(self, run: str, session: int) -> None:
+    def settle(self, run: str, session: int, log: pathlib.Path) -> None:
         """Notes what an attempt came to that ended without saying so.
 
-        Its results may be whole all the same. An attempt of an earlier start of the sweep was stopped with it, so it's no death.
+        Its results may be whole all the same. An attempt of an earlier start of the sweep was stopped with it, so it's no death. `log`:
+        what its job printed.
         """
         state = self.state(run)
         if state.state != RUNNING:
@@ -226,7 +227,7 @@ class Folder:
         if (self.workdir(run) / "summary.json").is_file():
             self.end(run, DONE)
         elif state.session == session:
-            self.died(run, "Its process ended without a word, as one does that is killed, by hand or for want of memory.")
+            self.died(run, "Its process ended without a word, as one does that is killed, by hand or for want of memory.", log)
 
     def end(self, run: str, state: str, error: str | None = None) -> None:
         """Notes what a run came to."""
@@ -280,13 +281,13 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 def held(path: pathlib.Path) -> Iterator[bool]:
     """Holds a file's lock, if it is free: whether it was. The system frees it when the process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    with path.open("a+") as file:
         yield _locked(file, fcntl.LOCK_EX)
 
 
 def is_held(path: pathlib.Path) -> bool:
     """Returns whether some process holds a file's lock."""
-    with path.open("a") as file:
+    with path.open("a+") as file:
         return not _locked(file, fcntl.LOCK_SH)
 
 

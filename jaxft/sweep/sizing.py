@@ -69,13 +69,14 @@ def cut(group: Sequence[int]) -> list[list[int]]:
 
 
 def split(groups: Sequence[Sequence[Any]], count: int) -> list[list[Any]]:
-    """Returns groups of runs, the largest halved until there are so many: no worker is idle while another has several runs to do.
+    """Returns groups of runs, the largest halved until so many workers have about as many runs each.
 
     >>> split([[0, 1, 2], [3]], 3)
     [[0, 1], [2], [3]]
     """
     found = [list(group) for group in groups]
-    while found and len(found) < count and len(largest := max(found, key=len)) > 1:
+    most = -(-sum(map(len, found)) // count)
+    while found and len(largest := max(found, key=len)) > 1 and (len(found) < count or len(largest) > most):
         place, half = found.index(largest), (len(largest) + 1) // 2
         found[place : place + 1] = [largest[:half], largest[half:]]
     return found

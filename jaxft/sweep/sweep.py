@@ -44,7 +44,10 @@ def sweep(experiment: Experiment, declared: Any, workdir: pathlib.Path, options:
     with contextlib.ExitStack() as stack:
         with _owned(folder) as session:
             runs = _written(folder, _base(experiment, plan) | {"workers": options.workers}, runs)
-            for run in chosen or runs:
+            if plan.search is not None:
+                trials = min(options.limit or plan.search.trials, plan.search.trials)
+                chosen = runs[:trials]
+            for run in chosen:
                 folder.retry(run.id)
             workers = Workers(folder, options, session)
             stack.callback(workers.wait)  # once the lock is free, which ends them
@@ -52,8 +55,7 @@ def sweep(experiment: Experiment, declared: Any, workdir: pathlib.Path, options:
             if plan.search is None:
                 states = conductor.conduct(chosen)
             else:
-                trials = min(options.limit or plan.search.trials, plan.search.trials)
-                states = conductor.search(runs[:trials], Searcher(plan.search, plan.mode), trials)
+                states = conductor.search(chosen, Searcher(plan.search, plan.mode), trials)
         _report(folder, states)
 
 
@@ -199,6 +201,7 @@ def _written(folder: Folder, base: dict[str, Any], runs: Sequence[Run]) -> list[
             if changed := next(_differences(saved[name], base[name], name), None):
                 raise _other(folder, changed)
         base |= {"versions": saved["versions"], "device": saved["device"]}
+        base["workers"] = max(base["workers"], saved.get("workers", 1))  # what some of its runs had beside them
         if saved["metric"] != base["metric"] or saved["mode"] != base["mode"]:  # which names each run's best checkpoint
             raise _other(folder, f"its metric was {saved['metric']} ({saved['mode']}) and is {base['metric']} ({base['mode']})")
     if not base["search"]:

@@ -35,10 +35,11 @@ def work(path: str, session: int, attached: bool, seconds: float = math.inf) -> 
       attached: whether it ends with the sweep's own process; on a cluster it goes on.
       seconds: that it has: then its run is told to write a checkpoint and end, for another worker to go on with.
     """
+    until = time.monotonic() + seconds
     from jaxft.sweep import population  # noqa: F401 - what every run needs: imported once, before the first fork
     from jaxft.train import run  # noqa: F401
 
-    parent, until = os.getppid(), time.monotonic() + seconds
+    parent = os.getppid()
     folder = Folder(pathlib.Path(path))
     alive = (lambda: os.getppid() == parent and is_held(folder.owner)) if attached else (lambda: time.monotonic() < until)
     while alive():
@@ -77,7 +78,7 @@ def _take(folder: Folder, job: Sequence[str], session: int, alive: Callable[[], 
         if not mine:
             return False
         for run in job:
-            folder.settle(run, session)
+            folder.settle(run, session, folder.log(job[0]))
         left = [run for run in job if folder.state(run).state not in ENDED]
         together = len(left) > 1 and not any(folder.has_died(run, session) for run in left)  # one that kills the others is found alone
         for part in [left] if together else [[run] for run in left]:
@@ -93,16 +94,18 @@ def _take(folder: Folder, job: Sequence[str], session: int, alive: Callable[[], 
 
 def _note(folder: Folder, part: Sequence[str], session: int, death: str | None, errors: dict[str, str], pruned: bool) -> None:
     """Writes what became of the runs of a process that has ended, as far as it hasn't said so itself."""
-    open_runs = [run for run in part if folder.state(run).state not in ENDED]
-    if death is not None and open_runs and not any(folder.state(run).state == RUNNING for run in open_runs):
-        folder.begin(open_runs[0], session, shared=True)  # it died before the first of them, or between two
-    for run in open_runs:
-        if run in errors:
-            folder.end(run, FAILED, error=errors[run])
-        elif folder.state(run).state != RUNNING:
+    left = [run for run in part if folder.state(run).state not in ENDED]
+    if not any(folder.state(run).state == RUNNING for run in left):  # it ended before the first of them began, or between two
+        charged = left if errors else left[:1] if death is not None else []
+        for run in charged:
+            folder.begin(run, session, shared=True)
+    for run in left:
+        if folder.state(run).state != RUNNING:
             continue
-        elif (folder.workdir(run) / "summary.json").is_file():
+        if (folder.workdir(run) / "summary.json").is_file():
             folder.end(run, DONE)
+        elif run in errors:
+            folder.end(run, FAILED, error=errors[run])
         elif death is not None:
             folder.died(run, death, folder.log(part[0]))
         else:
@@ -120,19 +123,14 @@ def _train(folder: Folder, part: Sequence[str], session: int) -> dict[str, str]:
         elif "error" in found:
             folder.end(part[number], FAILED, found["error"])
         elif found:
-            folder.end(part[number], PRUNED if "pruned" in found else DONE)
+            folder.end(part[number], DONE)
 
     try:
         experiments = [folder.experiment(name) for name in part]
         if len(part) == 1:
             run.train(experiments[0], folder.workdir(part[0]))
         else:
-            train_population(
-                experiments,
-                [folder.workdir(name) for name in part],
-                prune=lambda number, step, metrics: folder.prune(part[number]).exists(),
-                tell=tell,
-            )
+            train_population(experiments, [folder.workdir(name) for name in part], tell=tell)
     except UserError as error:
         return dict.fromkeys(part, str(error))
     return {}

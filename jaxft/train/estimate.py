@@ -149,6 +149,8 @@ def _with_rows(experiment: Experiment, count: int | None, read: Callable[[Experi
 
 def _in_their_place(experiment: Experiment, count: int | None, absent: OutOfReachError) -> tuple[Material, Described]:
     """Full rows in the place of what is out of reach; raises `UserError` for the other sources as a run would."""
+    if experiment.task.model_task == SEQUENCE_CLASSIFICATION and absent.what.startswith("rows"):
+        raise _needing_rows(experiment, f"The {absent.what} aren't here. ")
     data = experiment.data
     given = [(getattr(data, name), name) for name in SPLITS] + [(data.unlabelled, "train"), (experiment.eval.general, "train")]
     for source, split in given:
@@ -178,7 +180,10 @@ def _without_rows(experiment: Experiment, count: int | None, because: str = "") 
 
 def _needing_rows(experiment: Experiment, because: str) -> UserError:
     kind = type(experiment.task if experiment.objective is None else experiment.objective).__name__
-    return UserError(f"{because}Full rows are for SFT, and for sequence classification by causal models; {kind} needs the data. Give it.")
+    return UserError(
+        f"{because}Full rows are for SFT, and for sequence classification by causal models, whose labels the rows say; {kind} needs the "
+        "data. Give it."
+    )
 
 
 def _full(experiment: Experiment, options: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:

@@ -71,8 +71,9 @@ class Evaluator:
 
     def loss(self, state: State, examples: Examples, chosen: np.ndarray) -> float:
         """Returns the mean loss on some of the examples, by their numbers."""
-        batches = self._batches(state.weights, self._setup.frozen, self._lay_out(examples, chosen))
-        sums = [sums for _, sums, _ in batches]
+        with host_memory.kept() as memory:
+            batches = self._batches(state.weights, self._setup.frozen, self._lay_out(examples, chosen), memory)
+            sums = [sums for _, sums, _ in batches]
         return sum(found.nll for found in sums) / sum(found.weight for found in sums)
 
     @functools.cached_property
@@ -98,15 +99,16 @@ class Evaluator:
     def _measured(self, trainable: Any, frozen: Any, examples: Examples) -> Evaluation:
         layout = self._lay_out(examples, np.arange(len(examples)))
         total, found = None, None
-        for rows, sums, outputs in self._batches(trainable, frozen, layout):
-            total = sums if total is None else jax.tree.map(operator.add, total, sums)
-            if outputs is None:
-                continue
-            if found is None:
-                found = np.zeros((len(layout.examples.slots.reads), *outputs.shape[2:]), outputs.dtype)
-            for b, row in enumerate(rows):
-                slots = layout.slots_of(row)
-                found[slots] = outputs[b, : len(slots)]
+        with host_memory.kept() as memory:
+            for rows, sums, outputs in self._batches(trainable, frozen, layout, memory):
+                total = sums if total is None else jax.tree.map(operator.add, total, sums)
+                if outputs is None:
+                    continue
+                if found is None:
+                    found = np.zeros((len(layout.examples.slots.reads), *outputs.shape[2:]), outputs.dtype)
+                for b, row in enumerate(rows):
+                    slots = layout.slots_of(row)
+                    found[slots] = outputs[b, : len(slots)]
         return Evaluation(self._setup.experiment.task.scores(self._setup.model, examples, total, found), outputs=found)
 
     def _lay_out(self, examples: Examples, chosen: np.ndarray) -> Layout:
@@ -118,16 +120,15 @@ class Evaluator:
         examples = setup.experiment.task.for_evaluation(setup.model, examples, chosen)
         return lay_out(examples, chosen, setup.experiment.data, setup.model.pooling == LAST, pad_token(setup.tokenizer), setup.room)
 
-    def _batches(self, trainable: Any, frozen: Any, layout: Layout) -> Iterator[tuple[range, Any, Any]]:
+    def _batches(self, trainable: Any, frozen: Any, layout: Layout, memory: host_memory.Kept) -> Iterator[tuple[range, Any, Any]]:
         """Yields the numbers of some rows, their sums as floats, and their outputs."""
         setup = self._setup
         size = -(-max(self._shape(layout).rows, self._least.rows) // _shares(setup)) * _shares(setup)
-        with host_memory.kept() as memory:
-            for rows, batch in each_once(layout, size):
-                placed = placement.place_batch(batch, setup.mesh, placement.EVALUATION_BATCH)
-                sums, outputs = jax.device_get(self._program(trainable, frozen, placed))
-                memory.settle()
-                yield rows, jax.tree.map(float, sums), outputs
+        for rows, batch in each_once(layout, size):
+            placed = placement.place_batch(batch, setup.mesh, placement.EVALUATION_BATCH)
+            sums, outputs = jax.device_get(self._program(trainable, frozen, placed))
+            memory.settle()
+            yield rows, jax.tree.map(float, sums), outputs
 
     def full(self, state: State, name: str, title: str) -> Evaluation:
         """Returns the metrics, with `eval.general` the loss on those texts, and, where the task generates and `eval.generate` is on, the

@@ -2,7 +2,9 @@
 
 A program takes its temporary memory as one block. glibc maps a block of that size for the call and unmaps it behind, so that the system
 clears and maps each of its pages anew in every step. Inside of `kept` such blocks come from the heap and stay in it. That takes a program
-which runs in the thread that calls it: blocks of other threads are mapped all the same (mallopt(3), malloc/arena.c).
+which runs in the thread that calls it: blocks of other threads are mapped all the same (mallopt(3), malloc/arena.c). So the next batch is
+made after the step, not beside it. Behind the last `kept` glibc's thresholds stand where its own adjustment, which then stays off, would
+end; MALLOC_ settings of the environment are overwritten.
 """
 
 import contextlib
@@ -21,7 +23,7 @@ _MAPPED, _LARGEST_THRESHOLD = 65536, 2**25
 _FIRST = 2  # calls after which all that is free is given back: others take a part of the block meanwhile, and the next one is beside it
 _GROWTH, _SLACK = 1.1, 2**26  # more than is usual after a call: the block was broken up again
 
-_depth = 0  # of `kept`
+_depth = 0  # of `kept`: in the module, since glibc's settings are the process's
 
 
 def run_in_calling_thread() -> None:

@@ -298,7 +298,7 @@ class Loop:
         began = time.perf_counter()
         state, on_device = step(state, self._setup.frozen, self._take(index), self._setup.start)
         if index + 1 < self._setup.steps:
-            self._prepared = {index + 1: self._batch(index + 1)}  # while the devices work
+            self._prepared = {index + 1: self._batch(index + 1)}  # while an accelerator works
         metrics = {name: float(value) for name, value in jax.device_get(on_device).items()}
         course.log(index, metrics, time.perf_counter() - began, timed)
         return state

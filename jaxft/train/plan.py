@@ -81,7 +81,7 @@ def _say_advice(
     def planned(changed: Experiment) -> Plan:
         return dataclasses.replace(told(changed), process=beyond)
 
-    # Named devices may all change the same.
+    # No named device is a CPU, which alone has other changes: those of the first are those of all.
     options = advice.changes(experiment, targets[0], found.mesh["data"] * found.mesh["fsdp"]) + advice.meshes(found.count, experiment)
     before = dataclasses.replace(before, process=beyond)
     advice.say(advice.lighter(experiment, options, planned, before), before, targets, command)

@@ -104,12 +104,12 @@ def test_rates_that_read_alike_are_two(tmp_path: pathlib.Path):
 
 
 def test_what_nobody_measured_has_no_column(tmp_path: pathlib.Path):
-    write_sweep(tmp_path, [lora(1e-3, 0)], workers=3)
+    write_sweep(tmp_path, [lora(1e-3, 0), lora(1e-3, 1)], workers=3)
     write_run(tmp_path, "000", [0.5], 0.5, eval={"before": {"loss": 1.1}, "after": {"loss": 0.5}})
     found = gather(tmp_path)
     assert "forgetting" not in report.methods(found).columns
     assert any("config.eval.general" in note for note in report.notes(found))
-    assert any("Up to 3 runs went at a time" in note for note in report.notes(found))
+    assert any("Up to 2 runs went at a time" in note for note in report.notes(found))
 
 
 def test_a_sweep_before_its_first_run_ends_has_a_report(tmp_path: pathlib.Path):

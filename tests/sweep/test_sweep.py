@@ -222,6 +222,7 @@ def test_a_sweep_that_was_refused_may_be_mended_and_what_is_added_is_checked(mat
         (Options(filter="("), "no regular expression"),
         (Options(partition="gpu"), "an option of Slurm's jobs"),
         (Options(workers=0), "1 or more"),
+        (Options(executor="slurm", slurm=("time=10",)), "Give --sweep.time in minutes"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(material, tmp_path, options, words):
@@ -260,9 +261,11 @@ def test_slurm_is_given_its_options(monkeypatch, tmp_path):
     monkeypatch.setattr(executor.shutil, "which", lambda name: f"/usr/bin/{name}")
     options = Options(executor="slurm", partition="gpu", gpus=1, time=90, slurm=("qos=high",))
     executor.check(options)
-    made = executor.Workers(Folder(tmp_path), options, 1)._executor()._executor
+    workers = executor.Workers(Folder(tmp_path), options, 1)
+    assert workers._terms() == (False, 90 * 60 - executor.GOODBYE)
+    made = workers._executor()._executor
     given = made.parameters
-    assert (given["partition"], given["time"], given["gpus_per_node"]) == ("gpu", 90, 1)
+    assert (given["partition"], given["time"], given["gpus_per_node"], given["signal_delay_s"]) == ("gpu", 90, 1, 10)
     assert given["additional_parameters"] == {"qos": "high"}
 
 

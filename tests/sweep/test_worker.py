@@ -1,11 +1,9 @@
 """What a worker says of runs while it is at them; the processes that would train are left out."""
 
-import time
-
 import pytest
 
 from jaxft.sweep import worker
-from jaxft.sweep.runs import DONE, RUNNING, WAITING, Folder
+from jaxft.sweep.runs import DONE, FAILED, RUNNING, WAITING, Folder
 
 JOB = ["000-one", "001-two", "002-three"]
 SESSION = 1
@@ -48,7 +46,7 @@ def test_a_member_that_was_killed_after_its_end_is_still_one_of_a_population(tmp
     folder.begin(JOB[0], SESSION, shared=True)
     folder.workdir(JOB[0]).mkdir()
     (folder.workdir(JOB[0]) / "summary.json").write_text("{}")
-    folder.settle(JOB[0], SESSION + 1)
+    folder.settle(JOB[0], SESSION + 1, folder.log(JOB[0]))
     assert folder.state(JOB[0]).state == DONE
     assert folder.state(JOB[0]).shared
     folder.begin(JOB[1], SESSION, shared=True)
@@ -57,17 +55,40 @@ def test_a_member_that_was_killed_after_its_end_is_still_one_of_a_population(tmp
 
 
 def test_a_worker_whose_time_is_over_leaves_its_run_to_another_one(tmp_path, monkeypatch):
-    folder, told = Folder(tmp_path), []
+    folder, told, clock = Folder(tmp_path), [], [0.0]
 
     def forked(function, arguments, log, alive, unwanted):
-        time.sleep(0.05)
+        told.append(alive())
+        clock[0] = 61.0
         told.append(alive())
         return None, worker._STOPPED
 
     monkeypatch.setattr(worker, "_forked", forked)
+    monkeypatch.setattr(worker.time, "monotonic", lambda: clock[0])
     folder.write_queue(SESSION, [[run] for run in JOB], open=True)
-    worker.work(str(tmp_path), SESSION, attached=False, seconds=0.05)
-    assert told == [False]
+    worker.work(str(tmp_path), SESSION, attached=False, seconds=60.0)
+    assert told == [True, False]
     assert states(folder) == [WAITING] * 3
     assert folder.state(JOB[0]).attempts == 1
     assert folder.state(JOB[0]).deaths == 0
+
+
+def test_whose_summary_is_whole_is_done_whatever_came_after_it(tmp_path, monkeypatch):
+    folder = Folder(tmp_path)
+
+    def forked(function, arguments, log, alive, unwanted):
+        folder.begin(JOB[0], SESSION, shared=True)
+        folder.workdir(JOB[0]).mkdir()
+        (folder.workdir(JOB[0]) / "summary.json").write_text("{}")
+        return None, dict.fromkeys(JOB, "The disk is full.")
+
+    monkeypatch.setattr(worker, "_forked", forked)
+    worker._take(folder, JOB, SESSION, lambda: True)
+    assert states(folder) == [DONE, WAITING, WAITING]
+
+
+def test_what_no_program_can_have_fails_all_its_runs(tmp_path, monkeypatch):
+    folder = Folder(tmp_path)
+    monkeypatch.setattr(worker, "_forked", lambda *_: (None, dict.fromkeys(JOB, "There is no such model.")))
+    worker._take(folder, JOB, SESSION, lambda: True)
+    assert states(folder) == [FAILED] * 3
