@@ -24,7 +24,7 @@ from jaxft.objectives.base import Step, objective_of
 from jaxft.train import placement
 from jaxft.train.data import load_rows, load_training_data
 from jaxft.train.devices import Device
-from jaxft.train.host_memory import resident_bytes
+from jaxft.train.host_memory import give_back, resident_bytes
 from jaxft.train.loop import jitted_step, step_function
 from jaxft.train.roofline import Pace, pace
 from jaxft.train.setup import (
@@ -237,7 +237,9 @@ def of_step(run: Described, material: Material) -> Plan:
     step = jitted_step(run.experiment, run.model, arrays.optimizer, arrays.sharding, steps)
     before = resident_bytes()
     used = step.trace(state, frozen, batch, start).lower().compile().memory_analysis()
-    after = resident_bytes()
+    grown = max(resident_bytes() - before, 0)
+    give_back()  # what compiling left free, as a run does before its first step
+    held = resident_bytes()
     rows = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
     kept, offloaded = (count // rows for count in _kept_for_backward(run, state, frozen, whole, steps))
     rest = {
@@ -245,7 +247,7 @@ def of_step(run: Described, material: Material) -> Plan:
         "workspace": max(used.temp_size_in_bytes - kept, 0) + used.output_size_in_bytes - used.alias_size_in_bytes,
     }
     found = _plan(run, material, arrays, _work(run, material, arrays), _bytes(batch), rest, offloaded)
-    own = after + int(_EVALUATION * max(after - before, 0)) + _bytes(state) if jax.default_backend() == "cpu" else 0
+    own = held + int(_EVALUATION * grown) + _bytes(state) if jax.default_backend() == "cpu" else 0
     return dataclasses.replace(found, process=own)
 
 

@@ -76,8 +76,8 @@ def kept() -> Iterator[Kept]:
 
 def give_back() -> None:
     """Gives all free memory back, before something that needs much: a copy of the state."""
-    if _depth:
-        _glibc().malloc_trim(0)
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
 
 
 def _glibc() -> Any:

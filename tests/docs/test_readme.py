@@ -30,7 +30,7 @@ def test_the_demo_has_the_figures_of_its_experiment():
     assert untuned[1:4] == ["0.0%"] * 3
     assert f"untuned 0% ({untuned[4]})" in said
     seconds = re.findall(r"(\d+) s (?:in all )?on ", text)
-    assert len(seconds) == 3
+    assert len(seconds) == 4
     assert all(f"{one} s in all" in said for one in seconds)
 
 
