@@ -219,7 +219,7 @@ class Folder:
         """Notes what an attempt came to that ended without saying so.
 
         Its results may be whole all the same. An attempt of an earlier start of the sweep was stopped with it, so it's no death. `log`:
-        what its job printed.
+        what its population printed, if it was in one.
         """
         state = self.state(run)
         if state.state != RUNNING:
@@ -227,7 +227,11 @@ class Folder:
         if (self.workdir(run) / "summary.json").is_file():
             self.end(run, DONE)
         elif state.session == session:
-            self.died(run, "Its process ended without a word, as one does that is killed, by hand or for want of memory.", log)
+            self.died(
+                run,
+                "Its process ended without a word, as one does that is killed, by hand or for want of memory.",
+                log if state.shared else None,
+            )
 
     def end(self, run: str, state: str, error: str | None = None) -> None:
         """Notes what a run came to."""

@@ -87,12 +87,15 @@ def _take(folder: Folder, job: Sequence[str], session: int, alive: Callable[[], 
             if not together:  # members of a population say themselves when they begin: what is charged to a run is what befell it
                 folder.begin(part[0], session)
             pruned = lambda part=part: all(folder.prune(run).exists() for run in part)  # noqa: E731
-            death, errors = _forked(_train, (folder, part, session), folder.log(part[0]), alive, pruned)
-            _note(folder, part, session, death, errors if isinstance(errors, dict) else {}, pruned())
+            log = folder.log(job[0] if together else part[0])
+            death, errors = _forked(_train, (folder, part, session), log, alive, pruned)
+            _note(folder, part, session, death, errors if isinstance(errors, dict) else {}, pruned(), log)
     return bool(left)
 
 
-def _note(folder: Folder, part: Sequence[str], session: int, death: str | None, errors: dict[str, str], pruned: bool) -> None:
+def _note(
+    folder: Folder, part: Sequence[str], session: int, death: str | None, errors: dict[str, str], pruned: bool, log: pathlib.Path
+) -> None:
     """Writes what became of the runs of a process that has ended, as far as it hasn't said so itself."""
     left = [run for run in part if folder.state(run).state not in ENDED]
     if not any(folder.state(run).state == RUNNING for run in left):  # it ended before the first of them began, or between two
@@ -107,7 +110,7 @@ def _note(folder: Folder, part: Sequence[str], session: int, death: str | None, 
         elif run in errors:
             folder.end(run, FAILED, error=errors[run])
         elif death is not None:
-            folder.died(run, death, folder.log(part[0]))
+            folder.died(run, death, log)
         else:
             folder.end(run, PRUNED if pruned else WAITING)
 

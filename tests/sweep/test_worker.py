@@ -92,3 +92,11 @@ def test_what_no_program_can_have_fails_all_its_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "_forked", lambda *_: (None, dict.fromkeys(JOB, "There is no such model.")))
     worker._take(folder, JOB, SESSION, lambda: True)
     assert states(folder) == [FAILED] * 3
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_death_that_is_found_later_names_the_log_that_there_is(tmp_path, shared):
+    folder = Folder(tmp_path)
+    folder.begin(JOB[1], SESSION, shared=shared)
+    folder.settle(JOB[1], SESSION, folder.log(JOB[0]))
+    assert f"{folder.log(JOB[0] if shared else JOB[1])}." in folder.state(JOB[1]).error
