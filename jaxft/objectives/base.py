@@ -27,7 +27,7 @@ class Step:
     task: Any
     model: nn.Module
     frozen: Any  # leaves, None where they train
-    rngs: Mapping[str, jax.Array]  # dropout, mask, objective; noise where NEFTune is on: this micro-batch's own
+    rngs: Mapping[str, jax.Array]  # dropout, mask, objective; noise where NEFTune is on: this micro-batch's own; run: all steps'
     options: Mapping[str, Any]  # of `task.sums`: neftune_alpha, r_drop
     number: jax.Array  # () int32, optimizer steps done before this one
     steps: int  # of the whole run

@@ -63,6 +63,7 @@ class DynamicMask(Objective):
     schedule: str = "constant"  # of the rate: constant, linear, cosine, validation (further at each evaluation that is no better)
     validation_move: float = 0.25  # validation: how far the rate goes on its way then
     entity_rate: float = 0.3  # tags: rate of words in entities, that of others is rate; it follows the schedule in proportion
+    static: bool = False  # draw a row's mask alike whenever the row comes, in place of anew in each step: to compare with
     salience: str = "gradient"  # salience: gradient (gradient x input of the task's loss) or attention (that a token gets, by all)
     span_p: float = 0.2  # spans: of the geometric distribution of their lengths in words
     span_max: int = 10  # spans: longest one
@@ -204,7 +205,7 @@ class DynamicMask(Objective):
         """
         words = jnp.where(batch["segment_ids"] > 0, batch[WORDS], 0)  # a prefix that examples share is hidden for none of them
         seen = {**batch, WORDS: words}
-        rate, which = self._rate(state, step.number, step.steps), jax.random.fold_in(step.rngs["objective"], 0)
+        rate, drawn = self._rate(state, step.number, step.steps), step.rngs["run" if self.static else "objective"]
         params = jax.lax.stop_gradient(step.params(trainable))
         classes = _classes(seen) if step.model.task == heads.TOKEN_CLASSIFICATION else None
         known = Knowledge(
@@ -215,9 +216,9 @@ class DynamicMask(Objective):
             _certainty(step, params, seen) if LOSS in self._used else None,
         )
         policy = policies.make_policy(self.policy, self.mix, self.span_p, self.span_max)
-        groups = policy(which, seen, known)
+        groups = policy(jax.random.fold_in(drawn, 0), seen, known)
         replacement = Replacement(self.mask_token_id, step.model.config.vocab_size, self.masked, self.random)
-        tokens = replaced(jax.random.fold_in(step.rngs["objective"], 1), batch["tokens"], groups, replacement)
+        tokens = replaced(jax.random.fold_in(drawn, 1), batch["tokens"], groups, replacement)
         return Masked(tokens, groups, words, classes, rate)
 
     def sums(self, step: Step, trainable: Any, batch: Batch, state: Any) -> tuple[Sums, Logged]:

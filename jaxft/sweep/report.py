@@ -117,6 +117,12 @@ def notes(results: Results) -> list[str]:
         said.append("A figure of one seed has no interval: how much of it is chance is unknown.")
     if len(counts) > 1:
         said.append("Methods have different numbers of finished seeds.")
+    if _are_pairs_known(results):
+        said.append(
+            f"Differences are from {results.settings()[0].label}, which stands first in the sweep, between runs of one seed and so of the "
+            "same rows: their mean and half its 95% interval, not corrected for the number of comparisons. An interval without 0 may be "
+            "more than chance."
+        )
     if (most := min(results.workers, len(results.rows))) > 1:
         said.append(f"Up to {most} runs went at a time: times and tokens/s are theirs beside each other, not of a run alone.")
     if not _is_forgetting_known(results):
@@ -131,7 +137,8 @@ def notes(results: Results) -> list[str]:
 
 def methods(results: Results) -> Table:
     """Returns a row for each setting, the best first; those without a figure last, in their order."""
-    columns = ["method", _tuned_title(results), f"{results.split} {results.metric.replace('_', ' ')}", "seeds", "trained", "share"]
+    columns = ["method", _tuned_title(results), f"{results.split} {results.metric.replace('_', ' ')}"]
+    columns += [*([f"less {results.settings()[0].label}'s"] if _are_pairs_known(results) else []), "seeds", "trained", "share"]
     columns += ["peak memory", "tokens/s", "time", "on disk", *(["forgetting"] if _is_forgetting_known(results) else []), "runs tuned"]
     figures = {setting.label: setting.figure(results.metric) for setting in results.settings()}
 
@@ -151,6 +158,7 @@ def _method(results: Results, setting: Setting) -> list[str]:
         setting.label,
         setting.chosen.tuned if setting.chosen else _MISSING,
         _interval(figure),
+        *([_difference(results, setting)] if _are_pairs_known(results) else []),
         str(figure.count) if figure else "0",
         _MISSING if trained is None else f"{trained:,.0f}",
         _MISSING if share is None else f"{share:.3%}",
@@ -161,6 +169,17 @@ def _method(results: Results, setting: Setting) -> list[str]:
         *([_interval(forgetting, signed=True)] if _is_forgetting_known(results) else []),
         f"{sum(row.state == DONE for row in setting.rows)} of {len(setting.rows)}",
     ]
+
+
+def _difference(results: Results, setting: Setting) -> str:
+    first = results.settings()[0]
+    return _MISSING if setting.label == first.label else _interval(setting.difference(first, results.metric), signed=True)
+
+
+def _are_pairs_known(results: Results) -> bool:
+    """Whether some setting has several seeds in common with the first one."""
+    every = results.settings()
+    return any((apart := one.difference(every[0], results.metric)) is not None and apart.count > 1 for one in every[1:])
 
 
 def _is_forgetting_known(results: Results) -> bool:

@@ -96,6 +96,17 @@ class Setting:
         """Returns a metric of the chosen runs after training."""
         return interval(row.after.get(name) for row in self.chosen.finished()) if self.chosen else None
 
+    def difference(self, other: "Setting", name: str) -> Interval | None:
+        """Returns how far a metric of the chosen runs is above another setting's, seed by seed, over the seeds that both have.
+
+        A seed draws the split and the order of the rows too: what it adds to both falls out.
+        """
+        ours, theirs = self._by_seed(name), other._by_seed(name)
+        return interval(ours[seed] - theirs[seed] for seed in ours if seed in theirs)
+
+    def _by_seed(self, name: str) -> dict[int | None, float]:
+        return {row.seed: row.after[name] for row in self.chosen.finished() if name in row.after} if self.chosen else {}
+
     def mean(self, field: str) -> float | None:
         """Returns the mean of a field over the chosen runs."""
         found = interval(getattr(row, field) for row in self.chosen.finished()) if self.chosen else None
@@ -408,6 +419,8 @@ def _whole(value: Any) -> str:
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return "none"
     return f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
 
 
@@ -419,6 +432,7 @@ def write(folder: pathlib.Path, results: Results) -> None:
     import pyarrow
     import pyarrow.parquet
 
+    every = results.settings()
     settings = [
         {
             "setting": setting.label,
@@ -426,8 +440,9 @@ def write(folder: pathlib.Path, results: Results) -> None:
             "runs": [row.id for row in setting.chosen.finished()] if setting.chosen else [],
             "tuned": len(setting.candidates),
             "figure": (found := setting.figure(results.metric)) and dataclasses.asdict(found),
+            "difference": (apart := setting.difference(every[0], results.metric)) and dataclasses.asdict(apart),
         }
-        for setting in results.settings()
+        for setting in every
     ]
     replace(folder / "results.json", json.dumps(dataclasses.asdict(results) | {"settings": settings}, indent=1) + "\n")
     rows = [_flat(row) for row in results.rows]

@@ -349,7 +349,7 @@ def _whole_bytes(shapes: Any) -> int:
 def _kept_for_backward(run: Described, state: State, frozen: Any, batch: Any, steps: int) -> tuple[int, int]:
     """Bytes of what the forward pass of one micro-batch keeps for the backward pass, on all devices and their hosts; without weights."""
     objective, task, number = objective_of(run.experiment), run.experiment.task, jnp.int32(0)
-    rngs = dict.fromkeys(("mask", "objective"), jax.random.key(0))
+    rngs = dict.fromkeys(("mask", "objective", "run"), jax.random.key(0))
 
     def loss(trainable: Any, frozen: Any, micro: Any, arrays: Any) -> Any:
         shared = objective.shared(jax.tree.map(lambda leaf: leaf[None], micro), arrays, number, steps)

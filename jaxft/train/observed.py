@@ -59,7 +59,8 @@ class Observed:
         experiment, objective = setup.experiment, self._objective
 
         def see(state: State, frozen: Any, batch: Any) -> Any:
-            rngs = {"objective": key_for(experiment.train.seed, _FOLDER, state.step)}
+            seed = experiment.train.seed
+            rngs = {"objective": key_for(seed, _FOLDER, state.step), "run": key_for(seed, "run")}
             step = Step(experiment.task, setup.model, frozen, rngs, {}, state.step, setup.steps)
             return objective.observe(step, state.trainable, batch, state.objective)
 

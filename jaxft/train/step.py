@@ -45,6 +45,7 @@ def make_step(
 
     def gradient(state: State, frozen: Any, batch: Batch, key: jax.Array, start: Any, shared: Any) -> tuple[Any, Sums, Logged]:
         rngs = {"dropout": jax.random.fold_in(key, 0), "mask": jax.random.fold_in(key, 2), "objective": jax.random.fold_in(key, 4)}
+        rngs["run"] = key_for(seed, "run")
         options: dict[str, float] = {}
         if neftune_alpha:
             rngs["noise"] = jax.random.fold_in(key, 1)

@@ -14,7 +14,7 @@ from jaxft import overrides
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
 import label_efficiency as study
 
-SCORES = {"5e-5": 0.3, "1e-4": 0.5, "2e-4": 0.4}  # of the supervised run, by its rate
+SCORES = {"1e-4": 0.3, "3e-4": 0.5, "1e-3": 0.4}  # of the supervised run, by its rate
 
 
 @pytest.fixture
@@ -41,9 +41,12 @@ def test_settings_are_chosen_on_validation_and_runs_are_not_repeated(made_up, tm
         study.study(60, ["fixmatch"], seeds, (100,), 5, tmp_path)
     assert len(made_up) == len({run.name for run in made_up}) == 3 + 3 + 2 * 3
     tested = [run for run in made_up if run.split == "test"]
-    assert {run.rate for run in tested} == {"1e-4"}
+    assert {run.rate for run in tested} == {"3e-4"}
     assert {run.setting for run in tested if run.algorithm == "fixmatch"} == {study.ALGORITHMS["fixmatch"][2]}
     assert {run.seed for run in made_up if run.split == "validation"} == {100}
+    known = len(made_up)
+    study.study(20, ["fixmatch"], [0, 1], (100,), 5, tmp_path)  # with the settings of 60 labels
+    assert [(run.labels, run.split) for run in made_up[known:]] == [(20, "test")] * 4
 
 
 def test_the_report_has_means_intervals_and_paired_gains(made_up, tmp_path):

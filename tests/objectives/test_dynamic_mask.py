@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import types
 
 import jax
@@ -82,7 +83,8 @@ def rows(count=6, seed=0):
 def step_of(model, frozen, task, objective, batch, number=3, steps=9):
     """Returns what a micro-batch is given, without dropout."""
     shared = objective.shared({name: values[None] for name, values in batch.items()}, None, jnp.int32(number), steps)
-    return Step(task, model, frozen, {"objective": jax.random.key(5)}, {}, jnp.int32(number), steps, shared)
+    rngs = {"objective": jax.random.key(2 + number), "run": jax.random.key(4)}
+    return Step(task, model, frozen, rngs, {}, jnp.int32(number), steps, shared)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "task", "objective"))
@@ -173,6 +175,26 @@ def test_what_is_hidden_becomes_the_mask_token_a_random_one_or_stays(found):
     assert 0.2 < hidden[batch["words"] > 0].mean() < 0.8
     assert (tokens[~hidden] == batch["tokens"][~hidden]).all()
     assert 0.6 < (tokens[hidden] == MASK).mean() < 0.95
+
+
+@pytest.mark.parametrize("policy", ["tokens", "words", "spans", "tags"])
+def test_a_static_mask_is_a_rows_own_in_every_step_and_batch(tagger, policy):
+    model, params = tagger
+    batch, turned = rows(), {name: values[::-1] for name, values in rows().items()}
+
+    def masks(static, batch):
+        objective = dataclasses.replace(ALL, policy=policy, mix=(), static=static, consistency=0.0, schedule="constant", final_rate=-1.0)
+        frozen = jax.tree.map(lambda _: None, params)
+        steps = [step_of(model, frozen, TokenClassification(), objective, batch, number) for number in (0, 3, 8)]
+        return [objective.mask(step, params, batch, None).tokens for step in steps]
+
+    first, second, third = masks(True, batch)
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(first, third)
+    np.testing.assert_array_equal(first, masks(True, turned)[0][::-1])
+    assert (first != batch["tokens"]).any()
+    anew = masks(False, batch)
+    assert any((one != other).any() for one, other in itertools.pairwise(anew))
 
 
 def test_the_gradient_is_that_of_finite_differences(tagger, found):

@@ -49,6 +49,29 @@ def test_a_tie_goes_to_the_lower_rate_and_fewer_seeds_are_no_candidate(tmp_path:
     assert setting.chosen.learning_rate == 1e-4
 
 
+def test_differences_are_between_runs_of_one_seed(tmp_path: pathlib.Path):
+    """What a seed adds to both falls out: intervals overlap by far, and the difference is sure."""
+    bitfit = {"method": {"class": "BitFit"}, "optimizer.learning_rate": 1e-3}
+    write_sweep(
+        tmp_path, [*(lora(1e-3, seed) for seed in range(3)), *({"overrides": bitfit | {"train.seed": seed}} for seed in (2, 1, 0, 7))]
+    )
+    figures, apart = (0.5, 0.9, 0.7), np.asarray([0.05, 0.06, 0.04])
+    for i, value in enumerate([*figures, *(np.asarray(figures) + apart)[::-1], 0.1]):
+        write_run(tmp_path, f"{i:03d}", [0.5], value)
+    found = gather(tmp_path)
+    first, second = found.settings()
+    expected = scipy.stats.ttest_1samp(apart, 0.0).confidence_interval(0.95)
+    difference = second.difference(first, "loss")
+    np.testing.assert_allclose((difference.mean - difference.half, difference.mean + difference.half), (expected.low, expected.high))
+    assert difference.count == 3
+    report.write(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "| less LoRA's |" in text
+    assert "| LoRA | 0.001 | 0.7000 ± 0.4968 | - | 3 |" in text
+    assert f"| BitFit | 0.001 | 0.5875 ± {second.figure('loss').half:.4f} | +0.0500 ± {difference.half:.4f} | 4 |" in text
+    assert json.loads((tmp_path / "results.json").read_text())["settings"][1]["difference"]["count"] == 3
+
+
 def test_the_front_keeps_ties_and_drops_what_another_beats():
     points = np.random.default_rng(0).integers(0, 6, size=(40, 2)).astype(float)
     beaten = [any((other <= own).all() and (other < own).any() for other in points) for own in points]
