@@ -19,7 +19,8 @@ def choices_of(row: Mapping[str, Any], place: str) -> Choices:
     """Returns a row's choices and the number of the right one.
 
     `choices` is a list of texts, or {"text": texts, "label": names}; `answer` is the right one's text, its name, its letter, A for the
-    first, or its number, 0 for the first.
+    first, or its number, 0 for the first. A number that isn't written as text is a place, unless the choices are numbers themselves, or
+    their names are.
 
     Args:
       row: a row with `choices` and `answer`.
@@ -49,18 +50,23 @@ def choices_of(row: Mapping[str, Any], place: str) -> Choices:
         raise UserError(f"{place}: choice {[bool(text.strip()) for text in texts].index(False) + 1} is empty. Fill it, or leave it out.")
     if twice := [text for number, text in enumerate(texts) if text in texts[:number]]:
         raise UserError(f"{place}: 'choices' has '{twice[0]}' twice. Leave one of them out.")
-    return Choices(texts, _right(row["answer"], texts, [str(name) for name in names], place))
+    own = [str(name) for name in names]
+    numbers = not any(isinstance(one, str) for one in found) or (names and all(name.strip().isdecimal() for name in own))
+    answer = row["answer"]
+    if numbers and isinstance(answer, int | float) and not isinstance(answer, bool):  # a choice or its name, and no place among them
+        answer = str(answer)
+    return Choices(texts, _right(answer, texts, own, not numbers, place))
 
 
-def _right(answer: Any, texts: tuple[str, ...], names: list[str], place: str) -> int:
-    """The number of the right choice: a text counts before a name, or else a letter, and that before a number."""
+def _right(answer: Any, texts: tuple[str, ...], names: list[str], places: bool, place: str) -> int:
+    """The number of the right choice: a text counts before a name, or else a letter, and that before a number, where it may be a place."""
     if isinstance(answer, str):
         said = answer.strip()
         for known in ([text.strip() for text in texts], names or list(_LETTERS[: len(texts)])):
             if said in known:
                 return known.index(said)
-        answer = int(said) if said.isdecimal() and not names else None
+        answer = int(said) if said.isdecimal() and not names and places else None
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(texts):
         return answer
-    ways = ", ".join(names) if names else f"{_LETTERS[0]} to {_LETTERS[min(len(texts), len(_LETTERS)) - 1]}, 0 to {len(texts) - 1}"
-    raise UserError(f"{place}: the answer is none of the {len(texts)} choices ({ways}, or one's text).")
+    letters = f"{_LETTERS[0]} to {_LETTERS[min(len(texts), len(_LETTERS)) - 1]}" + (f", 0 to {len(texts) - 1}" if places else "")
+    raise UserError(f"{place}: the answer is none of the {len(texts)} choices ({', '.join(names) or letters}, or one's text).")

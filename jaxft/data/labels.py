@@ -1,6 +1,7 @@
 """The label column of a classification data set: what kind of labels it has, their names, and each row's as numbers."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -13,6 +14,7 @@ from jaxft.errors import UserError, nearest
 from jaxft.models.heads import MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL
 
 _SHOWN = 12  # labels in a message
+_UNNAMED = "LABEL_"  # what transformers calls a class without a name
 _WHOLE = re.compile(r"\s*[+-]?\d+\s*")
 
 
@@ -39,8 +41,16 @@ class LabelColumn:
         feature = self.rows.dataset.features[self.column]
         return getattr(feature, "feature", feature)  # of a list, that of its parts
 
+    @functools.cached_property
+    def is_multi_hot(self) -> bool:
+        """Whether each row says of every class by 0 or 1 whether it is one of its own, as transformers has several labels."""
+        first = self.values[0] if self.values else ()
+        size = len(first) if isinstance(first, (list, tuple)) else 0
+        return not self.is_named and size > 1 and all(_is_multi_hot(value, size) for value in self.values)
+
     def kind(self) -> str:
-        """Returns what kind of task the labels are for: lists name several classes, fractions are values, all else is one class.
+        """Returns what kind of task the labels are for: lists name several classes, or say of each by 0 or 1 whether it is one; other lists
+        of fractions, and fractions, are values; all else is one class.
 
         Text is a fraction where all labels are numbers and one of them isn't whole: in CSV and TSV files all values are text.
 
@@ -48,52 +58,65 @@ class LabelColumn:
           UserError: a row without a label.
         """
         self._check_filled()
+        if self.is_multi_hot:
+            return MULTI_LABEL
         if any(isinstance(value, (list, tuple)) for value in self.values):
             numbers = [part for value in self.values if isinstance(value, (list, tuple)) for part in value]
             return REGRESSION if numbers and all(isinstance(part, float) for part in numbers) else MULTI_LABEL
         return REGRESSION if any(isinstance(value, float) for value in self.values) or _are_fractions(self.values) else SINGLE_LABEL
 
     def names(self) -> tuple[str, ...]:
-        """Returns the names of the classes: those of the data set's own feature, or the distinct labels, sorted."""
+        """Returns the names of the classes: those of the data set's own feature, the distinct labels, sorted, or of rows that say 0 or 1 of
+        each class, transformers' names.
+        """
         self._check_filled()
         if self.is_named:
             return self.feature_names
+        if self.is_multi_hot:
+            return _unnamed(len(self.values[0]))
         return distinct({part for value in self.values for part in (value if isinstance(value, (list, tuple)) else (value,))})
 
-    def classes(self, names: Sequence[str], named: bool) -> np.ndarray:
+    def classes(self, names: Sequence[str], given: Sequence[str]) -> np.ndarray:
         """Returns the class of each row, (n,) int32.
 
         Args:
           names: of the classes, in their order.
-          named: whether a whole number is the place of a class in `names` (given by the user, or by the data set's own feature), not a
-            name of its own.
+          given: the user's own names, where there are some.
         """
-        return np.asarray([self._class(value, i, names, named) for i, value in enumerate(self.values)], np.int32)
+        return np.asarray([self._class(value, i, names, given) for i, value in enumerate(self.values)], np.int32)
 
-    def indicators(self, names: Sequence[str], named: bool) -> np.ndarray:
-        """Returns which classes each row has, (n, classes) float32 of 0 and 1."""
+    def indicators(self, names: Sequence[str], given: Sequence[str]) -> np.ndarray:
+        """Returns which classes each row has, (n, classes) float32 of 0 and 1; arguments as of `classes`."""
         found = np.zeros((len(self.values), len(names)), np.float32)
         for i, value in enumerate(self.values):
-            found[i, self._classes(value, i, names, named)] = 1
+            found[i, self._classes(value, i, names, given)] = 1
         return found
 
     def numbers(self, count: int) -> np.ndarray:
         """Returns each row's values, (n, count) float32."""
         return np.asarray([self._numbers(value, i, count) for i, value in enumerate(self.values)], np.float32)
 
-    def faults(self, problem: str, names: Sequence[str], named: bool) -> dict[int, str]:
+    def faults(self, problem: str, names: Sequence[str], given: Sequence[str]) -> dict[int, str]:
         """Returns the rows whose labels aren't of this kind or not among these names, and why; arguments as of `classes`."""
         read: Callable[[int], Any] = {
             REGRESSION: lambda i: self._numbers(self.values[i], i, len(names)),
-            MULTI_LABEL: lambda i: self._classes(self.values[i], i, names, named),
-            SINGLE_LABEL: lambda i: self._class(self.values[i], i, names, named),
+            MULTI_LABEL: lambda i: self._classes(self.values[i], i, names, given),
+            SINGLE_LABEL: lambda i: self._class(self.values[i], i, names, given),
         }[problem]
         return self.rows.faults(read)
 
-    def _classes(self, value: Any, i: int, names: Sequence[str], named: bool) -> list[int]:
+    def _classes(self, value: Any, i: int, names: Sequence[str], given: Sequence[str]) -> list[int]:
         if not isinstance(value, (list, tuple)):
             raise UserError(f"{self._place(i)}: column '{self.column}' is no list of labels, as other rows have, but {value!r}.")
-        return [self._class(part, i, names, named) for part in value]
+        if self.is_multi_hot and (given or names[0].startswith(_UNNAMED)):  # else 0 and 1 are names of the training rows
+            own = given or _unnamed(len(names))
+            if len(value) != len(own):
+                raise UserError(
+                    f"{self._place(i)}: column '{self.column}' has 0 or 1 for each of {len(value)} labels, and the model has {len(own)}: "
+                    f"{_shown(own)}."
+                )
+            return [class_of(number, names, own, self._place(i)) for number, part in enumerate(value) if part]
+        return [self._class(part, i, names, given) for part in value]
 
     def _numbers(self, value: Any, i: int, count: int) -> list[float]:
         try:
@@ -105,8 +128,8 @@ class LabelColumn:
             raise UserError(f"{self._place(i)}: column '{self.column}' is {value!r}; regression needs {wanted}.")
         return found
 
-    def _class(self, value: Any, i: int, names: Sequence[str], named: bool) -> int:
-        return class_of(value, names, named, f"{self._place(i)}: label")
+    def _class(self, value: Any, i: int, names: Sequence[str], given: Sequence[str]) -> int:
+        return class_of(value, names, names_of(self.feature_names, given), f"{self._place(i)}: label")
 
     def _check_filled(self) -> None:
         for i, value in enumerate(self.values):
@@ -137,31 +160,59 @@ def _are_fractions(values: Sequence[Any]) -> bool:
     return any(math.isfinite(number) and not _WHOLE.fullmatch(value) for number, value in zip(numbers, values, strict=True))
 
 
+def _unnamed(count: int) -> tuple[str, ...]:
+    return tuple(f"{_UNNAMED}{number}" for number in range(count))
+
+
+def _is_multi_hot(value: Any, size: int) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == size and all(not isinstance(part, str) and part in (0, 1) for part in value)
+
+
 def distinct(values: Collection[Any]) -> tuple[str, ...]:
-    """Returns the names of distinct labels, sorted: numbers by their size, all else as text."""
-    return tuple(map(str, sorted(values) if all(isinstance(value, int) for value in values) else sorted(map(str, values))))
+    """Returns the names of distinct labels, sorted: whole numbers by their size, in text files too, all else as text.
+
+    >>> distinct({"10", "9"}), distinct({"10", "9", "none"})
+    (('9', '10'), ('10', '9', 'none'))
+    """
+    names = set(map(str, values))
+    return tuple(sorted(names, key=int) if all(_WHOLE.fullmatch(name) for name in names) else sorted(names))
 
 
-def class_of(value: Any, names: Sequence[str], named: bool, what: str) -> int:
+def class_of(value: Any, names: Sequence[str], own: Sequence[str], what: str) -> int:
     """Returns the class of a label: its place in `names`.
 
     Args:
       value: as the row has it.
-      names: of the classes, in their order.
-      named: whether a whole number is the place of a class in `names`, not a name of its own.
+      names: of the model's classes, in their order.
+      own: of `names_of`; where there are some, a whole number is a place in them, also one written as text that is no name.
       what: the label's place and what it is called, as "train.jsonl, line 3: label", for messages.
     """
-    if named and isinstance(value, int) and not isinstance(value, bool):
-        if 0 <= value < len(names):
-            return value
-        raise UserError(f"{what} {value} is none of the {len(names)} classes, 0 to {len(names) - 1}.")
+    if own and isinstance(value, str) and value not in names and value.strip().isdecimal():
+        value = int(value)
+    if own and isinstance(value, int) and not isinstance(value, bool):
+        if not 0 <= value < len(own):
+            raise UserError(f"{what} {value} is none of the {len(own)} classes, 0 to {len(own) - 1}.")
+        value = own[value]
     if value is None or (text := str(value)) not in names:
-        shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
         raise UserError(
-            f"{what} '{value}' is none of the model's.{nearest(str(value), list(names))} They are: {shown}. Correct the row, or name all "
-            "labels in config.task.labels."
+            f"{what} '{value}' is none of the model's.{nearest(str(value), list(names))} They are: {_shown(names)}. Correct the row, or "
+            "name all labels in config.task.labels."
         )
     return names.index(text)
+
+
+def names_of(feature: Sequence[str], given: Sequence[str]) -> Sequence[str]:
+    """Returns what whole numbers of a set are places in, which may have another order than the model's names; () for names themselves.
+
+    Args:
+      feature: the names that the data set's own feature gives them; () where it doesn't.
+      given: the user's names, which may be other ones for the same places; () where there are none.
+    """
+    return feature if not given or (feature and set(feature) <= set(given)) else given
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def label_column(rows: Rows, column: str) -> LabelColumn:

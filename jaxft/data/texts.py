@@ -6,6 +6,7 @@ from typing import Any
 from jaxft.config import DataConfig
 from jaxft.data.conversations import fill
 from jaxft.data.rows import Rows
+from jaxft.errors import UserError
 
 _PAIR = "text_pair"
 
@@ -31,6 +32,17 @@ def pairs_of(rows: Rows, data: DataConfig) -> list[str]:
     if not data.text_pair and _PAIR not in rows.dataset.column_names:
         return []
     return [pair_of(row, data, rows.place(i)) for i, row in enumerate(rows.dataset)]
+
+
+def check_pairs(sets: Mapping[str, Rows], data: DataConfig) -> None:
+    """Raises `UserError` where some sets have second texts and others haven't: the model would read something else in them."""
+    has = {name: _PAIR in rows.dataset.column_names for name, rows in sets.items()}
+    if not data.text_pair and len(set(has.values())) > 1:
+        one, other = (", ".join(name for name in has if has[name] is wanted) for wanted in (True, False))
+        raise UserError(
+            f"{one} has the column '{_PAIR}', and {other} hasn't. Give it to all sets, or take it out; or name what makes the second text "
+            "in config.data.text_pair."
+        )
 
 
 def columns_of(rows: Rows, data: DataConfig) -> list[list[str]]:

@@ -28,7 +28,7 @@ def confusion_picture(counts: np.ndarray, names: Sequence[str]) -> bytes:
       names: of the labels.
     """
     chosen = np.sort(np.argsort(-counts.sum(axis=1), kind="stable")[:_MOST])
-    shown, names = counts[np.ix_(chosen, chosen)], [names[i] for i in chosen]
+    shown, names = counts[np.ix_(chosen, chosen)], [names[i].replace("$", r"\$") for i in chosen]  # no formulas
     shares = shown / np.maximum(counts[chosen].sum(axis=1, keepdims=True), 1)
     size = 2.0 + 0.55 * len(chosen)
     figure = Figure(figsize=(size + 1.2, size), layout="constrained")

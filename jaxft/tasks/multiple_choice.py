@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from jaxft.config import DataConfig
 from jaxft.data.choices import Choices, choices_of
-from jaxft.data.examples import Examples, Labelled, NextTokens, Slots
+from jaxft.data.examples import Examples, Labelled, NextTokens, Slots, special_tokens
 from jaxft.data.rows import Rows
 from jaxft.errors import UserError, unknown
 from jaxft.tasks.base import Batch, Task
@@ -97,7 +97,7 @@ class MultipleChoice(Task):
         weights = np.repeat(right, made.slots.counts).astype(np.float32)
         slots = dataclasses.replace(made.slots, weights=weights)
         sizes = np.asarray([len(text.encode()) for one in found for text in one.texts])
-        said = _said(made, tokenizer.all_special_ids)
+        said = _said(made, list(special_tokens(tokenizer).values()))
         return Answers(made.tokens, made.offsets, made.cut, slots, numbers, right=right, sizes=sizes, said=said)
 
     def faults(self, rows: Rows, tokenizer: Any, data: DataConfig, options: Mapping[str, Any]) -> dict[int, str]:

@@ -103,7 +103,9 @@ class QuestionAnswering(Task):
         """Returns the log-likelihoods of start and end in each slot, among its window's slots, (batch * slots, 2) float32."""
         rows, slots = batch["scored"].shape
         real = batch["weights"] > 0
-        begins = (jnp.take_along_axis(batch["positions"], batch["scored"], axis=1) == 0) & real  # a window's first slot: its first token's
+        places = jnp.take_along_axis(batch["positions"], batch["scored"], axis=1)
+        before = jnp.pad(places[:, :-1], ((0, 0), (1, 0)), constant_values=jnp.iinfo(places.dtype).max)
+        begins = (places <= before) & real  # a window's first slot reads its first token, which stands before all others
         numbers = jnp.where(real, jnp.cumsum(begins, axis=1) - 1, slots)
         likelihoods = jax.vmap(lambda logits, numbers: _log_softmax(logits, numbers, slots + 1))
         found: jax.Array = likelihoods(logits.astype(jnp.float32).reshape(rows, slots, -1), numbers)

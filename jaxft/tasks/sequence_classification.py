@@ -74,6 +74,8 @@ class SequenceClassification(Task):
             count = len(first) if isinstance(first, (list, tuple)) else 1
             return {"labels": self.labels or tuple(f"LABEL_{number}" for number in range(count)), "problem_type": problem}
         labels = self.labels or column.names()
+        if not labels:
+            raise UserError(f"{rows.name}: column '{data.label}' names no label at all: every list in it is empty.")
         if len(labels) < 2:
             raise UserError(f"{rows.name}: column '{data.label}' has one label only, '{labels[0]}': there is nothing to tell apart.")
         check_named(self.class_weights, labels)
@@ -98,15 +100,14 @@ class SequenceClassification(Task):
         problem, names = model.config.problem_type, model.config.labels
         if problem == REGRESSION:
             return column.numbers(len(names))
-        named = bool(self.labels) or column.is_named
-        return column.indicators(names, named) if problem == MULTI_LABEL else column.classes(names, named)
+        return column.indicators(names, self.labels) if problem == MULTI_LABEL else column.classes(names, self.labels)
 
     def faults(self, rows: Rows, tokenizer: Any, data: DataConfig, options: Mapping[str, Any]) -> dict[int, str]:
         """Returns the rows with a label that the training rows lack, or that is of another kind."""
         if not options:
             return {}
         column = label_column(rows, data.label)
-        return column.faults(options["problem_type"], options["labels"], bool(self.labels) or column.is_named)
+        return column.faults(options["problem_type"], options["labels"], self.labels)
 
     def for_training(self, model: nn.Module, examples: Examples) -> Examples:
         """Returns the examples with the weights of their labels."""
@@ -173,7 +174,7 @@ class SequenceClassification(Task):
 
     def measure(self, model: nn.Module, params: Any, batch: Batch) -> tuple[Sums, Any]:
         """Returns the sums over a batch and the logits, (batch, slots, labels) float32."""
-        logits = self.logits(model, params, batch)
+        logits = self.logits(model, params, batch).astype(jnp.float32)
         targets, weights = batch["targets"].reshape(-1, *batch["targets"].shape[2:]), batch["weights"].reshape(-1)
         return self.loss(model, logits, targets, weights), logits.reshape(*batch["scored"].shape, -1)
 

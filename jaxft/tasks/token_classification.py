@@ -13,7 +13,7 @@ from flax import linen as nn
 from jaxft.config import DataConfig
 from jaxft.data.encode import Encoded, joined
 from jaxft.data.examples import Examples, Slots, Words
-from jaxft.data.labels import class_of
+from jaxft.data.labels import class_of, names_of
 from jaxft.data.rows import Rows
 from jaxft.data.tags import (
     AUTO,
@@ -96,7 +96,7 @@ class TokenClassification(Task):
     def examples(self, rows: Rows, tokenizer: Any, data: DataConfig, model: nn.Module) -> Words:
         """Returns a set's rows as tokens, long ones in windows, a slot for each word: its first sub-word."""
         found, places = tagged_rows(rows, data), [rows.place(i) for i in range(len(rows))]
-        classes = self._classes(found, bool(self.labels or feature_names(rows, data)), model, places)
+        classes = self._classes(found, names_of(feature_names(rows, data), self.labels), model, places)
         encoded: list[Encoded] = []
         numbers, counts, reads, belongs = [], [0], [], []
         for i, pieces in enumerate(pieces_of([row.words for row in found], tokenizer, places)):
@@ -129,30 +129,30 @@ class TokenClassification(Task):
         tags = [[placeholder] * (len(own) if isinstance(own, list) else 0) for own in words]
         return without_labels(self.examples(with_column(rows, data.tags, tags), tokenizer, data, model))
 
-    def _classes(self, found: Sequence[Tagged], named: bool, model: Any, places: Sequence[str]) -> np.ndarray:
+    def _classes(self, found: Sequence[Tagged], own: Sequence[str], model: Any, places: Sequence[str]) -> np.ndarray:
         names = model.config.labels
         scheme = scheme_of(names, self.scheme)
         rows = zip(found, places, strict=True)
-        return np.asarray([one for row, place in rows for one in self._own_classes(row, names, named, scheme, place)], np.int32)
+        return np.asarray([one for row, place in rows for one in self._row_classes(row, names, own, scheme, place)], np.int32)
 
-    def _own_classes(self, row: Tagged, names: Sequence[str], named: bool, scheme: str, place: str) -> list[int]:
+    def _row_classes(self, row: Tagged, names: Sequence[str], own: Sequence[str], scheme: str, place: str) -> list[int]:
         tags = row.tags
         if self.mend_tags:
-            tags = mended([names[class_of(tag, names, True, place)] if named else str(tag) for tag in tags], scheme)
-        own = [class_of(tag, names, named, f"{place}: tag {number}") for number, tag in enumerate(tags, start=1)]
+            tags = mended([names[class_of(tag, names, own, place)] if own else str(tag) for tag in tags], scheme)
+        found = [class_of(tag, names, own, f"{place}: tag {number}") for number, tag in enumerate(tags, start=1)]
         if scheme != PLAIN:
-            check_scheme([names[one] for one in own], scheme, place)
-        return own
+            check_scheme([names[one] for one in found], scheme, place)
+        return found
 
     def faults(self, rows: Rows, tokenizer: Any, data: DataConfig, options: Mapping[str, Any]) -> dict[int, str]:
         """Returns the rows with a tag that the training rows lack, or with tags that don't follow their scheme."""
-        found, given = tagged_rows(rows, data), self.labels or feature_names(rows, data)
-        names = options.get("labels") or given or tag_names(found)
+        found, own = tagged_rows(rows, data), names_of(feature_names(rows, data), self.labels)
+        names = options.get("labels") or self.labels or own or tag_names(found)
         scheme = scheme_like(names) if self.scheme == AUTO else self.scheme
 
         def read(i: int) -> None:
-            check_names([str(tag) for tag in found[i].tags if not given], scheme)
-            self._own_classes(found[i], names, bool(given), scheme, rows.place(i))
+            check_names([str(tag) for tag in found[i].tags if not own], scheme)
+            self._row_classes(found[i], names, own, scheme, rows.place(i))
 
         return rows.faults(read)
 

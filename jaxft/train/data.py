@@ -16,6 +16,7 @@ from jaxft.data.examples import Examples
 from jaxft.data.folds import load_sets
 from jaxft.data.sources import SPLITS, Rows
 from jaxft.data.sources import load_rows as load_source
+from jaxft.data.texts import check_pairs
 from jaxft.data.tokenize import COLUMNS, describe
 from jaxft.data.unlabelled import UNLABELLED, UnlabelledBatches, hide
 from jaxft.errors import UserError
@@ -65,6 +66,8 @@ def load_unlabelled(experiment: Experiment, model: Any, tokenizer: Any, shapes: 
 def load_examples(experiment: Experiment, rows: dict[str, Rows], tokenizer: Any, model: nn.Module) -> dict[str, Examples]:
     """Returns the rows of each set as tokens; prints their lengths, and what is wrong with them."""
     task = experiment.task
+    if "text_pair" in task.data_fields:
+        check_pairs(rows, experiment.data)
     examples = {name: task.examples(found, tokenizer, experiment.data, model) for name, found in rows.items()}
     console.table("Data", COLUMNS, [describe(found, name) for name, found in examples.items()])
     look_quickly(rows, examples, experiment)

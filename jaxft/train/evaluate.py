@@ -10,7 +10,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from jaxft import console
 from jaxft.data.batches import Layout, each_once, lay_out
+from jaxft.data.conversations import are_texts
 from jaxft.data.examples import Examples, NextTokens
 from jaxft.data.template import chat_template
 from jaxft.errors import UserError
@@ -148,8 +150,24 @@ class Evaluator:
 
     @property
     def generates(self) -> bool:
-        """Whether answers are generated and compared with the true ones."""
-        return self._setup.experiment.task.generates and self._setup.experiment.eval.generate
+        """Whether answers are generated and compared with the true ones: plain texts have none."""
+        experiment = self._setup.experiment
+        rows = self._setup.rows[experiment.eval.split]
+        texts = not experiment.data.prompt and are_texts(rows.dataset.column_names)
+        return experiment.task.generates and experiment.eval.generate and not texts
+
+    def warn(self, name: str) -> None:
+        """Says where a set has answers that no generated one can equal."""
+        examples, most = self.chosen(name), self._setup.experiment.eval.max_new_tokens
+        if not self.generates:
+            return
+        assert isinstance(examples, NextTokens)
+        counts = map(len, self._setup.tokenizer(list(examples.answers), add_special_tokens=False)["input_ids"])
+        if long := [count for count in counts if count > most]:
+            console.say(
+                f"Warning: {len(long)} of {len(examples)} answers of {name} have more than {most} tokens, up to {max(long)}; generated "
+                "ones end there, and their figures suffer. Raise config.eval.max_new_tokens.\n"
+            )
 
     @property
     def answer_format(self) -> AnswerFormat:
@@ -194,7 +212,7 @@ class Evaluator:
 def answer_texts(setup: Setup, made: Sequence[Any]) -> list[str]:
     """Returns generated tokens as text, without what the chat template itself writes before every answer, as Qwen3's empty thought."""
     tokenizer = setup.tokenizer
-    texts = [text.strip() for text in tokenizer.batch_decode(made, skip_special_tokens=True)]
+    texts = [text.strip() for text in tokenizer.batch_decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False)]
     template = chat_template(tokenizer, setup.experiment.data.template)
     if template is None:
         return texts
@@ -202,7 +220,8 @@ def answer_texts(setup: Setup, made: Sequence[Any]) -> list[str]:
         lead = template.lead([{"role": "user", "content": "?"}], "A question")
     except UserError:  # a template that wants more than a question: what it writes before an answer isn't known
         return texts
-    lead = tokenizer.decode(tokenizer.encode(lead, add_special_tokens=False), skip_special_tokens=True).strip()
+    tokens = tokenizer.encode(lead, add_special_tokens=False)
+    lead = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
     return [text.removeprefix(lead).strip() for text in texts]
 
 

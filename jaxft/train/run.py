@@ -134,6 +134,7 @@ def begin(
     """
     for name, format, _ in own_exports(setup, setup.state):  # what could be written nowhere is refused before it trains
         check_replaceable(workdir / "export" / name, _kind(format))
+    evaluator.warn(setup.experiment.eval.split)
     resolved = overrides.to_dict(experiment)
     write_config(workdir, resolved)
     checkpoints = Checkpoints(workdir / "checkpoints", experiment.train.keep)

@@ -6,6 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from datasets import Dataset
 from tiny_models import load, make_reference
@@ -116,6 +117,19 @@ def test_likelihoods_and_accuracies_are_those_of_a_plain_loop(chat):
     assert set(scores) == set(task.metrics(pair()[1]))
 
 
+def test_a_special_token_without_a_name_ends_an_answer_too():
+    """As Phi-3's <|end|>: the tokenizer's file alone calls it special."""
+    own = copy.deepcopy(tokenizer(False))
+    own.add_tokens(tokenizers.AddedToken("<|done|>", special=True))
+    assert own.convert_tokens_to_ids("<|done|>") not in own.all_special_ids
+    own.chat_template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<|done|>{% endif %}{% endfor %}"
+    examples = MultipleChoice().examples(rows_of(ROWS[:1]), own, DATA, pair()[1])
+    ends = examples.slots.targets == own.convert_tokens_to_ids("<|done|>")
+    assert ends.sum() == 3
+    assert not examples.said[ends].any()
+    assert examples.said[~ends].all()
+
+
 def test_training_sees_the_right_choices_alone_and_their_loss_is_that_of_sft():
     task = MultipleChoice(head_chunk=13)
     examples = task.examples(rows_of(ROWS), tokenizer(False), DATA, pair()[1])
@@ -152,6 +166,12 @@ def test_rows_keep_their_choices_and_majority_is_a_place():
         (["B", "A"], "A", 1),
         ({"text": ["x", "y"], "label": ["1", "2"]}, "1", 0),
         ({"text": ["x", "y"], "label": ["p", "q"]}, "q", 1),
+        ({"text": ["x", "y"], "label": ["1", "2"]}, 1, 0),  # a number is the label
+        ({"text": ["x", "y"], "label": ["p", "q"]}, 1, 1),
+        ([2, 3, 4, 5], 3, 1),  # a number among numbers is that one
+        ([2, 3, 4, 5], "3", 1),
+        (["2", "3", "4"], 2, 2),  # among texts it is a place
+        ([0.5, 1.5], 1.5, 1),
     ],
 )
 def test_the_answer_is_a_number_a_letter_a_name_or_the_text(choices, answer, right):
@@ -168,6 +188,7 @@ def test_the_answer_is_a_number_a_letter_a_name_or_the_text(choices, answer, rig
         ({"choices": ["a", " "], "answer": 0}, "choice 2 is empty"),
         ({"choices": ["a", "a"], "answer": 0}, "'choices' has 'a' twice"),
         ({"choices": ["a", "b"], "answer": 2}, r"the answer is none of the 2 choices \(A to B, 0 to 1, or one's text\)"),
+        ({"choices": [7, 8], "answer": 1}, r"the answer is none of the 2 choices \(A to B, or one's text\)"),
         ({"choices": ["a", "b"], "answer": "C"}, "the answer is none of the 2 choices"),
         ({"choices": ["a", "b"], "answer": True}, "the answer is none of the 2 choices"),
         ({"choices": {"text": ["a", "b"], "label": ["p", "q"]}, "answer": "A"}, r"the answer is none of the 2 choices \(p, q, or one"),

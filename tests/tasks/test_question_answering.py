@@ -11,6 +11,7 @@ import string
 
 import datasets
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 from tiny_models import largest_difference, make_pair
 
 from jaxft.config import DataConfig, Experiment, ModelConfig, TrainConfig
+from jaxft.data.batches import Room, lay_out
 from jaxft.data.questions import Answer, Question
 from jaxft.data.rows import Rows
 from jaxft.data.sources import load_rows
@@ -189,6 +191,26 @@ def test_losses_are_those_of_transformers(family, packing):
     loss, weight = jax.jit(functools.partial(mean_loss, family, packing))(pair(family)[2])
     assert weight == len(windows_of(family))
     np.testing.assert_allclose(loss, expected_loss(family), rtol=1e-4)
+
+
+@pytest.mark.parametrize("virtual", [0, 3])
+def test_windows_behind_virtual_tokens_have_a_loss_of_their_own_each(virtual):
+    found, room = windows_of("bert"), Room(virtual)
+    layout = lay_out(found, np.arange(len(found)), dataclasses.replace(DATA, max_length=64), False, 0, room)
+    scores = np.random.default_rng(0).normal(size=(len(found.slots.reads), 2)).astype(np.float32)
+    total = 0.0
+    for number in range(len(layout.rows)):
+        batch, slots = layout.fill([number]), layout.slots_of(number)
+        logits = np.zeros((batch["scored"].shape[1], 2), np.float32)
+        logits[: len(slots)] = scores[slots]
+        likelihoods = TASK.outputs(pair("bert")[1], jnp.asarray(logits), batch)
+        total += float(TASK.loss(None, likelihoods, batch["targets"].reshape(-1, 2), batch["weights"].reshape(-1)).loss)
+    expected = 0.0
+    for window in range(len(found)):
+        own = torch.tensor(scores[found.slots.part(window)])
+        places = torch.tensor(found.slots.targets[found.slots.part(window)]).argmax(0)
+        expected += float(torch.nn.functional.cross_entropy(own.T, places)) if len(own) else 0.0
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
 
 
 def test_the_loss_and_gradients_of_a_window_without_question_are_those_of_transformers_class():

@@ -5,6 +5,7 @@ import functools
 
 import datasets
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
@@ -20,6 +21,7 @@ from tiny_models import LABELS, make_pair
 from jaxft.config import DataConfig
 from jaxft.data.labels import label_column
 from jaxft.data.sources import Rows, load_rows
+from jaxft.data.texts import check_pairs
 from jaxft.errors import UserError
 from jaxft.models.heads import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from jaxft.tasks import SequenceClassification, class_figures
@@ -231,6 +233,33 @@ def test_the_report_counts_each_label():
     )
     assert report.pictures["confusion.png"].startswith(b"\x89PNG")
     assert task.shown(model, examples, outputs, [0, 5]) == [("yes", "yes"), ("no", "maybe")]
+
+
+def test_names_with_dollars_are_no_formulas():
+    found = class_figures.class_report(np.asarray([0, 1]), np.eye(2), ["$1_$", "a"], SINGLE_LABEL)
+    assert found.pictures["confusion.png"].startswith(b"\x89PNG")
+
+
+def test_figures_of_a_model_in_bfloat16_are_of_float32():
+    _, model, params = pair("bert", REGRESSION)
+    model = model.clone(dtype=jnp.bfloat16)
+    task, data = SequenceClassification(), DataConfig(max_length=64)
+    _, (batch,) = batches(model, task, data, rows(PROBLEMS[REGRESSION]), 6)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    assert jax.eval_shape(functools.partial(task.measure, model), params, batch)[1].dtype == jnp.float32
+
+
+def test_rows_that_name_no_label_are_refused():
+    with pytest.raises(UserError, match="names no label at all"):
+        SequenceClassification().model_options(rows([[]] * len(LENGTHS)), DataConfig())
+
+
+def test_a_second_text_is_in_all_sets_or_in_none():
+    with_pairs, without = rows(PROBLEMS[SINGLE_LABEL], pairs=True), rows(PROBLEMS[SINGLE_LABEL])
+    check_pairs({"train": without, "test": without}, DataConfig())
+    check_pairs({"train": with_pairs, "test": without}, DataConfig(text_pair="{text}"))
+    with pytest.raises(UserError, match=r"train has the column 'text_pair', and validation, test hasn't"):
+        check_pairs({"train": with_pairs, "validation": without, "test": without}, DataConfig())
 
 
 def test_labels_are_the_rows_own_sorted_or_the_features_or_the_given_ones():

@@ -362,6 +362,19 @@ def test_labels_are_the_rows_own_sorted_or_the_features_or_the_given_ones():
     assert given.examples(rows([["a", "b"]], [[2, 0]]), tokenizer(), DataConfig(), named(*LABELS)).slots.targets.tolist() == [2, 0]
 
 
+def test_numbers_are_what_the_sets_own_feature_calls_them():
+    """Another set's feature, or the model's files, may have the names in another order."""
+    found = rows([["a", "b", "c"]], [[1, 2, 0]], datasets.ClassLabel(names=["O", "B-X", "I-X"]))
+    model, task = named("O", "I-X", "B-X"), TokenClassification()
+    assert task.examples(found, tokenizer(), DataConfig(), model).slots.targets.tolist() == [2, 1, 0]
+    assert not task.faults(found, tokenizer(), DataConfig(), {"labels": model.config.labels})
+    mending = TokenClassification(mend_tags=True)
+    assert mending.examples(found, tokenizer(), DataConfig(), model).slots.targets.tolist() == [2, 1, 0]
+    given = TokenClassification(labels=("O", "B-X", "I-X"))  # which the model has in the order of its files
+    numbers = rows([["a", "b", "c"]], [[1, 2, 0]])
+    assert given.examples(numbers, tokenizer(), DataConfig(), model).slots.targets.tolist() == [2, 1, 0]
+
+
 def test_tags_of_iob1_are_mended_where_that_is_asked():
     found, task = rows([list("abcd")], [["I-X", "I-X", "B-X", "O"]]), TokenClassification(mend_tags=True)
     assert task.model_options(found, DataConfig()) == {"labels": ("B-X", "I-X", "O")}
