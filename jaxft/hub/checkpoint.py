@@ -13,7 +13,7 @@ import transformers
 from jaxft.errors import UserError, given_path
 from jaxft.hub import bitsandbytes_config
 from jaxft.hub.sources import GGUF_SUFFIX, PICKLE_SUFFIXES, Source, pickle_refusal
-from jaxft.models.registry import family_of
+from jaxft.models.registry import described, family_of, known_classes
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -99,13 +99,20 @@ def architecture_of(config: Mapping[str, Any], where: str) -> str:
     """Returns the one architecture that a config.json names; raises `UserError` where it names none or one that jaxft hasn't."""
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
-        raise UserError(f"{where} names {names or 'no architecture'} under 'architectures'; one is expected.")
+        known = known_classes(config.get("model_type"))
+        raise UserError(
+            f"{where} names {names or 'no architecture'} under 'architectures'; one is expected. Write the class whose weights the files "
+            f'hold, as "architectures": ["{known[0]}"]{", or one of " + ", ".join(known[1:]) if known[1:] else ""}.'
+        )
     family_of(names[0])
     return names[0]
 
 
 def complete_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Returns a config.json with the defaults that transformers' class for it adds; raises `UserError` where it doesn't take it."""
+    if not config.get("model_type"):
+        kind = described(config["architectures"][0]).model_type
+        raise UserError(f'{where} has no model_type, by which transformers reads it. Write into it "model_type": "{kind}".')
     fields = {name: value for name, value in config.items() if name != "model_type"}
     try:
         complete = transformers.AutoConfig.for_model(config["model_type"], **fields)
@@ -168,7 +175,7 @@ def _weight_files(source: Source) -> dict[pathlib.Path, list[str]]:
     if (folder / WEIGHTS).exists():
         return {folder / WEIGHTS: []}
     if any(path.suffix in PICKLE_SUFFIXES for path in folder.iterdir()):
-        raise pickle_refusal(f"'{source.name}'")
+        raise pickle_refusal(f"'{source.name}'", folder / CONFIG)
     raise UserError(
         f"'{source.name}' has no {WEIGHTS}. jaxft reads safetensors and GGUF; a hub model that offers neither but pickle files can be "
         "converted with transformers, from_pretrained(...).save_pretrained(FOLDER)."

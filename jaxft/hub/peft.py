@@ -27,7 +27,7 @@ from jaxft.hub import folder as folders
 from jaxft.hub.checkpoint import ADAPTER_CONFIG, read_json
 from jaxft.hub.peft_format import BASE, PREFIX, WEIGHTS, Format, Params, check_task, task_type
 from jaxft.hub.save import CARD
-from jaxft.hub.sources import PICKLE_SUFFIXES, pickle_refusal
+from jaxft.hub.sources import PICKLE_SUFFIXES
 from jaxft.methods.base import Method
 from jaxft.methods.partition import partition
 from jaxft.models.segments import leaves
@@ -203,7 +203,10 @@ def _read(folder: pathlib.Path, model: Any, params: Params) -> tuple[Params, Any
         )
     if not (folder / WEIGHTS).exists():
         if any(path.suffix in PICKLE_SUFFIXES for path in folder.iterdir()):
-            raise pickle_refusal(str(folder))
+            raise UserError(
+                f"{folder} holds its weights in a pickle file, which runs code when it is read; jaxft reads safetensors. If you trust it, "
+                "write it anew with peft, which takes both: PeftModel.from_pretrained(BASE, FOLDER).save_pretrained(NEW)."
+            )
         raise UserError(f"{folder} has no {WEIGHTS}.")
     peft_leaves.check_head(folder, model)
     found = kinds[kind]

@@ -1,5 +1,6 @@
 """A model as a Hugging Face folder that transformers loads."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -80,6 +81,7 @@ def save_pretrained(
             f"These parameters hold {' and '.join(held)}, which a Hugging Face model folder can't. Fold it in first: "
             "params = method.merge(model, params). Or write the adapter alone: jaxft.save_adapter(folder, model, params, method)."
         )
+    tokenizer = _with_padding(tokenizer, model)
     found = tensors_of(model, params)
     quantization = _quantization(model, found) if format == BITSANDBYTES else {}
     if quantization and (note := bitsandbytes_folder.note(found)):
@@ -99,6 +101,17 @@ def save_pretrained(
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         (temporary / CARD).write_text(card or _CARD.format(auto=auto_class(model.config.task)), encoding="utf-8")
+
+
+def _with_padding(tokenizer: Any, model: nn.Module) -> Any:
+    """The tokenizer of a classifier with a token to fill rows with, as training has it: transformers finds by it where each text ends."""
+    if tokenizer is None or not is_causal(model) or model.task != SEQUENCE_CLASSIFICATION:
+        return tokenizer
+    if tokenizer.pad_token is not None or tokenizer.eos_token is None:
+        return tokenizer
+    own = copy.deepcopy(tokenizer)
+    own.pad_token = own.eos_token
+    return own
 
 
 def auto_class(task: str) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import importlib.util
+import json
 import pathlib
 import re
 
@@ -14,9 +15,9 @@ from jaxft.errors import AbsentError, OutOfReachError, UserError, given_path, un
 BUNDLED = "bundled:"
 GGUF_SUFFIX = ".gguf"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-CONVERT = (
+_CONVERT = (
     'python -c "import transformers as t; '
-    "t.AutoModelForCausalLM.from_pretrained('SOURCE').save_pretrained('FOLDER'); "
+    "t.{kind}.from_pretrained('SOURCE').save_pretrained('FOLDER'); "
     "t.AutoTokenizer.from_pretrained('SOURCE').save_pretrained('FOLDER')\""
 )
 
@@ -79,11 +80,15 @@ def find(source: str, revision: str, files: tuple[str, ...]) -> Source:
     return Source(source, _download(source, revision, files))
 
 
-def pickle_refusal(what: str) -> UserError:
-    """Returns the error for weights that are pickled."""
+def pickle_refusal(what: str, config: pathlib.Path) -> UserError:
+    """Returns the error for a model whose weights are pickled; its config.json names the class that has all of them."""
+    try:
+        (kind,) = json.loads(config.read_text(encoding="utf-8"))["architectures"]
+    except (OSError, ValueError, KeyError, TypeError):
+        kind = "AutoModelForCausalLM"
     return UserError(
         f"{what} holds its weights in pickle files, which run code when they are read; jaxft reads safetensors and GGUF only. "
-        f"If you trust it, convert it where torch is installed, and pass the new folder: {CONVERT}"
+        f"If you trust it, convert it where torch is installed, and pass the new folder: {_CONVERT.format(kind=kind)}"
     )
 
 
@@ -106,7 +111,7 @@ def _file(source: str, path: pathlib.Path) -> Source:
     if suffix == GGUF_SUFFIX:
         return Source(source, path.parent, path)
     if suffix in PICKLE_SUFFIXES:
-        raise pickle_refusal(f"'{source}'")
+        raise pickle_refusal(f"'{source}'", path.parent / CONFIG_FILES[0])
     if suffix == ".safetensors":
         raise UserError(f"'{source}' is weights alone. Pass the folder that holds it and config.json: {path.parent}")
     raise UserError(f"'{source}' is no model. A model's source is {_KINDS}.")

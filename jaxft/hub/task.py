@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxft.errors import UserError, unknown
-from jaxft.hub.names import Entry, with_base
+from jaxft.hub.names import WEIGHT, Entry, with_base
 from jaxft.methods.kernels import KERNEL, key_of
 from jaxft.methods.partition import first_match
 from jaxft.models import heads
@@ -134,6 +134,7 @@ def in_file(model: Any, found: Sequence[Entry], held: str, have: Collection[str]
     base = described(model.config.architecture).base
     bases = tuple(dict.fromkeys((described(held).base, base, "")))
     also = second_names(model)
+    also |= {second: first for first, second in also.items() if not second.endswith(WEIGHT)}  # a bias; a table is no head's weight untied
 
     def stored(name: str) -> str:
         if name in have:

@@ -42,6 +42,7 @@ HF_NAMES = (
     ("vocab_layer_norm.bias", "lm_head/norm/bias", ""),
     ("vocab_projector.bias", "lm_head/bias", ""),
     ("vocab_projector.weight", "lm_head/decoder/kernel", "transpose"),
+    ("vocab_projector.bias", "lm_head/decoder/bias", ""),
 )
 ALSO_NAMED = {"{base}.embeddings.word_embeddings.weight": "vocab_projector.weight"}
 OTHER_HEADS = (r"(vocab_transform|vocab_layer_norm|vocab_projector|pre_classifier|classifier|qa_outputs)\.\w+",)

@@ -28,6 +28,7 @@ HF_NAMES = (
     ("generator_predictions.LayerNorm.bias", "lm_head/norm/bias", ""),
     ("generator_lm_head.bias", "lm_head/bias", ""),
     ("generator_lm_head.weight", "lm_head/decoder/kernel", "transpose"),
+    ("generator_lm_head.bias", "lm_head/decoder/bias", ""),
 )
 ALSO_NAMED = {"{base}.embeddings.word_embeddings.weight": "generator_lm_head.weight"}
 OTHER_HEADS = (r"(generator_predictions|generator_lm_head|discriminator_predictions|sequence_summary)\..+", *bert.CLASSIFIERS)

@@ -112,6 +112,7 @@ class GPT2Config:
         """
         if hf["activation_function"] not in layers.ACTIVATIONS:
             raise unknown("activation (activation_function of config.json)", str(hf["activation_function"]), layers.ACTIVATIONS)
+        heads.check_causal(hf)
         if hf.get("add_cross_attention"):
             raise UserError("config.json has add_cross_attention: jaxft's GPT-2 reads text alone. Set it to false, or pass another model.")
         if hf["n_embd"] % hf["n_head"]:

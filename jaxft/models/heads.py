@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxft.errors import UserError
 from jaxft.models import layers
 from jaxft.models.attention import PADDING
 from jaxft.models.dropout import dropped
@@ -74,6 +75,15 @@ def common_fields(hf: Mapping[str, Any], architecture: Architecture) -> dict[str
         "problem_type": (hf.get("problem_type") or "") if architecture.task == SEQUENCE_CLASSIFICATION else "",
         "hf": json.dumps(dict(hf), sort_keys=True, default=str),
     }
+
+
+def check_causal(hf: Mapping[str, Any]) -> None:
+    """Raises `UserError` for a causal model's class whose tokens see those behind them."""
+    if hf.get("is_causal") is False:
+        raise UserError(
+            f"config.json has is_causal false: tokens of this {hf['architectures'][0]} see what stands behind them, and jaxft's see what "
+            "stands before. Pass another model."
+        )
 
 
 def tagger_dropout(hf: Mapping[str, Any]) -> float:

@@ -116,6 +116,7 @@ class LlamaConfig:
         """Reads a config.json, completed by transformers' config class (`PreTrainedConfig.to_dict()`)."""
         architecture = ARCHITECTURES[hf["architectures"][0]]
         family, tags = architecture.model_type, architecture.task == heads.TOKEN_CLASSIFICATION
+        heads.check_causal(hf)
         if hf["hidden_act"] not in layers.ACTIVATIONS:
             raise unknown("activation (hidden_act of config.json)", str(hf["hidden_act"]), layers.ACTIVATIONS)
         bias = bool(hf.get("attention_bias", False))

@@ -39,6 +39,12 @@ def architectures() -> list[str]:
     return sorted(name for family in FAMILIES for name, found in family.module.ARCHITECTURES.items() if found.task)
 
 
+def known_classes(model_type: Any) -> list[str]:
+    """Returns the architectures of one of transformers' model types, those without a head too; all with a head where it isn't known."""
+    every = [item for family in FAMILIES for item in family.module.ARCHITECTURES.items()]
+    return [name for name, found in every if found.model_type == model_type] or architectures()
+
+
 def family_of(architecture: str) -> Family:
     """Returns the family of an architecture; raises `UserError` for one that jaxft doesn't have."""
     for family in FAMILIES:

@@ -15,6 +15,9 @@ from jaxft.hub.load import compute_type
 from jaxft.hub.quantized import PATTERNS
 from jaxft.hub.save import auto_class
 from jaxft.hub.sources import BUNDLED, find
+from jaxft.methods import Prefix
+from jaxft.methods.base import Method
+from jaxft.models.heads import is_causal
 from jaxft.tasks.base import Report
 from jaxft.train.evaluate import Evaluation
 from jaxft.train.logs import number
@@ -115,7 +118,7 @@ def _one_line(text: str) -> str:
     return " | ".join(text.strip().splitlines())
 
 
-def adapter_command(folder: pathlib.Path, model: ModelConfig, format: str, trained: Any) -> str:
+def adapter_command(folder: pathlib.Path, model: ModelConfig, format: str, trained: Any, method: Method | None = None) -> str:
     """Returns where the adapter is, and how peft, or adapters, uses it, on the base in the form it was trained on.
 
     Args:
@@ -123,6 +126,7 @@ def adapter_command(folder: pathlib.Path, model: ModelConfig, format: str, train
       model: the base.
       format: peft or adapterhub.
       trained: of it the task and the labels.
+      method: that the adapter is of.
     """
     source = model.source
     revision = f', revision="{model.revision}"' if model.revision != ModelConfig.revision else ""
@@ -154,6 +158,11 @@ def adapter_command(folder: pathlib.Path, model: ModelConfig, format: str, train
             "    adapters.init(base)\n"
             f'    name = base.load_adapter("{folder}", with_head={bool(trained.head)}, set_active=True, use_safetensors=True)\n'
             f"{cast}"
+        )
+    if any(isinstance(part, Prefix) for part in getattr(method, "methods", (method,))) and not is_causal(trained):
+        return (
+            f"The adapter is in {folder}, in PEFT's form. PEFT reads it and can't run it: in transformers 5 encoders take no keys and "
+            "values from before the text. jaxft runs it: --mode=eval, and jaxft.load_adapter.\n"
         )
     return (
         f"The adapter is in {folder}. With peft:{note}\n\n"

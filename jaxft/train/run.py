@@ -425,11 +425,9 @@ def finish(begun: Begun, outcome: Outcome, elapsed: Callable[[], float]) -> dict
         f"{summary['seconds']:.0f} s in all, {summary['compile_seconds']:.1f} s of them compiling; "
         f"{summary['tokens_per_second']:,.0f} tokens/s, peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB.\n"
     )
-    for name, format, _ in exports:
-        folder = workdir / "export" / name
-        console.say(
-            model_command(folder, setup.model) if format == HF else adapter_command(folder, setup.experiment.model, format, setup.model)
-        )
+    for name, format, method in exports:
+        folder, model = workdir / "export" / name, setup.experiment.model
+        console.say(model_command(folder, setup.model) if format == HF else adapter_command(folder, model, format, setup.model, method))
     checkpoints.close()
     return summary
 

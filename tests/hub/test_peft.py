@@ -210,7 +210,7 @@ BROKEN = {
     "shape": (lambda folder: _edit_tensors(folder, lambda t: t | {FIRST: np.ones((4, 9), np.float32)}), r"\(4, 9\) for \(4, 32\)"),
     "other rank": (lambda folder: _edit_config(folder, r=5), r"\(4, 32\) for \(5, 32\)"),
     "not a number": (lambda folder: _edit_tensors(folder, lambda t: t | {FIRST: t[FIRST] * np.nan}), r"q_proj/kernel/lora_a has .* finite"),
-    "pickle": (_pickled, "pickle files"),
+    "pickle": (_pickled, r"pickle file,.*PeftModel\.from_pretrained\(BASE, FOLDER\)\.save_pretrained"),
     "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
     "no config": (lambda folder: (folder / "adapter_config.json").unlink(), "it is no adapter of PEFT or AdapterHub"),
     "truncated": (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"\x00" * 30), "no whole safetensors file"),

@@ -1,5 +1,6 @@
 """A model's task: files of the bare model, of the task and of other tasks; labels; what is drawn anew; what is written."""
 
+import copy
 import functools
 import json
 import shutil
@@ -146,6 +147,70 @@ def test_a_causal_model_without_a_padding_token_gets_the_tokenizers_for_batches(
     logits = model.apply({"params": params}, batch["input_ids"].astype(np.int32), attention_mask=batch["attention_mask"]).logits
     scores = [[next(row["score"] for row in rows if row["label"] == label) for label in LABELS] for rows in found]
     np.testing.assert_allclose(scores, jax.nn.softmax(logits), rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_tokenizer_without_a_padding_token_pads_with_its_end_as_training_does(family, theirs, tokenizer, tmp_path):
+    """GPT-2's and Llama 2's own have none, and transformers' pipeline would take one text at a time."""
+    _, folder = theirs(family, CLASSES)
+    configure(folder, pad_token_id=None)
+    own = copy.deepcopy(tokenizer)
+    own.pad_token, own.eos_token = None, "[SEP]"
+    model, params = jaxft.load_pretrained(folder, task=CLASSES)
+    jaxft.save_pretrained(tmp_path / "ours", model, params, own)
+    assert own.pad_token is None
+    written = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert written.pad_token == "[SEP]"
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["pad_token_id"] == written.pad_token_id
+    texts = ["w7 w11 w3", "w5", "w9 w9"]
+    pipeline = transformers.pipeline("text-classification", str(tmp_path / "ours"), top_k=None)
+    together, alone = pipeline(texts, batch_size=3), [pipeline([text])[0] for text in texts]
+    for one, other in zip(together, alone, strict=True):
+        scores = [{row["label"]: row["score"] for row in rows} for rows in (one, other)]
+        assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+
+
+def test_an_untied_head_takes_the_bias_that_its_files_have_once(theirs):
+    """As transformers 4 wrote it, where the bias of the head and of its last layer were one."""
+    folder = theirs("bert", WORDS, tie_word_embeddings=False)[1]
+    params = jaxft.load_pretrained(folder, task=WORDS)[1]
+    bias = np.random.default_rng(0).normal(size=len(params["lm_head"]["decoder"]["bias"])).astype(np.float32)
+
+    def without(name):
+        return lambda tensors: {own: value for own, value in tensors.items() if own != f"cls.predictions.decoder.{name}"}
+
+    edit(folder, lambda tensors: without("bias")(tensors) | {"cls.predictions.bias": bias})
+    np.testing.assert_array_equal(jaxft.load_pretrained(folder, task=WORDS)[1]["lm_head"]["decoder"]["bias"], bias)
+    edit(folder, without("weight"))
+    with pytest.raises(UserError, match=r"lacks cls\.predictions\.decoder\.weight"):  # the table of words is no head's weight
+        jaxft.load_pretrained(folder, task=WORDS)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_model_that_sees_what_stands_behind_is_refused(family, theirs):
+    _, folder = theirs(family, CLASSES)
+    configure(folder, is_causal=False)
+    with pytest.raises(UserError, match="is_causal false"):
+        jaxft.load_pretrained(folder, task=CLASSES)
+
+
+def test_a_config_that_lacks_its_class_or_its_type_is_told_what_to_write(theirs):
+    _, folder = theirs("bert", WORDS)
+    whole = json.loads((folder / "config.json").read_text())
+    configure(folder, architectures=None)
+    with pytest.raises(UserError, match=r'as "architectures": \["BertForMaskedLM"\], or one of .*BertModel'):
+        jaxft.load_pretrained(folder, task=WORDS)
+    (folder / "config.json").write_text(json.dumps({name: value for name, value in whole.items() if name != "model_type"}))
+    with pytest.raises(UserError, match='Write into it "model_type": "bert"'):
+        jaxft.load_pretrained(folder, task=WORDS)
+
+
+def test_a_pickled_model_is_to_be_converted_by_the_class_that_has_all_of_it(theirs):
+    _, folder = theirs("bert", TAGS)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    for source in (folder, folder / "pytorch_model.bin"):
+        with pytest.raises(UserError, match=r"t\.BertForTokenClassification\.from_pretrained"):
+            jaxft.load_pretrained(source, task=TAGS)
 
 
 def test_a_head_of_the_bare_models_files_is_drawn_from_the_seed_and_the_rest_is_theirs(bare):

@@ -12,6 +12,7 @@ import transformers
 import jaxft
 from jaxft.config import ModelConfig
 from jaxft.errors import UserError
+from jaxft.methods import BitFit, LoRA, Prefix
 from jaxft.quant import to_bitsandbytes
 from jaxft.train.report import adapter_command
 from jaxft.train.setup import quantization
@@ -30,6 +31,18 @@ def test_what_has_no_effect_is_refused(change):
 
 
 MODEL = types.SimpleNamespace(task="causal_lm", head=(), config=types.SimpleNamespace(labels=()))
+
+
+def test_of_an_encoders_prefix_peft_is_not_said_to_run_it():
+    encoder, config = (
+        types.SimpleNamespace(task="masked_lm", head=(), pooling="first", config=MODEL.config),
+        ModelConfig(source="owner/name"),
+    )
+    for method in (Prefix(), Prefix() + BitFit()):
+        found = adapter_command(pathlib.Path("adapter"), config, "peft", encoder, method)
+        assert "PEFT reads it and can't run it" in found
+        assert "PeftModel" not in found
+    assert "PeftModel" in adapter_command(pathlib.Path("adapter"), config, "peft", encoder, LoRA())
 
 
 FORMATS = ("peft", "adapterhub")
