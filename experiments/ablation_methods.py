@@ -8,8 +8,8 @@ figures are of the test reviews. Every method meets the same data, steps and num
 Hardware: two CPU cores, 6 GB of memory for two runs at a time (--sweep.workers=2), which took two hours and a half on an AMD EPYC with
 AVX-512. A sweep that is stopped goes on where it was.
 On the test, mean of three seeds, loss: LoRA 0.714, rsLoRA 0.731, bottleneck adapters 0.737, DoRA 0.739, partial 0.767, full tuning 0.798,
-the others 0.81 to 0.85, about what the majority class has (0.849). Seed by seed LoRA is 0.085 (+- 0.097) below full tuning, rsLoRA 0.068 (0.013),
-DoRA 0.059 (0.058); intervals of 95%. The report is in benchmarks/results/ablation_methods.
+the others 0.81 to 0.85, about what the majority class has (0.849). Seed by seed LoRA is 0.085 (+- 0.097) below full tuning, rsLoRA 0.068
+(0.013), DoRA 0.059 (0.058); intervals of 95%. The report is in benchmarks/results/ablation_methods.
 """
 
 import dataclasses

@@ -28,7 +28,7 @@ def test_help_shows_the_flags(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Give --experiment=NAME[:VARIANT]. Known: ablation_methods, "),
+        ([], "Give --experiment=NAME[:VARIANT]. Known: ablation_masking, "),
         (["--experiment=lora_lama2"], "There is no experiment 'lora_lama2'. Did you mean 'lora_llama2'?"),
         (["--experiment=lora_llama2:8b"], "There is no lora_llama2 variant '8b'. Did you mean '7b'?"),
         (["--experment=lora_llama2"], "There is no flag '--experment'. Did you mean '--experiment'?"),
