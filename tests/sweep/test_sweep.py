@@ -270,7 +270,7 @@ def test_slurm_is_given_its_options(monkeypatch, tmp_path):
 
 
 def test_an_experiment_without_a_sweep_is_told_with_those_that_have_one():
-    with pytest.raises(UserError, match=r"'lora_llama2' has no sweep\(\).* Known with one: ablation_methods, "):
+    with pytest.raises(UserError, match=r"'lora_llama2' has no sweep\(\).* Known with one: ablation_masking, "):
         experiments.load_sweep("lora_llama2")
 
 
