@@ -1,7 +1,7 @@
 """What labels are worth: test accuracy and macro F1 against their number, supervised alone and by each semi-supervised objective.
 
     python benchmarks/label_efficiency.py [--labels N ...] [--algorithms NAME ...] [--seeds N ...] [--tuning N ...] [--steps N]
-        [--output FOLDER] [--report]
+        [--workers N] [--output FOLDER] [--report]
 
 MiniLM on the bundled reviews, as the experiment semi_supervised_bert_sentiment has it: 60 of 600 reviews are the validation set, so many
 labels are kept of the others, and the rest are rows without labels. A seed draws all of it: which rows are held out, which keep their
@@ -12,21 +12,26 @@ Settings are chosen on validation alone, by its macro F1 with seeds of their own
 supervised run, which all take, then each algorithm's own among a few. The test is measured once a seed, with the chosen ones. All have the
 same steps and the same labelled rows a step.
 
-A run is a process, `launch.py`, in a folder of its own: one that was stopped goes on where it was, one that has a result isn't repeated. So
-parts can be run at any time, in any order: --labels, --algorithms and --seeds say which; --report writes the table and the plot of what
-there is. Everything is 4 numbers of labels, 12 algorithms and 5 seeds, and before them 3 settings of each with 2 seeds: 312 runs.
+A run is a process that trains as `launch.py` does, in a folder of its own: one that was stopped goes on where it was, one that has a
+result isn't repeated. So parts can be run at any time, in any order: --labels, --algorithms and --seeds say which; --report writes the
+table and the plot of what there is. With --workers=2 two run at a time, each on half of the cores, and their seconds are of so many.
+Everything is 4 numbers of labels, 12 algorithms and 5 seeds, and before them 3 settings of each with 2 seeds: 312 runs.
 
 Writes label_efficiency.json, label_efficiency.md and label_efficiency.png, and beside them, in FOLDER/label_efficiency/, a file a run.
 """
 
 import argparse
 import collections
+import concurrent.futures
 import dataclasses
+import itertools
 import json
+import multiprocessing
+import os
 import pathlib
 import shutil
-import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +40,7 @@ import numpy as np
 from scipy import stats
 
 HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # experiments and jaxft, of this checkout
 EXPERIMENT, SUPERVISED = "semi_supervised_bert_sentiment", "supervised"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy")
 LABELS, SEEDS, TUNING = (20, 60, 120, 300), (0, 1, 2, 3, 4), (100, 101)
@@ -44,6 +50,7 @@ TRAINING_ROWS, STEPS = 540, 150
 METRICS = ("accuracy", "macro_f1")
 CHOSEN_BY = "macro_f1"
 CONFIDENCE = 0.95
+_UNMEASURED = {"loss": float("nan")}  # before training, which no figure here is compared with
 RATES = ("1e-4", "3e-4", "1e-3")  # as ablation_methods tries them
 _VIEW = "masked=0.15"
 ALGORITHMS: dict[str, tuple[str, ...]] = {  # the settings that are tried: objectives, as flags have them; of the supervised run rates
@@ -107,7 +114,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not options.report:
         for labels in options.labels:
-            study(labels, options.algorithms, options.seeds, options.tuning, options.steps, folder)
+            study(labels, options.algorithms, options.seeds, options.tuning, options.steps, folder, options.workers)
     report(folder, options.output, options.steps)
 
 
@@ -118,6 +125,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of the measured runs")
     parser.add_argument("--tuning", type=int, nargs="+", default=list(TUNING), help="seeds of the runs that choose settings")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps a run")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--output", type=pathlib.Path, default=HERE / "results", help="where results are kept, and the report is written")
     parser.add_argument("--report", action="store_true", help="run nothing, write the report of what there is")
     return parser.parse_args()
@@ -126,48 +134,108 @@ def _options() -> argparse.Namespace:
 # ---------------------------------------------------------------- runs
 
 
-def study(labels: int, algorithms: Sequence[str], seeds: Sequence[int], tuning: Sequence[int], steps: int, folder: pathlib.Path) -> None:
+def study(
+    labels: int, algorithms: Sequence[str], seeds: Sequence[int], tuning: Sequence[int], steps: int, folder: pathlib.Path, workers: int = 1
+) -> None:
     """Chooses settings on validation where they aren't yet, and measures them on test; the supervised run's rate is everybody's."""
-    rate = tuned(SUPERVISED, "", tuning, steps, folder)
-    for algorithm in dict.fromkeys((SUPERVISED, *algorithms)):
-        setting = rate if algorithm == SUPERVISED else tuned(algorithm, rate, tuning, steps, folder)
-        for seed in seeds:
-            measured(Run(algorithm, labels, seed, setting, rate, steps, "test"), folder)
+    names = tuple(dict.fromkeys((SUPERVISED, *algorithms)))
+    rate = tuned([SUPERVISED], "", tuning, steps, folder, workers)[SUPERVISED]
+    chosen = {SUPERVISED: rate} | tuned([name for name in names if name != SUPERVISED], rate, tuning, steps, folder, workers)
+    measured([Run(name, labels, seed, chosen[name], rate, steps, "test") for name in names for seed in seeds], folder, workers)
 
 
-def tuned(algorithm: str, rate: str, tuning: Sequence[int], steps: int, folder: pathlib.Path) -> str:
-    """Returns the setting that is best on validation, the mean over the tuning seeds."""
-    scores = {}
-    for setting in ALGORITHMS[algorithm]:
-        runs = [Run(algorithm, TUNED_AT, seed, setting, rate or setting, steps, "validation") for seed in tuning]
-        scores[setting] = float(np.mean([measured(run, folder)["metrics"][CHOSEN_BY] for run in runs]))
-    return max(scores, key=scores.__getitem__)
+def tuned(algorithms: Sequence[str], rate: str, tuning: Sequence[int], steps: int, folder: pathlib.Path, workers: int) -> dict[str, str]:
+    """Returns each algorithm's setting that is best on validation, the mean over the tuning seeds."""
+    runs = [
+        Run(algorithm, TUNED_AT, seed, setting, rate or setting, steps, "validation")
+        for algorithm in algorithms
+        for setting in ALGORITHMS[algorithm]
+        for seed in tuning
+    ]
+    scores: dict[str, dict[str, list[float]]] = {algorithm: {setting: [] for setting in ALGORITHMS[algorithm]} for algorithm in algorithms}
+    for run, found in zip(runs, measured(runs, folder, workers), strict=True):
+        scores[run.algorithm][run.setting].append(found["metrics"][CHOSEN_BY])
+    return {algorithm: max(own, key=lambda setting, own=own: np.mean(own[setting])) for algorithm, own in scores.items()}
 
 
-def measured(run: Run, folder: pathlib.Path) -> dict[str, Any]:
-    """Returns what a run came to: from its file, or by running it, or what is left of it."""
-    path, workdir = folder / f"{run.name}.json", folder / "work" / run.name
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
-    command = [sys.executable, str(HERE.parent / "launch.py"), f"--experiment={EXPERIMENT}", f"--workdir={workdir}", *run.flags()]
-    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    summary = json.loads((workdir / "summary.json").read_text())
+def measured(runs: Sequence[Run], folder: pathlib.Path, workers: int) -> list[dict[str, Any]]:
+    """Returns what runs came to: from their files, or by running them, so many at a time, each on its share of the cores."""
+    missing = [run for run in dict.fromkeys(runs) if not _file(run, folder).exists()]
+    if missing:
+        import jaxft.train.run  # noqa: F401 - what every run needs: imported once, before the first fork
+
+        context = multiprocessing.get_context("fork")
+        lanes = context.Value("i", 0)
+        with concurrent.futures.ProcessPoolExecutor(workers, context, _pin, (lanes, workers)) as pool:
+            for _ in pool.map(_run_apart, missing, itertools.repeat(folder)):
+                pass
+    return [json.loads(_file(run, folder).read_text()) for run in runs]
+
+
+def _file(run: Run, folder: pathlib.Path) -> pathlib.Path:
+    return folder / f"{run.name}.json"
+
+
+def _pin(lanes: Any, workers: int) -> None:
+    """Gives this process, and those that it starts, their share of the cores."""
+    with lanes.get_lock():
+        number, lanes.value = lanes.value, lanes.value + 1
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[number % len(cores) :: workers] or cores)
+
+
+def _run_apart(run: Run, folder: pathlib.Path) -> None:
+    """Runs in a process of its own, whose peak of memory is the run's, and writes what it came to."""
+    workdir = folder / "work" / run.name
+    workdir.parent.mkdir(exist_ok=True)
+    log = workdir.with_suffix(".log")
+    process = multiprocessing.get_context("fork").Process(target=_train, args=(run, workdir, _file(run, folder), log))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{run.name} ended with code {process.exitcode}:\n{log.read_text()[-2000:]}")
+    shutil.rmtree(workdir)
+    log.unlink()
+
+
+def _train(run: Run, workdir: pathlib.Path, result: pathlib.Path, log: pathlib.Path) -> None:
+    """Trains as launch.py does, or goes on with what was stopped, and measures after it; what launch.py does beside that is left out."""
+    told = os.dup(1)
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    import experiments
+    from jaxft import overrides
+    from jaxft.train import run as modes
+    from jaxft.train.evaluate import Evaluator
+    from jaxft.train.logs import peak_memory_bytes
+    from jaxft.train.loop import Loop
+    from jaxft.train.setup import set_up
+
+    began = time.perf_counter()
+    experiment = overrides.parse_flags(experiments.load(EXPERIMENT), run.flags())
+    modes.prepare(experiment, workdir)
+    setup = set_up(experiment)
+    evaluator = Evaluator(setup)
+    begun = modes.begin(experiment, setup, workdir, evaluator, before=_UNMEASURED)
+    outcome = Loop(setup, workdir, begun.checkpoints, evaluator, began).run(begun.state, begun.progress)
+    if outcome.stopped:
+        sys.exit(1)
+    outcome.logs.close()
+    metrics = evaluator.full(outcome.state, run.split, run.split).metrics
+    begun.checkpoints.close()
     found = dataclasses.asdict(run) | {
-        "metrics": summary["eval"]["after"],
-        "seconds": summary["seconds"],
-        "tokens_per_second": summary["tokens_per_second"],
-        "peak_memory_bytes": summary["peak_memory_bytes"],
+        "metrics": metrics,
+        "seconds": begun.progress.elapsed + time.perf_counter() - began,
+        "peak_memory_bytes": peak_memory_bytes(),
         "last": _last_step(workdir),
         "machine": machine.describe(PACKAGES),
     }
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    shutil.rmtree(workdir)
-    scores = ", ".join(f"{name} {found['metrics'][name]:.3f}" for name in METRICS)
-    print(f"{run.name}: {scores} in {found['seconds']:.0f} s", flush=True)
-    return found
+    written = result.with_suffix(".partial")
+    written.write_text(json.dumps(found, indent=1) + "\n")
+    written.replace(result)
+    scores = ", ".join(f"{name} {metrics[name]:.3f}" for name in METRICS)
+    os.write(told, f"{run.name}: {scores} in {found['seconds']:.0f} s\n".encode())
 
 
 def _last_step(workdir: pathlib.Path) -> dict[str, float]:

@@ -1,7 +1,9 @@
 """The study of what labels are worth: settings chosen on validation, runs not repeated, and what its report says, runs made up."""
 
 import json
+import os
 import pathlib
+import subprocess
 import sys
 
 import numpy as np
@@ -22,7 +24,7 @@ def made_up(monkeypatch):
     """Puts made-up figures in the place of runs; returns the runs that were asked for."""
     asked = []
 
-    def measured(run, folder):
+    def one(run, folder):
         path = folder / f"{run.name}.json"
         if not path.exists():
             asked.append(run)
@@ -31,6 +33,9 @@ def made_up(monkeypatch):
             found = {"metrics": {"accuracy": score, "macro_f1": score}, "seconds": 10.0, "peak_memory_bytes": 10**9}
             path.write_text(json.dumps(study.dataclasses.asdict(run) | found))
         return json.loads(path.read_text())
+
+    def measured(runs, folder, workers):
+        return [one(run, folder) for run in runs]
 
     monkeypatch.setattr(study, "measured", measured)
     return asked
@@ -65,6 +70,25 @@ def test_the_report_has_means_intervals_and_paired_gains(made_up, tmp_path):
     text = (tmp_path / "label_efficiency.md").read_text()
     assert "| 60 | fixmatch | `FixMatch(threshold=0.95,masked=0.15)` | 4 |" in text
     assert (tmp_path / "label_efficiency.png").stat().st_size > 1000
+
+
+RUNS = """
+import pathlib, label_efficiency as study
+runs = [study.Run("fixmatch", 20, seed, study.ALGORITHMS["fixmatch"][0], "3e-4", 1, "validation") for seed in (0, 1)]
+found = study.measured(runs, pathlib.Path("."), 2)
+assert [one["seed"] for one in found] == [0, 1] and all(0 <= one["metrics"]["accuracy"] <= 1 for one in found)
+"""
+
+
+def test_runs_are_trained_once_and_leave_a_file_each(tmp_path):
+    benchmarks = pathlib.Path(study.__file__).parent
+    for trained in (2, 0):
+        command, environment = [sys.executable, "-c", RUNS], os.environ | {"PYTHONPATH": str(benchmarks)}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()[-2000:]
+        assert done.stdout.count(b"accuracy") == trained
+    assert len(list(tmp_path.glob("*.json"))) == 2
+    assert not any((tmp_path / "work").iterdir())
 
 
 @pytest.mark.parametrize("algorithm", study.ALGORITHMS)
