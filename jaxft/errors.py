@@ -60,3 +60,8 @@ def given_path(text: str) -> pathlib.Path:
         shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
         raise UserError(f"'{shown}' is no path: {getattr(error, 'strerror', None) or error}.") from error
     return path
+
+
+def expanded(source: str) -> str:
+    """Returns a source's name with the ~ of a path expanded, for commands and files that others read."""
+    return str(given_path(source)) if source.startswith("~") else source

@@ -139,8 +139,11 @@ def merged(arguments: Sequence[str], others: Sequence[str]) -> list[str]:
 
 
 def fields_of(experiment: Experiment) -> dict[str, tuple[Any, Any]]:
-    """Returns the annotation and the value of every field, by its path ("data.limit"), those of the method and the task included."""
-    return {path: (annotation, value) for path, annotation, value in _walk(experiment, "")}
+    """Returns the annotation and the value of every field, by its path ("data.limit"), those of the method and the task included.
+
+    The name isn't among them: by it a run's folder is opened again.
+    """
+    return {path: (annotation, value) for path, annotation, value in _walk(experiment, "") if path != "name"}
 
 
 def to_dict(value: Any) -> dict[str, Any]:

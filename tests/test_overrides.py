@@ -121,6 +121,10 @@ def test_an_unknown_field_names_the_nearest(argument, name, hint):
     assert message(argument).startswith(f"There is no field '{name}'. Did you mean '{hint}'? Known: ")
 
 
+def test_the_name_by_which_a_folder_is_opened_again_is_no_field_to_set():
+    assert message("--config.name=mine").startswith("There is no field 'config.name'.")
+
+
 def test_an_unknown_field_names_those_there():
     known = sorted(f"config.method.{field.name}" for field in dataclasses.fields(LoRA))
     assert message("--config.method.x=1").endswith(f"Known: {', '.join(known)}.")

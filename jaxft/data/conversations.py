@@ -92,8 +92,8 @@ def question(row: Mapping[str, Any], config: DataConfig, place: str) -> tuple[Me
     >>> question({"instruction": "Add.", "output": "4"}, DataConfig(), "prompt 1")
     ({'role': 'user', 'content': 'Add.'},)
     """
-    columns = [column for _, column, _, _ in string.Formatter().parse(config.prompt) if column]
-    if config.prompt and (set(columns) <= row.keys() or "prompt" not in row):
+    columns = {column for _, column, _, _ in _parsed(config.prompt, "prompt") if column}
+    if config.prompt and ((columns and columns <= row.keys()) or "prompt" not in row):
         messages = _part(fill(config.prompt, row, "prompt", place), "prompt", "user", place)
     elif row.get("prompt") is not None:
         messages = _part(row["prompt"], "prompt", "user", place)
@@ -117,6 +117,16 @@ def _before_answer(messages: list[Message]) -> list[Message]:
     return messages[:-1] if messages[-1]["role"] == "assistant" and len(messages) > 1 else messages
 
 
+def _parsed(pattern: str, field: str) -> list[tuple[str, str | None, str | None, str | None]]:
+    """The pieces of a pattern: text, column, format, conversion."""
+    try:
+        return list(string.Formatter().parse(pattern))
+    except ValueError as error:
+        raise UserError(
+            f"config.data.{field}: {error}, in {pattern!r}. Write {{{{ and }}}} for braces that stand for themselves."
+        ) from error
+
+
 def fill(pattern: str, row: Mapping[str, Any], field: str, place: str) -> str:
     """Returns `pattern` with each column named in braces replaced by the row's value.
 
@@ -129,14 +139,8 @@ def fill(pattern: str, row: Mapping[str, Any], field: str, place: str) -> str:
     >>> fill("Drug: {drug}", {"drug": "Zomig"}, "prompt", "a.jsonl, line 1")
     'Drug: Zomig'
     """
-    try:
-        parts = list(string.Formatter().parse(pattern))
-    except ValueError as error:
-        raise UserError(
-            f"config.data.{field}: {error}, in {pattern!r}. Write {{{{ and }}}} for braces that stand for themselves."
-        ) from error
     filled = []
-    for literal, column, specification, conversion in parts:
+    for literal, column, specification, conversion in _parsed(pattern, field):
         filled.append(literal)
         if column is None:
             continue

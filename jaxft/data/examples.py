@@ -213,13 +213,26 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
     return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
 
 
+def special_ids(tokenizer: Any) -> set[int]:
+    """Returns the ids of `special_tokens`."""
+    return set(special_tokens(tokenizer).values())
+
+
 def answer_end(tokenizer: Any, examples: NextTokens) -> int | None:
     """Returns the special token that most answers end with, or None where they end with text."""
-    last = examples.tokens[examples.offsets[1:] - 1 - _unscored_tail(examples)][examples.cut == 0]
-    common = int(np.bincount(last).argmax()) if len(last) else None
-    return common if common in special_tokens(tokenizer).values() else None
+    special = special_ids(tokenizer)
 
+    @functools.cache
+    def is_blank(token: int) -> bool:
+        return token not in special and not tokenizer.decode([token]).strip()
 
-def _unscored_tail(examples: NextTokens) -> np.ndarray:
-    """Tokens behind each example's last scored one, as the line break of some templates."""
-    return np.asarray([np.argmax(examples[i][1][::-1]) for i in range(len(examples))])
+    def last(i: int) -> int:
+        tokens, scored = examples[i]
+        end = len(tokens) - int(np.argmax(scored[::-1]))  # behind it stands what isn't scored, as the line break of some templates
+        while scored.all() and end > 1 and is_blank(int(tokens[end - 1])):  # where that is scored too
+            end -= 1
+        return int(tokens[end - 1])
+
+    ends = [last(i) for i in np.flatnonzero(examples.cut == 0).tolist()]
+    common = int(np.bincount(ends).argmax()) if ends else None
+    return common if common in special else None

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import pathlib
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from jaxft.data.conversations import Conversation, Message
 from jaxft.data.examples import special_tokens
-from jaxft.errors import UserError, nearest
+from jaxft.errors import UserError, given_path, nearest
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
@@ -208,7 +207,7 @@ def _read_template(tokenizer: Any, given: str) -> str:
         return ("{{ bos_token }}" if begins else "") + BUILT_IN[given]  # as the tokenizer begins a text by itself
     if "{" in given:
         return given
-    path = pathlib.Path(given).expanduser()
+    path = given_path(given)
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.data.examples import Examples, NextTokens, Words
+from jaxft.data.examples import Examples, NextTokens, Words, special_ids
 
 _SPACES = ("▁", "Ġ", "Ċ", "ĉ", "č")  # how tokens begin that a space, a line's end or a tab stands before: SentencePiece, byte-level BPE
 
@@ -22,7 +22,7 @@ def word_numbers(examples: Examples, tokenizer: Any) -> np.ndarray:
       examples: the set; each example is numbered by itself.
       tokenizer: that made it.
     """
-    free = ~np.isin(examples.tokens, tokenizer.all_special_ids)
+    free = ~np.isin(examples.tokens, list(special_ids(tokenizer)))
     if isinstance(examples, Words) and examples.token_words is not None:
         return np.where(free, examples.token_words, 0).astype(np.int32)
     if isinstance(examples, NextTokens):

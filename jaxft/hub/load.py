@@ -299,14 +299,14 @@ def _shapes(model: nn.Module) -> Params:
     return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
-def compute_type(dtype: Any) -> Any:
-    """Returns the type that a name stands for.
+def compute_type(dtype: Any, platform: str = "") -> Any:
+    """Returns the type that a name stands for, on this machine's devices or on those of a platform.
 
-    >>> compute_type("bfloat16")
-    dtype(bfloat16)
+    >>> compute_type("bfloat16"), compute_type("auto", "gpu"), compute_type("auto", "cpu")
+    (dtype(bfloat16), dtype(bfloat16), dtype('float32'))
     """
     if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        dtype = "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
     name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
     if name not in DTYPES:
         raise unknown("dtype", name, [*DTYPES, "auto"])

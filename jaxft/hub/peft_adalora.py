@@ -77,8 +77,7 @@ def write(model: nn.Module, params: Params, method: AdaLoRA) -> Written:
         "bias": method.bias,
         "fan_in_fan_out": is_conv1d(adapted),
         "lora_alpha": int(method.alpha) if method.alpha == int(method.alpha) else method.alpha,
-        # peft takes no adapter without a schedule, though one that is trained has no more use for it
-        "total_step": method.total_steps or method.tinit + method.tfinal + 1,
+        "total_step": method.total_steps or _shortest(method.tinit, method.tfinal),  # peft takes no adapter without a schedule
         "rank_pattern": {f"{module}.lora_E": mask.tolist() for module, mask in kept.items()} if pruned else None,
         "target_modules": sorted(peft_lora_config.summarize(dict.fromkeys(modules, True), [entry.module for entry in linear], ".")),
     }
@@ -101,6 +100,8 @@ def read(
     names = [place(entry) for entry in linear if entry.module in chosen]
     settings = {ours: type(getattr(AdaLoRA(), ours))(config.get(theirs) or DEFAULTS[theirs] or 0) for theirs, ours in _NAMES.items()}
     settings |= {ours: config[theirs] for theirs, ours in _NAMES.items() if config.get(theirs) == 0}
+    if settings["total_steps"] == _shortest(settings["tinit"], settings["tfinal"]):
+        settings["total_steps"] = 0  # none was given: those of a run, where it trains on
     if settings["target_rank"] > settings["init_rank"]:
         raise UserError(f"{where}: target_r is {settings['target_rank']}, above init_r, {settings['init_rank']}.")
     targets = peft_lora_config.summarize(dict.fromkeys(names, True), [place(entry) for entry in linear], "/")
@@ -116,6 +117,11 @@ def read(
     peft_tensors.check(folder, slots(jax.eval_shape(add, params)), model, params, saved)  # nothing is made for a file that doesn't fit
     params = add(params)
     return peft_tensors.fill(folder / WEIGHTS, params, slots(params)), method
+
+
+def _shortest(tinit: int, tfinal: int) -> int:
+    """The steps of the shortest schedule, which stands in a file for none."""
+    return tinit + tfinal + 1
 
 
 def _values(entry: Entry) -> np.ndarray:

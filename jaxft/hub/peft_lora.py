@@ -142,8 +142,9 @@ def _check_made_by(method: LoRA, entry: Entry) -> None:
 
 
 def _config(method: LoRA, every: list[Entry], adapted: list[Entry]) -> dict[str, Any]:
-    peft_saved.check_head(every, _saved(method, every))
-    modules = [entry.module for entry in adapted]
+    saved, modules = _saved(method, every), [entry.module for entry in adapted]
+    peft_saved.check_head(every, saved)
+    peft_saved.check_apart(module for module in modules if module in saved)
     twice = 1 if adapted[0].leaf.value.start_a is None else 2
     grown = twice**0.5 if method.rslora else twice  # of alpha, so that the scale stays
     ranks = {entry.module: twice * method.rank_of(entry.path) for entry in adapted}
@@ -159,7 +160,7 @@ def _config(method: LoRA, every: list[Entry], adapted: list[Entry]) -> dict[str,
         "use_dora": method.dora,
         "init_lora_weights": method.start if method.start == "gaussian" else True,
         "bias": method.bias,
-        "modules_to_save": peft_saved.names(_saved(method, every), map(module_of, every)),
+        "modules_to_save": peft_saved.names(saved, map(module_of, every)),
         "rank_pattern": peft_lora_config.summarize({name: found for name, found in ranks.items() if found != rank}, modules, "."),
         "alpha_pattern": peft_lora_config.summarize({name: _number(a) for name, a in alphas.items() if a != alpha}, modules, "."),
         "target_modules": sorted(

@@ -26,13 +26,13 @@ def split(method: Method) -> tuple[Method, Partial | None]:
     """Returns a method and what of it trains whole by patterns alone, or None where it is no such sum.
 
     >>> from jaxft.methods import IA3
-    >>> split(IA3() + Partial(targets=("lm_head",)))[1].targets
-    ('lm_head',)
+    >>> split(IA3() + Partial(targets=("lm_head",)))[1].targets, split(Partial(targets=("lm_head",)) + IA3())[0]
+    (('lm_head',), IA3(targets=(), feedforward=()))
     """
     if isinstance(method, Compose) and len(method.methods) == 2:
-        first, second = method.methods
-        if isinstance(second, Partial) and second.targets and second == Partial(targets=second.targets):
-            return first, second
+        for other, whole in (method.methods, method.methods[::-1]):
+            if isinstance(whole, Partial) and whole.targets and whole == Partial(targets=whole.targets):
+                return other, whole
     return method, None
 
 
@@ -42,8 +42,7 @@ def added(written: Written, model: nn.Module, params: Params, whole: Partial) ->
     saved = {module_of(entry) for entry in every if first_match(whole.targets, entry.path) is not None}
     check_head(every, saved)
     _check_not_tied(model, every, saved, "This method")
-    if overlap := [module for module in saved if any(name.startswith(f"{written.prefix}{module}.") for name in written.tensors)]:
-        raise UserError(f"{overlap[0]} trains whole and has an adapter too, which PEFT's files can't hold. Leave one of them out.")
+    check_apart(module for module in saved if any(name.startswith(f"{written.prefix}{module}.") for name in written.tensors))
     tensors = {slot.key: slot.read for slot in slots(every, saved, written.prefix)}
     config = {**written.config, "modules_to_save": names(saved, map(module_of, every))}
     return dataclasses.replace(written, config=config, tensors={**written.tensors, **tensors})
@@ -62,6 +61,12 @@ def check_head(every: Iterable[Entry], saved: Set[str]) -> None:
             "PEFT's files hold the head of masked_lm with a copy of the embedding alone, so an adapter can't bring a new head along. Write "
             "the merged model (--format=hf, save_pretrained), or leave the head as it is."
         )
+
+
+def check_apart(both: Iterable[str]) -> None:
+    """Raises `UserError` for modules that are saved and have an adapter."""
+    if (module := next(iter(both), None)) is not None:
+        raise UserError(f"{module} trains whole and has an adapter too, which PEFT's files can't hold. Leave one of them out.")
 
 
 def names(saved: Set[str], modules: Iterable[str]) -> list[str] | None:

@@ -166,7 +166,8 @@ class AdaLoRA(Method):
     def optimizer(self, inner: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
         """Returns the optimizer with the budget; raises `UserError` where the schedule leaves no step for it to fall."""
         total = self.total_steps or steps
-        if self.tinit >= total - self.tfinal:
+        last = total - self.tfinal
+        if self.tinit >= last or (last < 2 and self.target_rank < self.init_rank):  # importance is known after a step
             raise UserError(
                 f"method.tinit is {self.tinit} and method.tfinal {self.tfinal}: of {total} steps none is left to share the budget out in."
             )

@@ -50,9 +50,9 @@ LanguageHead = Callable[[nn.Module], tuple[dict[str, Any], bool]]
 class Objective(abc.ABC):
     """An objective: a frozen dataclass of its settings, `config.objective.*`, with pure functions; neither a step nor a task knows which.
 
-    In the order of a run: `check`, `fitted`, `leaves`, `for_training`, `init`; in each step `shared`, `sums` (differentiated in the
-    trainable leaves), `update`; after each evaluation `evaluated`. All shapes are static, and nothing is compiled twice: what changes over
-    the steps is an array of the state, or follows from `Step.number`.
+    In the order of a run: `check`, `fitted`, `leaves`, `for_training`, `with_answer_end`, `init`; in each step `shared`, `sums`
+    (differentiated in the trainable leaves), `update`; after each evaluation `evaluated`. All shapes are static, and nothing is compiled
+    twice: what changes over the steps is an array of the state, or follows from `Step.number`.
 
     Its arrays are `State.objective`: in checkpoints, given up to each step for new ones, and as they were where a step isn't finite.
     """
@@ -88,6 +88,10 @@ class Objective(abc.ABC):
     def for_training(self, task: Any, model: nn.Module, tokenizer: Any, examples: Examples) -> Examples:
         """Returns the training set with what this objective needs beside each token (`Examples.per_token`); `sums` takes it out again."""
         return examples
+
+    def with_answer_end(self, tokenizer: Any, token: int | None) -> "Objective":
+        """Returns the objective, told the special token that most training answers end with; None where they end with text."""
+        return self
 
     def plain(self, batch: Batch) -> Batch:
         """Returns a batch as the task alone takes it, without what `for_training` put beside each token."""

@@ -18,7 +18,7 @@ from jaxft.tasks.head import Sums
 
 @dataclasses.dataclass(frozen=True)
 class FreeLB(Objective):
-    """The mean of the task's loss over `ascents` changes of the embeddings, each a step of length `rate` up from the one before.
+    """The mean of the task's loss over `ascents` changes of the embeddings: the start, then each a step of `rate` up from the one before.
 
     >>> FreeLB(ascents=2).rate
     0.1
@@ -35,6 +35,11 @@ class FreeLB(Objective):
         for name in ("rate", "start", "epsilon"):
             if getattr(self, name) < 0.0:
                 raise UserError(f"objective.{name} is a length, 0 or more, not {getattr(self, name)}.")
+        if not self.start and (self.ascents == 1 or not self.rate):
+            raise UserError(
+                "FreeLB has no effect: where objective.start is 0 its first pass is of the embeddings as they are, and no other one is "
+                "moved. Give objective.ascents of 2 or more and a rate, or a start."
+            )
 
     def check(self, experiment: Any) -> None:
         """Raises `UserError` for R-Drop, whose two passes would be moved by one change."""
@@ -49,16 +54,16 @@ class FreeLB(Objective):
             found = step.supervised(trainable, batch, embedding_offset=change)
             return found.loss, found
 
-        def ascend(carry: Any, _: None) -> tuple[Any, None]:
+        def ascend(carry: Any, _: None) -> tuple[Any, jax.Array]:
             change, total = carry
             (gradient, uphill), found = jax.grad(loss, argnums=(0, 1), has_aux=True)(fixed, change)
-            return (self.moved(change, uphill, batch), jax.tree.map(jnp.add, total, (gradient, found))), None
+            return (self.moved(change, uphill, batch), jax.tree.map(jnp.add, total, (gradient, found))), norms(change, batch["segment_ids"])
 
         shapes = jax.eval_shape(lambda: jax.grad(loss, has_aux=True)(fixed, self._start(step, batch)))
         zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        (change, total), _ = jax.lax.scan(ascend, (self._start(step, batch), zero), length=self.ascents)
+        (_, total), lengths = jax.lax.scan(ascend, (self._start(step, batch), zero), length=self.ascents)
         gradient, sums = jax.tree.map(lambda leaf: leaf / self.ascents, total)
-        size = jnp.sum(norms(change, batch["segment_ids"])[:, :, 0] * self._firsts(batch))
+        size = jnp.sum(lengths[-1, :, :, 0] * self._firsts(batch))
         logged = {"perturbation": (size, jnp.sum(self._firsts(batch)))}
         return dataclasses.replace(sums, loss=with_gradient(sums.loss, gradient, trainable)), logged
 

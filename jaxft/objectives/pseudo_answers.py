@@ -45,7 +45,7 @@ class PseudoAnswers(Sure):
 
     threshold: float = 0.9  # mean probability of a token, the geometric one, from which an answer is used
     answer_tokens: int = 16  # of an answer, its end included, at most
-    end_token_id: int = _OF_THE_TOKENIZER  # ends an answer; -1: the tokenizer's eos_token
+    end_token_id: int = _OF_THE_TOKENIZER  # ends an answer; -1: what ends those trained on, or the tokenizer's eos_token
 
     tasks: ClassVar[tuple[str, ...]] = (CAUSAL_LM,)
     elsewhere: ClassVar[str] = "For classes there are SelfTraining, FixMatch, FlexMatch, UDA, MeanTeacher and VAT."
@@ -61,13 +61,25 @@ class PseudoAnswers(Sure):
         return self.answer_tokens
 
     def fitted(self, task: Any, model: Any, tokenizer: Any) -> Objective:
-        """Returns the objective with the tokenizer's end of text; raises `UserError` where it has none, or the model lacks the one."""
+        """Returns the objective; raises `UserError` for an end of answers that the model lacks."""
         check_token("end_token_id", self.end_token_id, model)
+        return self
+
+    def with_answer_end(self, tokenizer: Any, token: int | None) -> Objective:
+        """Returns the objective with what ends the answers trained on, or a text; raises `UserError` where neither is known."""
         if self.end_token_id != _OF_THE_TOKENIZER:
             return self
-        if tokenizer.eos_token_id is None:
+        if (end := tokenizer.eos_token_id if token is None else token) is None:
             raise UserError("The tokenizer has no end-of-text token. Give the number of the one that ends answers: objective.end_token_id.")
-        return dataclasses.replace(self, end_token_id=int(tokenizer.eos_token_id))
+        return dataclasses.replace(self, end_token_id=int(end))
+
+    def unsure(self, number: int) -> str:
+        """Returns that no answer was used so far."""
+        return (
+            f"in {number} steps no answer of the model's was used: none ended within config.objective.answer_tokens={self.answer_tokens} "
+            f"and was as likely as config.objective.threshold={self.threshold}: {self.meanwhile}. Raise the one where answers are longer, "
+            "lower the other, or give it more steps on labels."
+        )
 
     def shared(self, batch: Batch, state: Any, number: jax.Array, steps: int) -> Any:
         """Returns the quotient of the labelled weights and the number of prompts."""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxft.data.examples import special_ids
 from jaxft.errors import UserError
 from jaxft.objectives.base import Batch, Logged, Objective, Step, check_token
 from jaxft.objectives.unlabelled import WithUnlabelled, agreement, dropout, outputs
@@ -45,6 +46,10 @@ class Sure(WithUnlabelled):
         """Returns that the model was never sure enough so far, once, early in the run."""
         if number != min(max(round(_EARLY * steps), _EARLIEST), steps) or self.was_sure(state):
             return ""
+        return self.unsure(number)
+
+    def unsure(self, number: int) -> str:
+        """Returns that the model was never sure enough in so many steps."""
         return (
             f"in {number} steps the model was never as sure of an unlabelled row as config.objective.threshold={self.threshold}: "
             f"{self.meanwhile}. Lower the threshold, or give it more steps on labels."
@@ -119,7 +124,7 @@ class Views(PseudoLabels):
         super().fitted(task, model, tokenizer)
         check_token("mask_token_id", self.mask_token_id, model)
         given = tokenizer.mask_token_id if self.mask_token_id == RANDOM else self.mask_token_id
-        special = self.special_token_ids or tuple(sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}))
+        special = self.special_token_ids or tuple(sorted(special_ids(tokenizer) - {_word_unknown(tokenizer)}))
         return dataclasses.replace(self, mask_token_id=RANDOM if given is None else int(given), special_token_ids=special)
 
     def student(self, step: Step, trainable: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -129,6 +134,12 @@ class Views(PseudoLabels):
         view = View(self.masked, self.deleted, self.swapped, self.mask_token_id, self.special_token_ids, config.vocab_size, alone)
         seen, kept = strong(step.rngs["objective"], batch, view)
         return outputs(step, step.params(trainable), seen, dropout(step, 1)), kept.reshape(-1)
+
+
+def _word_unknown(tokenizer: Any) -> int | None:
+    """The token in the place of words that the tokenizer lacks: text as others are, unless it has another part too, as GPT-2's."""
+    others = (getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "sep", "cls"))
+    return None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
 
 
 def figures(model: Any, teacher: jax.Array, used: jax.Array, batch: Batch) -> Logged:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxft.data.examples import special_ids
 from jaxft.data.masking import WORDS, Policy, Replacement, hidden_groups, hidden_slots, replaced
 from jaxft.data.unlabelled import NUMBERS, UNLABELLED
 from jaxft.errors import UserError
@@ -60,7 +61,7 @@ class SelfSupervised(WithUnlabelled):
         given = tokenizer.mask_token_id if self.mask_token_id == _OF_THE_TOKENIZER else self.mask_token_id
         if given is None:
             raise UserError("The tokenizer has no mask token. Set it in its files, or give a token's number: objective.mask_token_id.")
-        special = self.special_token_ids or tuple(sorted(tokenizer.all_special_ids))
+        special = self.special_token_ids or tuple(sorted(special_ids(tokenizer)))
         return dataclasses.replace(self, mask_token_id=int(given), special_token_ids=special)
 
     def leaves(self, model: nn.Module, language_head: LanguageHead) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -5,6 +5,7 @@ from jaxft.config import Experiment
 from jaxft.errors import UserError
 from jaxft.sweep.population import populations
 from jaxft.sweep.runs import Folder
+from jaxft.sweep.sweep import NO_VALIDATION
 from jaxft.train.setup import check as check_values
 from jaxft.train.setup import describe_run
 
@@ -42,7 +43,4 @@ def _kind(experiment: Experiment) -> str:
 def _check_fit(experiment: Experiment) -> None:
     """Raises `UserError` for what the model's and the data's files say against a run."""
     if "validation" not in describe_run(experiment)[1]:
-        raise UserError(
-            "A sweep chooses on validation, and there are no rows for it. Give config.data.validation, or a share of the training rows by "
-            "config.data.split."
-        )
+        raise UserError(NO_VALIDATION)

@@ -153,7 +153,7 @@ class Conductor:
             running = [run for run in job if run in self._states and self._states[run].state == RUNNING]
             if not running:
                 continue
-            with self._folder.lock(job[0]) as free:
+            with self._folder.locks(job) as free:
                 for run in running if free else ():
                     self._folder.settle(run, self._session, self._folder.log(job[0]))
                     self._states[run] = self._folder.state(run)
@@ -164,8 +164,11 @@ class Conductor:
     def _have_workers(self, jobs: Sequence[Sequence[str]]) -> None:
         """Starts workers where fewer are at work than there is work for; a job that an earlier start's run is still ending isn't."""
         wanted = min(self._count, len(jobs))
-        if len(self._workers.running()) < wanted and any(not is_taken(self._folder.lock_file(job[0])) for job in jobs):
+        if len(self._workers.running()) < wanted and any(self._is_free(job) for job in jobs):
             self._start_workers(wanted)
+
+    def _is_free(self, job: Sequence[str]) -> bool:
+        return not any(is_taken(self._folder.lock_file(run)) for run in job)
 
     def _start_workers(self, wanted: int) -> None:
         """Starts workers where fewer are at work; raises `UserError` where they end without taking any run."""

@@ -99,7 +99,8 @@ def standing(results: Results) -> str:
         counts[row.state] += 1
     states = ", ".join(f"{count} {state}" for state, count in counts.items())
     half = " This is a report on the way: figures may change." if {"waiting", "running"} & set(counts) else ""
-    return f"{len(results.rows)} run{'' if len(results.rows) == 1 else 's'}: {states or 'none'}.{half}"
+    others = f" {results.left_out} other{'' if results.left_out == 1 else 's'} of the sweep weren't asked for." if results.left_out else ""
+    return f"{len(results.rows)} run{'' if len(results.rows) == 1 else 's'}: {states or 'none'}.{others}{half}"
 
 
 def notes(results: Results) -> list[str]:
@@ -117,9 +118,9 @@ def notes(results: Results) -> list[str]:
         said.append("A figure of one seed has no interval: how much of it is chance is unknown.")
     if len(counts) > 1:
         said.append("Methods have different numbers of finished seeds.")
-    if _are_pairs_known(results):
+    if first := _compared_with(results):
         said.append(
-            f"Differences are from {results.settings()[0].label}, which stands first in the sweep, between runs of one seed and so of the "
+            f"Differences are from {first.label}, which stands first in the sweep, between runs of one seed and so of the "
             "same rows: their mean and half its 95% interval, not corrected for the number of comparisons. An interval without 0 may be "
             "more than chance."
         )
@@ -138,7 +139,7 @@ def notes(results: Results) -> list[str]:
 def methods(results: Results) -> Table:
     """Returns a row for each setting, the best first; those without a figure last, in their order."""
     columns = ["method", _tuned_title(results), f"{results.split} {results.metric.replace('_', ' ')}"]
-    columns += [*([f"less {results.settings()[0].label}'s"] if _are_pairs_known(results) else []), "seeds", "trained", "share"]
+    columns += [*([f"less {first.label}'s"] if (first := _compared_with(results)) else []), "seeds", "trained", "share"]
     columns += ["peak memory", "tokens/s", "time", "on disk", *(["forgetting"] if _is_forgetting_known(results) else []), "runs tuned"]
     figures = {setting.label: setting.figure(results.metric) for setting in results.settings()}
 
@@ -158,7 +159,7 @@ def _method(results: Results, setting: Setting) -> list[str]:
         setting.label,
         setting.chosen.tuned if setting.chosen else _MISSING,
         _interval(figure),
-        *([_difference(results, setting)] if _are_pairs_known(results) else []),
+        *([_difference(results, first, setting)] if (first := _compared_with(results)) else []),
         str(figure.count) if figure else "0",
         _MISSING if trained is None else f"{trained:,.0f}",
         _MISSING if share is None else f"{share:.3%}",
@@ -171,15 +172,17 @@ def _method(results: Results, setting: Setting) -> list[str]:
     ]
 
 
-def _difference(results: Results, setting: Setting) -> str:
-    first = results.settings()[0]
+def _difference(results: Results, first: Setting, setting: Setting) -> str:
     return _MISSING if setting.label == first.label else _interval(setting.difference(first, results.metric), signed=True)
 
 
-def _are_pairs_known(results: Results) -> bool:
-    """Whether some setting has several seeds in common with the first one."""
-    every = results.settings()
-    return any((apart := one.difference(every[0], results.metric)) is not None and apart.count > 1 for one in every[1:])
+def _compared_with(results: Results) -> Setting | None:
+    """The setting that the others are compared with, where one of them has several seeds in common with it."""
+    if (first := results.first()) is None:
+        return None
+    others = (setting for setting in results.settings() if setting.label != first.label)
+    known = any((apart := one.difference(first, results.metric)) is not None and apart.count > 1 for one in others)
+    return first if known else None
 
 
 def _is_forgetting_known(results: Results) -> bool:

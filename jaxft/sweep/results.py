@@ -132,6 +132,7 @@ class Results:
     devices: tuple[Mapping[str, Any], ...]
     workers: int  # runs, or populations, at a time
     rows: tuple[Row, ...]
+    left_out: int = 0  # runs of the sweep that --sweep.filter or --sweep.limit left out so far
 
     @property
     def sign(self) -> int:
@@ -148,6 +149,10 @@ class Results:
             candidates = tuple(Candidate(tuned, rows[0].learning_rate, tuple(rows)) for tuned, rows in by_tuned.items())
             settings.append(Setting(label, candidates, choose(candidates, self.sign)))
         return settings
+
+    def first(self) -> Setting | None:
+        """Returns the setting that the others are compared with: the first one of which runs are done."""
+        return next((setting for setting in self.settings() if setting.chosen), None)
 
 
 def interval(values: Iterable[float | None]) -> Interval | None:
@@ -210,9 +215,9 @@ def gather(folder: pathlib.Path) -> Results:
     sweep = _read(folder / "sweep.json")
     if not isinstance(sweep, dict):
         raise UserError(f"{folder} holds no sweep of jaxft: there is no sweep.json that can be read. Name a sweep's folder by --workdir.")
-    runs, config = sweep["runs"], sweep["config"]
+    runs, config = _asked(folder, sweep["runs"]), sweep["config"]
     changed = {path: None for run in runs for path in run["overrides"]}
-    vary = tuple(sweep.get("vary") or (path for path in changed if path != SEED and not path.startswith("optimizer.")))
+    vary = tuple(sweep.get("vary") or _varied(changed, sweep))
     configs = [_read(folder / "runs" / run["id"] / "config.json") or {} for run in runs]
     summaries = [_read(folder / "runs" / run["id"] / "summary.json") or {} for run in runs]
     labels = _labels([_values(run["overrides"], vary, config) for run in runs], _values({}, vary, config))
@@ -231,7 +236,20 @@ def gather(folder: pathlib.Path) -> Results:
         _different([sweep.get("device"), *(one.get("device") for one in configs)]),
         sweep.get("workers", 1),
         tuple(rows),
+        len(sweep["runs"]) - len(rows),
     )
+
+
+def _asked(folder: pathlib.Path, runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The runs that the newest start of the sweep is about, and those that an earlier one has begun."""
+    jobs = (_read(folder / "queue.json") or {}).get("jobs")
+    asked = {run for job in jobs for run in job} if jobs else {run["id"] for run in runs}
+    return [run for run in runs if run["id"] in asked or (folder / "runs" / f"{run['id']}.json").exists()]
+
+
+def _varied(changed: Iterable[str], sweep: Mapping[str, Any]) -> list[str]:
+    """What makes a row where the sweep doesn't say: all but seeds and the optimizer's; of a search nothing, which tunes all it draws."""
+    return [] if sweep.get("search") else [path for path in changed if path != SEED and not path.startswith("optimizer.")]
 
 
 def _row(
@@ -432,7 +450,7 @@ def write(folder: pathlib.Path, results: Results) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    every = results.settings()
+    every, first = results.settings(), results.first()
     settings = [
         {
             "setting": setting.label,
@@ -440,7 +458,7 @@ def write(folder: pathlib.Path, results: Results) -> None:
             "runs": [row.id for row in setting.chosen.finished()] if setting.chosen else [],
             "tuned": len(setting.candidates),
             "figure": (found := setting.figure(results.metric)) and dataclasses.asdict(found),
-            "difference": (apart := setting.difference(every[0], results.metric)) and dataclasses.asdict(apart),
+            "difference": (apart := first and setting.difference(first, results.metric)) and dataclasses.asdict(apart),
         }
         for setting in every
     ]

@@ -18,7 +18,7 @@ import os
 import pathlib
 import re
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -128,12 +128,18 @@ class Folder:
         return self.runs / f"{run}.prune"
 
     def lock_file(self, run: str) -> pathlib.Path:
-        """Returns the file of a run's lock; that of a job is its first run's."""
+        """Returns the file of a run's lock."""
         return self.runs / f"{run}.lock"
 
     def lock(self, run: str) -> Any:
         """Returns `held` of the run's lock."""
         return held(self.lock_file(run))
+
+    @contextlib.contextmanager
+    def locks(self, runs: Iterable[str]) -> Iterator[bool]:
+        """Holds the locks of all these runs, if all are free: whether they were. Another start's jobs may have some of them."""
+        with contextlib.ExitStack() as stack:
+            yield all(stack.enter_context(self.lock(run)) for run in runs)
 
     def state(self, run: str) -> State:
         """Returns the state of a run; that of one that nothing was said of is waiting."""

@@ -53,7 +53,9 @@ class Sweep:
     runs: Iterable[Mapping[str, Any]] = ()  # each a run's overrides: {"method": LoRA(rank=8), "optimizer.learning_rate": 1e-3}
     metric: str = "loss"  # of the evaluations: settings are chosen by it on validation, figures are of test
     mode: str = "min"  # min or max
-    vary: tuple[str, ...] = ()  # paths whose values make a row of the report, as ("method",); others but train.seed are tuned
+    # Paths whose values make a row of the report, as ("method",); others but train.seed are tuned. Left out, all but the optimizer's make
+    # rows, of a search none: it tunes all that it draws.
+    vary: tuple[str, ...] = ()
     search: Search | None = None  # in the place of `runs`
 
 

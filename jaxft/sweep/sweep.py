@@ -19,6 +19,10 @@ from jaxft.sweep.runs import DONE, FAILED, Folder, Run, State, held, is_held, na
 from jaxft.sweep.search import Searcher, check_search, described
 from jaxft.sweep.space import Sweep
 
+NO_VALIDATION = (
+    "A sweep chooses on validation, and there are no rows for it. Give config.data.validation, or a share of the training rows by "
+    "config.data.split."
+)
 TAKEOVER, POLL = 5.0, 0.2  # seconds in which the lock of a process that just died is looked at again, and between looks
 
 
@@ -99,6 +103,7 @@ def _planned(experiment: Experiment, declared: Any, given: Sequence[str]) -> Swe
         if plan.runs:
             raise UserError("A sweep has runs or a search, not both.")
         check_search(plan.search, experiment)
+        _check_chosen_on(experiment)
         changes: list[Mapping[str, Any]] = [plan.search.space]
     else:
         changes = list(plan.runs)
@@ -119,12 +124,26 @@ def _check_runs(experiment: Experiment, plan: Sweep, runs: Sequence[Run]) -> Non
     base, seen = _base(experiment, plan), dict[str, str]()
     for run in runs:
         try:
-            found = json.dumps(overrides.to_dict(run_experiment(base, run.overrides)), sort_keys=True)
+            experiment = run_experiment(base, run.overrides)
+            _check_chosen_on(experiment)
+            found = json.dumps(overrides.to_dict(experiment), sort_keys=True)
         except UserError as error:
             raise UserError(f"Run {run.id} of the sweep: {error}") from error
         if found in seen:
             raise UserError(f"Runs {seen[found]} and {run.id} of the sweep are the same. Leave one of them out.")
         seen[found] = run.id
+
+
+def _check_chosen_on(experiment: Experiment) -> None:
+    """Raises `UserError` for a run without the one set of rows that it is chosen on."""
+    data = experiment.data
+    if data.folds and data.fold < 0:
+        raise UserError(
+            "A sweep chooses on one validation set, and config.data.folds holds out each part of the rows in its turn. Name one part by "
+            "config.data.fold, or leave config.data.folds out."
+        )
+    if not data.folds and not data.validation and not data.split[1]:
+        raise UserError(NO_VALIDATION)
 
 
 def _base(experiment: Experiment, plan: Sweep) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def _take(folder: Folder, job: Sequence[str], session: int, alive: Callable[[], 
     """Runs a job, the IDs of one run or of a population, if it is free and not at its end: whether it did."""
     if all(folder.state(run).state in ENDED for run in job):
         return False
-    with folder.lock(job[0]) as mine:
+    with folder.locks(job) as mine:
         if not mine:
             return False
         for run in job:

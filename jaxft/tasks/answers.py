@@ -24,20 +24,20 @@ class AnswerFormat:
     """
 
     def __init__(self, completion: str):
-        pieces = list(string.Formatter().parse(completion)) if completion else []
+        pieces = list(string.Formatter().parse(completion.strip())) if completion else []
         self.names = tuple(dict.fromkeys(name for _, name, _, _ in pieces if name))
-        pattern, seen = "", set()
+        pattern, groups = "", dict[str, int]()  # by number: a column's name may be no name of a group
         for text, name, _, _ in pieces:
             pattern += r"\s+".join(re.escape(part) for part in re.split(r"\s+", text))
             if name:
-                pattern += f"(?P={name})" if name in seen else f"(?P<{name}>.*?)"
-                seen.add(name)
+                pattern += f"(?:\\{groups[name]})" if name in groups else "(.*?)"
+                groups.setdefault(name, len(groups) + 1)
         self._pattern = re.compile(rf"\s*{pattern}\s*", re.DOTALL)
 
     def read(self, text: str) -> Fields:
         """Returns the fields of an answer; none where it isn't in the format."""
         found = self._pattern.fullmatch(text) if self.names else None
-        return {name: value.strip() for name, value in found.groupdict().items()} if found else {}
+        return {name: value.strip() for name, value in zip(self.names, found.groups(), strict=True)} if found else {}
 
 
 def equal_answers(made: Sequence[str], true: Sequence[str], answer_format: AnswerFormat) -> dict[str, float]:

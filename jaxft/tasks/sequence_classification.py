@@ -125,13 +125,22 @@ class SequenceClassification(Task):
             return None
         return np.unique([str(value) for value in column.values], return_inverse=True)[1]
 
-    def row_labels(self, rows: Rows, data: DataConfig) -> list[tuple[str]] | None:
-        """Returns the label of each row, where each has one."""
+    def row_labels(self, rows: Rows, data: DataConfig) -> list[tuple[str, ...]] | None:
+        """Returns the labels of each row, one or several; None of numbers."""
         column = label_column(rows, data.label)
-        if problem_of(column, self.problem_type) != SINGLE_LABEL:
+        if problem_of(column, self.problem_type) == REGRESSION:
             return None
         names = column.feature_names
-        return [(names[value] if names and isinstance(value, int) and 0 <= value < len(names) else str(value),) for value in column.values]
+
+        def parts(value: Any) -> Sequence[Any]:
+            if not isinstance(value, (list, tuple)):
+                return (value,)
+            return [i for i, there in enumerate(value) if there] if column.is_multi_hot else value
+
+        def name(part: Any) -> str:
+            return names[part] if names and isinstance(part, int) and 0 <= part < len(names) else str(part)
+
+        return [tuple(map(name, parts(value))) for value in column.values]
 
     def label_columns(self, data: DataConfig) -> tuple[str, ...]:
         """Returns the column of the labels."""

@@ -51,7 +51,7 @@ def _gpu(
 
     Args:
       name: here.
-      gib: its memory.
+      gib: its memory, as the driver counts it: error correction takes a part of what the maker names.
       half: teraoperations a second of dense products in bfloat16 and float16, summed in float32.
       single: the same of float32 as JAX multiplies it by default: TF32 where the GPU has that (documentation of jax.lax.Precision).
       gigabytes: a second, of its memory.
@@ -79,20 +79,20 @@ def _tpu(name: str, gib: float, half: float, gigabytes: float, between: float, p
 # A100 40 GB), RunPod's (the other GPUs), Google Cloud's (T4; TPUs in its cheapest region). They change, and differ between sellers by more
 # than twice: --plan.price gives yours.
 _TABLE = (
-    _gpu("v100-16g", 16, 125, 15.7, 900, 150, 0.55, "tesla v100-sxm2-16gb", bfloat16=False),
-    _gpu("v100-32g", 32, 125, 15.7, 900, 150, 0.79, "tesla v100-sxm2-32gb", bfloat16=False),
-    _gpu("t4", 16, 65, 8.1, 320, 16, 0.35, "tesla t4", bfloat16=False),
-    _gpu("a10", 24, 125, 62.5, 600, 32, 0.86, "nvidia a10"),
+    _gpu("v100-16g", 15.8, 125, 15.7, 900, 150, 0.55, "tesla v100-sxm2-16gb", bfloat16=False),
+    _gpu("v100-32g", 31.7, 125, 15.7, 900, 150, 0.79, "tesla v100-sxm2-32gb", bfloat16=False),
+    _gpu("t4", 15, 65, 8.1, 320, 16, 0.35, "tesla t4", bfloat16=False),
+    _gpu("a10", 22.5, 125, 62.5, 600, 32, 0.86, "nvidia a10"),
     _gpu("rtx3090", 24, 71, 35.6, 936, 32, 0.22, "nvidia geforce rtx 3090"),
     _gpu("a6000", 48, 154.8, 77.4, 768, 32, 0.80, "nvidia rtx a6000"),
     _gpu("a100-40g", 40, 312, 156, 1555, 300, 1.48, "nvidia a100-sxm4-40gb,nvidia a100-pcie-40gb"),
     _gpu("a100-80g", 80, 312, 156, 2039, 300, 1.39, "nvidia a100-sxm4-80gb,nvidia a100 80gb pcie"),
-    _gpu("l4", 24, 121, 60, 300, 32, 0.44, "nvidia l4"),
+    _gpu("l4", 22.5, 121, 60, 300, 32, 0.44, "nvidia l4"),
     _gpu("rtx4090", 24, 165.2, 82.6, 1008, 32, 0.34, "nvidia geforce rtx 4090"),
-    _gpu("l40s", 48, 362, 183, 864, 32, 0.79, "nvidia l40s"),
-    _gpu("rtx5090", 32, 209.5, 104.8, 1792, 64, 0.69, "nvidia geforce rtx 5090"),
-    _gpu("h100-pcie", 80, 756, 378, 2000, 64, 1.99, "nvidia h100 pcie"),
-    _gpu("h100", 80, 989, 494, 3350, 450, 2.69, "nvidia h100 80gb hbm3"),
+    _gpu("l40s", 45, 362, 183, 864, 32, 0.79, "nvidia l40s"),
+    _gpu("rtx5090", 31.8, 209.5, 104.8, 1792, 64, 0.69, "nvidia geforce rtx 5090"),
+    _gpu("h100-pcie", 79.6, 756, 378, 2000, 64, 1.99, "nvidia h100 pcie"),
+    _gpu("h100", 79.6, 989, 494, 3350, 450, 2.69, "nvidia h100 80gb hbm3"),
     _gpu("h200", 141 * GB / _GIB, 989, 494, 4800, 450, 3.59, "nvidia h200"),
     _gpu("b200", 180 * GB / _GIB, 2250, 1120, 8000, 900, 5.98, "nvidia b200"),
     _tpu("v4", 32, 275, 1228, 300, 3.22, "tpu v4"),
@@ -106,7 +106,7 @@ DEVICES = {device.name: device for device in _TABLE}
 def named(name: str) -> Device:
     """Returns a device of the table; raises `UserError` where there is none of this name.
 
-    >>> named("h100").memory // 2**30
+    >>> named("a100-80g").memory // 2**30
     80
     """
     if name not in DEVICES:

@@ -309,8 +309,7 @@ def _gathered(run: Described, arrays: _Arrays) -> int:
     if sides["fsdp"] == 1:
         return 0
     stacks = [stack for part in (arrays.frozen, arrays.state.trainable) for stack in part.get(LAYERS, {}).values()]
-    depth = sum(max((leaf.shape[0] for leaf in jax.tree.leaves(stack)), default=0) for stack in arrays.frozen.get(LAYERS, {}).values())
-    return sum(map(_whole_bytes, stacks)) // max(depth, 1) // sides["tensor"]
+    return sum(map(_whole_bytes, stacks)) // run.model.config.num_hidden_layers // sides["tensor"]
 
 
 def _sent(run: Described, arrays: _Arrays, material: Material) -> int:

@@ -47,7 +47,8 @@ def plan(experiment: Experiment, asked: Asked = Asked(), workdir: pathlib.Path |
       workdir: where an earlier run may have measured its rate.
       arguments: the flags of the configuration, which the commands repeat.
     """
-    own = one_fold(experiment, 0) if is_cross_validation(experiment) else experiment  # folds are alike
+    folds = experiment.data.folds if is_cross_validation(experiment) else 1
+    own = one_fold(experiment, 0) if folds > 1 else experiment  # folds are alike
     own, count = _on_mesh(own, asked)
     targets = [devices.named(name) for name in asked.devices]
     own = _typed(own) if targets else own
@@ -58,8 +59,8 @@ def plan(experiment: Experiment, asked: Asked = Asked(), workdir: pathlib.Path |
         found = of_step(run, material) if count is None else estimate(run, material)
         targets = targets or [devices.this_device()]  # what measures it takes memory, which isn't the step's
         _say_memory(found, count is None)
-        _say_work(found)
-        _say_time(found, targets, asked.price, measured(workdir, own) if workdir else None)
+        _say_work(found, folds)
+        _say_time(found, folds, targets, asked.price, measured(workdir, own, found.count) if workdir else None)
         _say_advice(known, material, found, count is None, targets, _command(experiment, asked, arguments))
     return found
 
@@ -129,31 +130,32 @@ def _say_memory(found: Plan, compiled: bool) -> None:
         console.say(f"The host's memory holds {gibibytes(count)} GiB of {part}{' for each device' if found.count > 1 else ''}.\n")
 
 
-def _say_work(found: Plan) -> None:
-    steps = f"; the run has {found.steps:,} steps" if found.steps else ""
+def _say_work(found: Plan, folds: int) -> None:
+    run = f"each of the {folds} folds" if folds > 1 else "the run"
+    steps = f"; {run} has {found.steps:,} steps" if found.steps else ""
     console.say(
         f"The products of a step take {found.operations / 1e9:,.1f} GFLOP, {found.operations / found.tokens / 1e9:,.3f} for each of its "
         f"{found.tokens:,} tokens{steps}.\n"
     )
 
 
-def _say_time(found: Plan, targets: Sequence[Device], price: float, rate: Measured | None) -> None:
+def _say_time(found: Plan, folds: int, targets: Sequence[Device], price: float, rate: Measured | None) -> None:
     """Prints time and cost on each device, by its figures, and by an earlier run's where it ran on such devices."""
-    of = "the run" if found.steps else "a million tokens"
+    of = ("all folds" if folds > 1 else "the run") if found.steps else "a million tokens"
     columns = ("device", "fits", "of its memory", "a step at best, s", "a step, s", f"{of}, h", "US dollars")
-    rows = [_figures(found, device, price, rate) for device in targets]
+    rows = [_figures(found, folds, device, price, rate) for device in targets]
     console.table("Time and cost, evaluation and compilation aside", columns, rows)
     if any(fitting(found.memory_bytes, device) == _WITH_FRACTION for device in targets):
         console.say(f"* with {devices.MEMORY_FRACTION}\n")
     console.say(_explained(rate))
 
 
-def _figures(found: Plan, device: Device, price: float, rate: Measured | None) -> tuple[str, ...]:
+def _figures(found: Plan, folds: int, device: Device, price: float, rate: Measured | None) -> tuple[str, ...]:
     """A row of the table."""
     expected, amount = found.pace(device), (price or device.price) * found.count
     known = rate if rate is not None and _is_on(rate, device, found.count) else None
     seconds = found.tokens / known.tokens_per_second if known else expected.likely
-    hours = seconds * (found.steps or 1e6 / found.tokens) / 3600
+    hours = seconds * (folds * found.steps or 1e6 / found.tokens) / 3600
     return (
         f"{found.count} x {device.name}" if found.count > 1 else device.name,
         fitting(found.memory_bytes, device),

@@ -9,7 +9,7 @@ import numpy as np
 from jaxft import console
 from jaxft.config import Experiment, ModelConfig
 from jaxft.data.examples import Examples, NextTokens
-from jaxft.errors import UserError
+from jaxft.errors import UserError, expanded
 from jaxft.hub.bitsandbytes_config import BLOCK_SIZE, CODES
 from jaxft.hub.load import compute_type
 from jaxft.hub.quantized import PATTERNS
@@ -17,7 +17,7 @@ from jaxft.hub.save import auto_class
 from jaxft.hub.sources import BUNDLED, find
 from jaxft.methods import Prefix
 from jaxft.methods.base import Method
-from jaxft.models.heads import is_causal
+from jaxft.models.heads import CAUSAL_LM, is_causal
 from jaxft.tasks.base import Report
 from jaxft.train.evaluate import Evaluation
 from jaxft.train.logs import number
@@ -128,7 +128,7 @@ def adapter_command(folder: pathlib.Path, model: ModelConfig, format: str, train
       trained: of it the task and the labels.
       method: that the adapter is of.
     """
-    source = model.source
+    source = expanded(model.source)
     revision = f', revision="{model.revision}"' if model.revision != ModelConfig.revision else ""
     base = f'"{source}"{revision}'
     if source.startswith(BUNDLED) or pathlib.Path(source).is_file():
@@ -137,12 +137,13 @@ def adapter_command(folder: pathlib.Path, model: ModelConfig, format: str, train
     auto, options = auto_class(trained.task), _head_options(trained)
     names, written, note = auto, "", ""
     of_base = dtype = f", dtype=torch.{compute_type(model.dtype).name}"  # 4 bits hang on the type that they are made of
-    if model.quantization in CODES and _is_made_by_transformers(model, "gguf_file" in base):
+    if model.quantization in CODES and _is_made_by_transformers(model, trained, "gguf_file" in base):
         names += ", BitsAndBytesConfig"
         settings = f'load_in_4bit=True, bnb_4bit_quant_type="{model.quantization}", bnb_4bit_use_double_quant={model.double_quantization}'
+        settings += f", bnb_4bit_compute_dtype=torch.{compute_type(model.dtype).name}"
         base = f"{base}, quantization_config=BitsAndBytesConfig({settings})"
     elif model.quantization in CODES:
-        base, written, dtype = '"base"', _base_command(model), ""
+        base, written, dtype = '"base"', _base_command(model, trained), ""
     elif model.quantization != "none":
         note = f" transformers holds no kernels in {model.quantization}: this is the base whole, which differs a little."
     if format == "adapterhub":
@@ -175,20 +176,29 @@ def adapter_command(folder: pathlib.Path, model: ModelConfig, format: str, train
     )
 
 
-def _is_made_by_transformers(model: ModelConfig, is_gguf: bool) -> bool:
-    """Whether transformers, asked for 4 bits, makes the base that was trained on: it has one block size, and its own choice of layers."""
-    return not is_gguf and model.block_size == BLOCK_SIZE and tuple(model.quantized) == PATTERNS
+def _is_made_by_transformers(model: ModelConfig, trained: Any, is_gguf: bool) -> bool:
+    """Whether transformers, asked for 4 bits, makes the base that was trained on: it has one block size, and its own choice of layers.
+
+    Of other tasks than language modelling it quantizes heads with a bias too, and an encoder's pooler.
+    """
+    whole = not is_gguf and model.block_size == BLOCK_SIZE and tuple(model.quantized) == PATTERNS
+    return whole and trained.task == CAUSAL_LM
 
 
-def _base_command(model: ModelConfig) -> str:
+def _base_command(model: ModelConfig, trained: Any) -> str:
     """How the 4-bit base that was trained on is written for transformers."""
     dtype = compute_type(model.dtype).name
     settings = f'jaxft.Format("{model.quantization}", {model.block_size}, {model.double_quantization})'
     wanted = f'dtype="{dtype}", revision="{model.revision}", quantization={settings}, quantized={tuple(model.quantized)!r}'
+    if trained.task != CAUSAL_LM:
+        wanted += f', task="{trained.task}"'
+    if trained.config.labels:
+        wanted += f", labels={tuple(trained.config.labels)!r}"
+        wanted += f', problem_type="{trained.config.problem_type}"' if trained.config.problem_type else ""
     return (
         "    import jaxft\n"
-        f'    model, params = jaxft.load_pretrained("{model.source}", {wanted})\n'
-        f'    tokenizer = jaxft.load_tokenizer("{model.source}", "{model.revision}")\n'
+        f'    model, params = jaxft.load_pretrained("{expanded(model.source)}", {wanted})\n'
+        f'    tokenizer = jaxft.load_tokenizer("{expanded(model.source)}", "{model.revision}")\n'
         '    jaxft.save_pretrained("base", model, params, tokenizer, format="bitsandbytes")\n\n'
     )
 
@@ -218,7 +228,7 @@ def model_command(folder: pathlib.Path, trained: Any) -> str:
 
 def card(experiment: Experiment, summary: Mapping[str, Any], format: str) -> str:
     """Returns a model card with the measured figures, as the hub reads it."""
-    source = experiment.model.source
+    source = expanded(experiment.model.source)
     head = ["---", f"library_name: {_LIBRARIES[format]}", "tags: [jaxft]"]
     if "/" in source and not pathlib.Path(source).exists() and ":" not in source:
         head.append(f"base_model: {source}")

@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import statistics
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from jaxft import overrides
 from jaxft.config import Experiment
+from jaxft.hub.load import compute_type
 from jaxft.train.checkpoint import FREE
 from jaxft.train.devices import Device
 from jaxft.train.logs import METRICS
@@ -16,7 +20,7 @@ from jaxft.train.work import Work
 
 # Share of the roofline that a step is taken to reach: Llama 3's training had 38 to 43% of the H100's peak (arXiv:2407.21783, table 4).
 REACHED = 0.4
-REACHED_BY_CPU = 0.8  # products fill it: lora_llama2's step took 1.14 times the sum of its products (benchmarks/results/sft.md)
+REACHED_BY_CPU = 0.8  # products fill it: lora_llama2's step took 1.16 times the sum of its products (benchmarks/results/sft.md)
 # Fields that don't change how long a step takes.
 _NO_MATTER = (
     *(name for name in FREE if name != "optimizer.offload"),  # which moves the state in each step
@@ -88,13 +92,14 @@ class Measured:
     count: int
 
 
-def measured(workdir: pathlib.Path, experiment: Experiment) -> Measured | None:
-    """Returns the rate of the run in a folder, or None where it holds none whose steps are this experiment's."""
+def measured(workdir: pathlib.Path, experiment: Experiment, count: int = 1) -> Measured | None:
+    """Returns the rate of the run in a folder, or None where it holds none whose steps are this experiment's, on so many devices."""
     try:
         saved = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
         lines = [json.loads(line) for line in (workdir / METRICS).read_text(encoding="utf-8").splitlines()]
-        same = _deciding(saved["config"]) == _deciding(overrides.to_dict(experiment))
         device = saved["device"]
+        asked = _deciding(overrides.to_dict(experiment), jax.default_backend(), count)  # of other devices a plan names the type
+        same = _deciding(saved["config"], device["platform"], device["count"]) == asked
         rates = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line][1:]  # the first also pays for the start
         found = Measured(statistics.median(rates), len(rates), device["kind"], device["platform"], device["count"]) if rates else None
     except (OSError, ValueError, KeyError, TypeError):  # no run, or none that got so far
@@ -102,7 +107,16 @@ def measured(workdir: pathlib.Path, experiment: Experiment) -> Measured | None:
     return found if same else None
 
 
-def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that decide how long a step takes; with the defaults of those that came since."""
+def _deciding(config: Mapping[str, Any], platform: str, count: int) -> dict[str, Any]:
+    """The fields that decide how long a step takes; with the defaults of those that came since, and what stands for itself resolved."""
     whole = overrides.to_dict(overrides.from_dict(config))
+    whole["model"]["dtype"] = str(compute_type(whole["model"]["dtype"], platform))
+    whole["train"] |= _sides(whole["train"], count)
     return {name: value for name, value in overrides.flat(whole) if not name.startswith(_NO_MATTER)}
+
+
+def _sides(train: Mapping[str, Any], count: int) -> dict[str, int]:
+    """The sides of the mesh, the one that takes what is left (-1) as it comes out on so many devices."""
+    sides = {name: train[name] for name in ("data_parallel", "fsdp_parallel", "tensor_parallel")}
+    known = math.prod(size for size in sides.values() if size != -1)
+    return {name: count // known if size == -1 else size for name, size in sides.items()}

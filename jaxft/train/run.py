@@ -16,7 +16,7 @@ from jaxft.data import folds
 from jaxft.data.conversations import question
 from jaxft.data.tokenize import prompt_tokens
 from jaxft.data.unlabelled import UNLABELLED
-from jaxft.errors import UserError, unknown
+from jaxft.errors import UserError, expanded, unknown
 from jaxft.generation import generate as generate_tokens
 from jaxft.hub import bitsandbytes_config
 from jaxft.hub.folder import check_replaceable
@@ -353,9 +353,11 @@ def _measured(config: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _check_base(progress: Progress, base: str, setup: Setup) -> None:
     if progress.base != base:
+        start = getattr(setup.experiment.method, "start", "default")
+        also = f" Or this machine rounds otherwise than that one: start={start} is computed anew." if start != "default" else ""
         raise UserError(
             f"The checkpoint was trained on another base model than {setup.experiment.model.source} is now: their frozen parameters "
-            "differ. Give the same config.model.source and revision, or another --workdir."
+            f"differ.{also} Give the same config.model.source and revision, or another --workdir."
         )
 
 
@@ -456,6 +458,6 @@ def _export(setup: Setup, state: State, format: str, method: Method, folder: pat
     experiment, params = setup.experiment, setup.params(state)
     text = card(experiment, summary, format)
     if format != "hf":
-        save_adapter(folder, setup.model, params, method, base_model=experiment.model.source, card=text)
+        save_adapter(folder, setup.model, params, method, base_model=expanded(experiment.model.source), card=text)
     else:
         save_pretrained(folder, stopping_model(setup), method.merge(setup.model, on_host(params)), setup.tokenizer, card=text)

@@ -285,12 +285,16 @@ def begin_params(run: Described, data: TrainingData, base: Any) -> tuple[Any, An
 
 def begin_run(run: Described, data: TrainingData, params: Any, mask: Any) -> TrainingSetup:
     """Returns a run, ready to step, of what `begin_params` returned."""
+    training = data.examples["train"]
+    end = answer_end(run.tokenizer, training) if isinstance(training, NextTokens) else None
+    if run.experiment.objective is not None:
+        objective = run.experiment.objective.with_answer_end(run.tokenizer, end)
+        run = dataclasses.replace(run, experiment=dataclasses.replace(run.experiment, objective=objective))
     optimizer = make_optimizer(run, data.steps)
     trainable, frozen, places = _placed(run, params, mask)
     state = begin_state(run, trainable, optimizer, data.slots)
     sharding = shardings_of(run, state, places, optimizer)
     state = jax.device_put(state, sharding)
-    training = data.examples["train"]
     return TrainingSetup(
         run.experiment,
         run.mesh,
@@ -299,7 +303,7 @@ def begin_run(run: Described, data: TrainingData, params: Any, mask: Any) -> Tra
         run.options,
         data.rows,
         data.examples,
-        answer_end(run.tokenizer, training) if isinstance(training, NextTokens) else None,
+        end,
         frozen,
         room_of(run.model, run.shapes),
         batches=data.batches,

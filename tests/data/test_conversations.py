@@ -5,7 +5,7 @@ import re
 import pytest
 
 from jaxft.config import DataConfig
-from jaxft.data.conversations import conversation
+from jaxft.data.conversations import conversation, question
 from jaxft.errors import UserError
 
 PLACE = "a.jsonl, line 7"
@@ -28,6 +28,14 @@ def test_formats(row):
     assert found.messages == (USER, ASSISTANT)
     assert found.scored == (1,)
     assert not found.everything
+
+
+def test_a_prompt_that_is_given_is_asked_whatever_the_pattern_names():
+    assert question({"prompt": "2 + 2?"}, DataConfig(prompt="Q: {text}"), PLACE) == (USER,)
+    assert question({"prompt": "2 + 2?"}, DataConfig(prompt="Always this."), PLACE) == (USER,)
+    assert question({"text": "2 + 2?"}, DataConfig(prompt="{text}"), PLACE) == (USER,)
+    with pytest.raises(UserError, match=r"config.data.prompt: .*Write {{ and }} for braces"):
+        question({"prompt": "2 + 2?"}, DataConfig(prompt="{"), PLACE)
 
 
 def test_alpaca_input_follows_the_instruction():

@@ -8,7 +8,7 @@ from tiny_models import moved
 
 import jaxft
 from jaxft.errors import UserError
-from jaxft.methods import IA3, BitFit, LoRA, NormTuning, Partial, Prefix, SparseMask, VeRA
+from jaxft.methods import IA3, AdaLoRA, BitFit, LoRA, NormTuning, Partial, Prefix, SparseMask, VeRA
 
 MODULES = ["lm_head", "layers.1.self_attn.k_proj"]  # the second with a bias
 THEIRS = {
@@ -24,6 +24,7 @@ THEIRS = {
 }
 OURS = {
     "ia3": IA3() + Partial(targets=("lm_head", "layers/1/attention/q_proj")),
+    "ia3, behind": Partial(targets=("lm_head", "layers/1/attention/q_proj")) + IA3(),
     "vera": VeRA(rank=4, targets=("q_proj",)) + Partial(targets=("embed", "norm")),
     "norms": NormTuning(targets=("norm",)) + Partial(targets=("layers/0/attention/q_proj",)),
 }
@@ -43,11 +44,19 @@ def test_peft_gives_our_logits(name, tmp_path):
     check_ours(OURS[name], tmp_path, "qwen2")
 
 
+def test_an_adalora_without_a_schedule_of_its_own_comes_back_without_one(tmp_path):
+    model, params = base("qwen2")
+    for method in (AdaLoRA(init_rank=3, target_rank=2, tinit=4, tfinal=2), AdaLoRA(init_rank=3, target_rank=2, total_steps=9)):
+        jaxft.save_adapter(tmp_path / "a", model, moved(method, model, params), method)
+        assert jaxft.load_adapter(tmp_path / "a", *base("qwen2"))[1].total_steps == method.total_steps
+
+
 @pytest.mark.parametrize(
     ("method", "message"),
     [
         (SparseMask(rank=1, targets=("q_proj",)) + Partial(targets=("layers/1/attention/q_proj/bias",)), "trains whole and has an adapter"),
         (IA3(targets=("layers/0/attention/k_proj",), feedforward=()) + Partial(last=1), r"PEFT has no form for IA3 \+ Partial"),
+        (LoRA(targets=("q_proj",), modules_to_save=("q_proj/bias",)), "trains whole and has an adapter"),
         (IA3() + BitFit(), r"PEFT has no form for IA3 \+ BitFit"),
         (LoRA(targets=("q_proj",)) + Partial(targets=("norm",)), r"PEFT has no form for LoRA \+ Partial"),
         (Prefix(virtual_tokens=2) + Partial(last=1), r"PEFT has no form for Prefix \+ Partial"),

@@ -192,6 +192,9 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
 def test_a_schedule_longer_than_the_run_is_refused():
     with pytest.raises(UserError, match="of 10 steps none is left"):
         AdaLoRA(tinit=6, tfinal=4).optimizer(optax.sgd(1.0), 10)
+    with pytest.raises(UserError, match="of 10 steps none is left"):  # the first step's importance is none yet
+        AdaLoRA(tfinal=9).optimizer(optax.sgd(1.0), 10)
+    AdaLoRA(tfinal=8).optimizer(optax.sgd(1.0), 10)
 
 
 ONE = AdaLoRA(init_rank=4, target_rank=1, tfinal=1, targets=("q_proj",))

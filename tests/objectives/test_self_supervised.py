@@ -21,7 +21,8 @@ from jaxft.tasks import SFT, SequenceClassification
 
 KEYS = {name: jax.random.key(number) for number, name in enumerate(("dropout", "mask", "objective"))}
 MASK, SPECIAL, LENGTH = 5, (0, 1, 2), 24
-TOKENIZER = types.SimpleNamespace(mask_token_id=MASK, all_special_ids=[*SPECIAL, MASK])
+IDS = [*SPECIAL, MASK]
+TOKENIZER = types.SimpleNamespace(mask_token_id=MASK, all_special_ids=IDS, all_special_tokens=list(map(str, IDS)), added_tokens_decoder={})
 
 
 def batch(seed, lengths, scored):
@@ -101,4 +102,4 @@ def test_a_causal_model_tells_the_next_tokens_and_a_stage_has_one_loss_alone(tmp
 def test_an_encoder_without_a_mask_token_can_not_have_it():
     model = types.SimpleNamespace(pooling="first", config=types.SimpleNamespace(vocab_size=97))
     with pytest.raises(UserError, match="The tokenizer has no mask token. Set it in its files, or give a token's number"):
-        SelfSupervised().fitted(None, model, types.SimpleNamespace(mask_token_id=None, all_special_ids=[]))
+        SelfSupervised().fitted(None, model, types.SimpleNamespace(mask_token_id=None))

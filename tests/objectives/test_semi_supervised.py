@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as functional
 from tiny_models import largest_difference
 
-from jaxft.objectives import SMART, UDA, VAT, FixMatch, FlexMatch, FreeLB, MeanTeacher, SelfTraining
+from jaxft.errors import UserError
+from jaxft.objectives import SMART, UDA, VAT, FixMatch, FlexMatch, FreeLB, MeanTeacher, PseudoAnswers, SelfTraining
 from jaxft.objectives.perturbation import features
 from jaxft.objectives.unlabelled import dropout
 from jaxft.objectives.views import View, strong
@@ -225,6 +226,16 @@ def test_freelb_is_the_mean_over_steps_up_the_loss():
     check(ours(objective, rows=rows), params, total)
 
 
+def test_freelb_tells_the_change_of_its_last_pass_and_is_refused_where_none_is_moved():
+    step = bag.step(KEYS)
+    logged = FreeLB(ascents=2, rate=0.5).sums(step, bag.PARAMS, bag.batch(1), None)[1]
+    np.testing.assert_allclose(logged["perturbation"][0] / logged["perturbation"][1], 0.5, rtol=1e-5)  # one step, before the second pass
+    for settings in ({"ascents": 1}, {"rate": 0.0}):
+        with pytest.raises(UserError, match="FreeLB has no effect"):
+            FreeLB(**settings)
+        FreeLB(**settings, start=0.1)
+
+
 def test_freelbs_random_start_has_its_length_on_average_and_none_on_padding():
     rows = bag.batch(1)
     start = FreeLB(start=0.3)._start(bag.step(KEYS), rows)
@@ -326,6 +337,7 @@ def test_a_threshold_that_nothing_passes_is_said_once_and_early():
         none, 10, 100
     )
     assert objective.warning(some, 10, 100) == ""
+    assert "within config.objective.answer_tokens=16 and was as likely" in PseudoAnswers().warning(none, 10, 100)
     assert objective.warning(none, 4, 4) != ""
     flex = FlexMatch(threshold=0.9)  # whose thresholds of classes begin at 0: all labels are used
     assert "it learns whatever it says itself" in flex.warning({"used": jnp.float32(40), "classes": jnp.full(5, -1)}, 10, 100)

@@ -15,7 +15,16 @@ from jaxft.data.rows import Rows
 from jaxft.data.word_numbers import template_tokens, word_numbers
 from jaxft.data.words import fit_to_words
 from jaxft.hub.tokenizer import load_tokenizer
-from jaxft.tasks import TokenClassification
+from jaxft.objectives import FixMatch
+from jaxft.tasks import SequenceClassification, TokenClassification
+
+CLASSES = SequenceClassification()
+
+
+def tiny_model():
+    shape = {"vocab_size": 40000, "labels": ("a", "b"), "problem_type": "single_label_classification"}
+    return types.SimpleNamespace(task="sequence_classification", config=types.SimpleNamespace(**shape))
+
 
 TEXTS = ["Took Zoloft's 50mg, felt un-well (twice)!", "No side-effects at all."]
 
@@ -49,6 +58,21 @@ def test_words_of_byte_level_bpe_are_what_spaces_part():
     for number, (start, end) in zip(found[:-1], encoded["offset_mapping"], strict=True):
         pieces[int(number)] = pieces.get(int(number), "") + text[start:end]
     assert [piece.strip() for piece in pieces.values()] == text.split()
+
+
+def test_tokens_that_the_file_alone_calls_special_are_not_hidden_and_stay_in_every_view():
+    tokenizer = load_tokenizer("bundled:minilm-l6", "main")
+    tokenizer.add_tokens([tokenizers.AddedToken("[E1]", special=True)])
+    tokens = tokenizer("pain [E1] relief")["input_ids"]
+    mark = tokenizer.convert_tokens_to_ids("[E1]")
+    assert mark not in tokenizer.all_special_ids
+    found = word_numbers(labelled([tokens]), tokenizer)
+    assert [token for token, number in zip(tokens, found, strict=True) if number] == tokenizer.convert_tokens_to_ids(["pain", "relief"])
+    kept = FixMatch().fitted(CLASSES, tiny_model(), tokenizer).special_token_ids
+    assert mark in kept
+    assert tokenizer.unk_token_id not in kept
+    tokenizer.eos_token = tokenizer.unk_token  # one token for both, as GPT-2's
+    assert tokenizer.unk_token_id in FixMatch().fitted(CLASSES, tiny_model(), tokenizer).special_token_ids
 
 
 def test_words_of_tagged_rows_are_the_rows_own():

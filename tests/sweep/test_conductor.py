@@ -35,6 +35,19 @@ def test_of_a_population_the_chosen_runs_alone_are_taken_up(tmp_path):
     assert conductor_of(folder, (0, 0, 0, None))._grouped({"001", "003"}, [IDS]) == [["001"], ["003"]]
 
 
+def test_a_run_that_an_earlier_starts_population_still_trains_is_not_taken(tmp_path, monkeypatch):
+    folder = Folder(tmp_path)
+    assert conductor_of(folder, (0, 0, 0, None))._grouped({"001"}, [IDS]) == [["001"]]
+    monkeypatch.setattr(worker, "_forked", lambda *_: pytest.fail("It was trained twice."))
+    with folder.locks(["000", "001", "002"]) as mine:
+        assert mine
+        assert not worker._take(folder, ["001"], 2, lambda: True)
+        with folder.locks(["003", "002"]) as others:
+            assert not others
+    with folder.locks(["003", "002"]) as free:
+        assert free
+
+
 def test_no_worker_is_left_without_a_job_while_others_have_several_runs(tmp_path):
     conductor = conductor_of(Folder(tmp_path))
     conductor._count = 3

@@ -49,6 +49,34 @@ def test_a_tie_goes_to_the_lower_rate_and_fewer_seeds_are_no_candidate(tmp_path:
     assert setting.chosen.learning_rate == 1e-4
 
 
+def test_what_a_filter_leaves_out_is_no_row_and_differences_are_from_the_first_that_ran(tmp_path: pathlib.Path):
+    kinds = [{"overrides": {"method": {"class": kind}, "train.seed": seed}} for kind in ("Full", "LoRA", "IA3") for seed in range(3)]
+    write_sweep(tmp_path, kinds)
+    jobs = [[f"{i:03d}"] for i in range(3, 9)]
+    (tmp_path / "queue.json").write_text(json.dumps({"session": 1, "jobs": jobs, "open": False}))
+    for i in range(3, 9):
+        write_run(tmp_path, f"{i:03d}", [0.5], 0.5 + 0.01 * i)
+    found = gather(tmp_path)
+    assert [row.id for row in found.rows] == [job[0] for job in jobs]
+    text = report.markdown(found, [])
+    assert "6 runs: 6 done. 3 others of the sweep weren't asked for." in text
+    assert "less LoRA's" in text
+    assert "on the way" not in text
+    write_run(tmp_path, "000", state={"state": "failed", "attempts": 1, "error": "No."})  # by an earlier start, of all
+    assert [row.id for row in gather(tmp_path).rows] == ["000", *(job[0] for job in jobs)]
+
+
+def test_a_search_tunes_all_that_it_draws(tmp_path: pathlib.Path):
+    runs = [{"overrides": {"method.dropout": rate, "optimizer.learning_rate": 1e-3}} for rate in (0.0, 0.1)]
+    for name, search, rows in (("list", None, 2), ("search", {"trials": 2}, 1)):
+        write_sweep(tmp_path / name, runs, vary=[], search=search)
+        for i, value in enumerate((0.4, 0.6)):
+            write_run(tmp_path / name, f"{i:03d}", [value], 1 - value)
+        settings = gather(tmp_path / name).settings()
+        assert len(settings) == rows
+    assert settings[0].figure("loss").mean == pytest.approx(0.6)  # of the trial that validation chose
+
+
 def test_differences_are_between_runs_of_one_seed(tmp_path: pathlib.Path):
     """What a seed adds to both falls out: intervals overlap by far, and the difference is sure."""
     bitfit = {"method": {"class": "BitFit"}, "optimizer.learning_rate": 1e-3}

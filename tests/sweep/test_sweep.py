@@ -203,6 +203,18 @@ def test_a_metric_that_nobody_logs_is_refused_before_the_first_run(material, tmp
     assert not list((tmp_path / "sweep" / "runs").glob("*.json"))
 
 
+@pytest.mark.parametrize("declared", [Sweep(RUNS[:1]), Sweep(search=SEARCH)], ids=["run", "search"])
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [({"data.folds": 3}, "Name one part by config.data.fold, or leave"), ({"data.split": (1.0, 0.0, 0.0)}, "there are no rows for it")],
+    ids=["folds", "none"],
+)
+def test_runs_without_one_validation_set_are_refused_though_it_is_one_run(material, tmp_path, declared, given, words):
+    with pytest.raises(UserError, match=words):
+        go(material, tmp_path / "sweep", declared, **given)
+    assert not (tmp_path / "sweep").exists()
+
+
 @pytest.mark.slow
 def test_a_sweep_that_was_refused_may_be_mended_and_what_is_added_is_checked(material, tmp_path):
     with pytest.raises(UserError, match="rows for it"):

@@ -57,6 +57,13 @@ def test_lines_and_spaces_of_the_form_are_matched_loosely():
     assert AnswerFormat("A: {a}\nB: {b}").read("A: 1\n  B:  2") == {"a": "1", "b": "2"}
 
 
+def test_space_around_the_form_is_the_answers_own_and_a_column_has_any_name():
+    form = AnswerFormat(" A: {a}\nB: {Best Answer}\n")
+    found = equal_answers(["A: 1\nB: 2"], [" A: 1\nB: 2\n"], form)
+    assert found == dict.fromkeys(("exact_match", "exact_match_a", "exact_match_Best Answer"), 1.0)
+    assert AnswerFormat("{1-a}, {1-a}0 {b}").read("x, x0 y") == {"1-a": "x", "b": "y"}
+
+
 VALUE = st.text(string.ascii_letters + string.digits + " \n-", min_size=1).map(str.strip).filter(bool)
 
 

@@ -36,6 +36,18 @@ def test_the_last_scored_token_ends_an_answer_if_it_is_special(examples, end, st
     assert setup.end_tokens(types.SimpleNamespace(tokenizer=TOKENIZER, answer_end=end, model=model_of({}))) == stops
 
 
+def test_where_all_is_scored_the_line_break_behind_the_end_is_no_end():
+    examples = ending_with(END)
+    blank = examples.offsets[1:] - 1
+    tokens = examples.tokens.copy()
+    tokens[blank] = 40
+    tokenizer = types.SimpleNamespace(**vars(TOKENIZER), decode=lambda ids: {40: "\n"}.get(ids[0], "word"))
+    every = dataclasses.replace(examples, tokens=tokens, scored=np.ones_like(examples.scored))
+    assert setup.answer_end(tokenizer, every) == END
+    tokens[blank - 1] = 50  # text, then a line break
+    assert setup.answer_end(tokenizer, every) is None
+
+
 @pytest.mark.parametrize(
     ("hf", "stops"),
     [

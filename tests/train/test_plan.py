@@ -17,7 +17,7 @@ from jaxft import overrides
 from jaxft.config import DataConfig, EvalConfig, ModelConfig, TrainConfig
 from jaxft.errors import UserError
 from jaxft.hub.load import describe_pretrained
-from jaxft.methods import LoRA, VeRA
+from jaxft.methods import Full, LoRA, Partial, VeRA
 from jaxft.methods.partition import size
 from jaxft.objectives import SelfSupervised
 from jaxft.train import advice, devices, estimate, published, roofline, setup
@@ -88,6 +88,29 @@ def test_no_weight_is_read(material, tmp_path):
     (tmp_path / "model" / "model.safetensors").unlink()
     asked = dataclasses.replace(experiment(material, LoRA(rank=3)), model=ModelConfig(source=str(tmp_path / "model")))
     assert planned(asked).memory == planned(experiment(material, LoRA(rank=3))).memory
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=3), Full(), Partial(last=1)], ids=["lora", "full", "partial"])
+def test_devices_that_share_weights_gather_one_layer_of_them(material, method):
+    rows, run = estimate.prepare(experiment(material, method), 2, False)
+    layers = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.shapes["layers"]))
+    found, depth = estimate._gathered(run, estimate._arrays(run, rows)), run.model.config.num_hidden_layers
+    assert layers <= (found + 1) * depth < 1.5 * layers
+
+
+def test_of_a_cross_validation_all_folds_are_told(material, capsys):
+    def hours(**data):
+        asked = experiment(material, LoRA(rank=3))
+        asked = dataclasses.replace(asked, data=dataclasses.replace(asked.data, **data))
+        plan(asked, Asked(devices=("h100",), price=1e9))
+        said = capsys.readouterr().out
+        return float(re.search(r"h100 .* ([\d.,]+) *$", said, re.MULTILINE)[1].replace(",", "")), said
+
+    one, _ = hours(folds=4, fold=0, split=(0.8, 0.0, 0.2))
+    every, said = hours(folds=4, split=(0.8, 0.0, 0.2))
+    assert every == pytest.approx(4 * one, rel=0.05)
+    assert "each of the 4 folds has" in said
+    assert "all folds, h" in said
 
 
 def test_remat_keeps_fewer_activations_and_computes_more(material):
@@ -307,9 +330,10 @@ def test_a_product_is_as_long_as_its_operations_or_its_bytes_take():
 
 
 def test_an_earlier_runs_rate_is_used_where_its_steps_are_the_same(tmp_path):
-    asked = experiments.load("lora_llama2")
+    given = experiments.load("lora_llama2")
+    asked = overrides.parse_flags(given, ["--config.model.dtype=bfloat16"])  # as a plan for accelerators says it
     device = {"kind": "NVIDIA H100 80GB HBM3", "platform": "gpu", "count": 1, "cpus": 8}
-    (tmp_path / "config.json").write_text(json.dumps({"config": overrides.to_dict(asked), "device": device}), encoding="utf-8")
+    (tmp_path / "config.json").write_text(json.dumps({"config": overrides.to_dict(given), "device": device}), encoding="utf-8")
     lines = [json.dumps({"step": step, "tokens_per_second": rate}) + "\n" for step, rate in enumerate((1.0, 90.0, 100.0, 110.0), start=1)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
     assert roofline.measured(tmp_path, asked) == roofline.Measured(100.0, 3, "NVIDIA H100 80GB HBM3", "gpu", 1)
@@ -317,6 +341,10 @@ def test_an_earlier_runs_rate_is_used_where_its_steps_are_the_same(tmp_path):
     assert roofline.measured(tmp_path, overrides.parse_flags(asked, ["--config.train.remat=full"])) is None
     assert roofline.measured(tmp_path, overrides.parse_flags(asked, ["--config.optimizer.offload"])) is None
     assert roofline.measured(tmp_path / "none", asked) is None
+    assert roofline.measured(tmp_path, overrides.parse_flags(asked, ["--config.model.dtype=float32"])) is None
+    (tmp_path / "config.json").write_text(json.dumps({"config": overrides.to_dict(given), "device": device | {"count": 8}}))
+    assert roofline.measured(tmp_path, overrides.parse_flags(asked, ["--config.train.data_parallel=8"]), count=8) is not None
+    assert roofline.measured(tmp_path, overrides.parse_flags(asked, ["--config.train.fsdp_parallel=8"]), count=8) is None
 
 
 def test_what_fits_comes_first_then_what_computes_the_same():

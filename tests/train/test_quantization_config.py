@@ -6,6 +6,7 @@ import types
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 
@@ -43,6 +44,12 @@ def test_of_an_encoders_prefix_peft_is_not_said_to_run_it():
         assert "PEFT reads it and can't run it" in found
         assert "PeftModel" not in found
     assert "PeftModel" in adapter_command(pathlib.Path("adapter"), config, "peft", encoder, LoRA())
+
+
+def test_a_home_folder_is_written_out_in_commands(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = adapter_command(pathlib.Path("adapter"), ModelConfig(source="~/base", dtype="float32"), "peft", MODEL)
+    assert f'from_pretrained("{tmp_path}/base"' in found
 
 
 FORMATS = ("peft", "adapterhub")
@@ -95,6 +102,30 @@ def test_jaxft_writes_the_base_where_it_does_not(format, change):
     assert f'jaxft.Format("nf4", {config.block_size}, True), quantized={config.quantized!r})' in code
     assert f'AutoModelForCausalLM.from_pretrained("base"{", dtype=torch.float32" if format == "adapterhub" else ""})' in code
     assert "gguf_file" not in code
+
+
+@pytest.mark.parametrize("source", ["encoder", "causal"])
+def test_the_base_of_another_task_is_written_with_its_head(tmp_path, source, monkeypatch):
+    """transformers, asked for 4 bits, would quantize the pooler and a head with a bias."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    kind = {"encoder": (transformers.BertConfig, transformers.BertModel), "causal": (transformers.LlamaConfig, transformers.LlamaModel)}
+    config, model = kind[source]
+    model(config(**sizes)).save_pretrained(tmp_path / "source")
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a")).save(str(tmp_path / "source" / "tokenizer.json"))
+    settings = {"labels": ("bad", "good"), "problem_type": "single_label_classification"}
+    trained, _ = jaxft.load_pretrained(tmp_path / "source", task="sequence_classification", quantization=jaxft.Format(), **settings)
+    given = ModelConfig(source=str(tmp_path / "source"), dtype="float32", quantization="nf4")
+    found = adapter_command(pathlib.Path("adapter"), given, "peft", trained)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    code = [line.strip() for line in found[found.index("    import") :].splitlines()]
+    exec("\n".join(line for line in code if "PeftModel.from_pretrained" not in line), names)
+    assert names["base"].config.id2label == {0: "bad", 1: "good"}
+    quantized = {name for name, module in names["base"].named_modules() if type(module).__name__ == "Linear4bit"}
+    assert quantized
+    assert all("layer" in name for name in quantized)
+    assert names["base"].config.quantization_config.bnb_4bit_compute_dtype == torch.float32
 
 
 def test_an_adapter_of_adapterhub_has_the_type_of_its_four_bit_base():

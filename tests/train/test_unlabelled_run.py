@@ -16,12 +16,13 @@ import experiments
 from jaxft import overrides
 from jaxft.config import DataConfig
 from jaxft.data.sources import load_rows
+from jaxft.data.unlabelled import hide
 from jaxft.errors import UserError
 from jaxft.generation import Sampling, generate
 from jaxft.hub.tokenizer import load_tokenizer
 from jaxft.objectives.base import Step
 from jaxft.objectives.pseudo_answers import answered
-from jaxft.tasks import SFT
+from jaxft.tasks import SFT, SequenceClassification
 from jaxft.train import run, setup
 from jaxft.train.data import load_training_data
 from jaxft.train.logs import Logs
@@ -160,6 +161,17 @@ def test_rows_without_labels_stand_beside_several_labels_and_numbers(reviews, tm
     flags = [f"--config.data.train={labelled}", f"--config.data.unlabelled={others}", f"--config.task.problem_type={problem}"]
     data = loaded(experiment(reviews, *flags, "--config.objective=SelfSupervised(mask_token_id=1)"))
     assert len(data.unlabelled.layout.examples) == 5
+
+
+@pytest.mark.parametrize("form", ["names", "switches"])
+def test_of_several_labels_each_keeps_a_row(tmp_path, form):
+    given = {"names": (["often"], ["often", "rare"]), "switches": ([1, 0], [1, 1])}[form]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": f"w1 w{i}", "label": given[i == 7]}) + "\n" for i in range(40)))
+    rows = load_rows(str(path), "train")
+    labels = SequenceClassification().row_labels(rows, DataConfig(label="label"))
+    for seed in range(4):
+        assert given[1] in list(hide(rows, 0.1, seed, labels)[0].dataset["label"])
 
 
 def test_texts_without_labels_are_read_as_labelled_ones_whatever_stands_beside(material, tmp_path):
