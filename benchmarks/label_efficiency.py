@@ -188,7 +188,7 @@ def _run_apart(run: Run, folder: pathlib.Path) -> None:
     """Runs in a process of its own, whose peak of memory is the run's, and writes what it came to."""
     workdir = folder / "work" / run.name
     workdir.parent.mkdir(exist_ok=True)
-    log = workdir.with_suffix(".log")
+    log = workdir.with_name(f"{run.name}.log")  # a name has points of numbers
     process = multiprocessing.get_context("fork").Process(target=_train, args=(run, workdir, _file(run, folder), log))
     process.start()
     process.join()
