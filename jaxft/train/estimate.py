@@ -260,12 +260,26 @@ def estimate(run: Described, material: Material) -> Plan:
     local = material.batch_of(run.experiment, run.mesh.shape["data"] * run.mesh.shape["fsdp"])
     kept, offloaded = _kept_for_backward(run, arrays.state, arrays.frozen, local, material.steps)
     done = _work(run, material, arrays)
-    made = done.peak_bytes - (_whole_bytes(arrays.state.trainable) - _bytes(arrays.state.trainable))
+    made = _shared(done.peak_bytes, kept, _whole_bytes(arrays.state.trainable), _bytes(arrays.state.trainable))
     if run.experiment.optimizer.offload:
         made += _bytes(arrays.state.optimizer)
     rest = {"activations": min(kept, max(made, 0)), "workspace": max(made - kept, 0) + _gathered(run, arrays)}
     batch = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(local))
     return _plan(run, material, arrays, done, batch, rest, offloaded)
+
+
+def _shared(peak: int, kept: int, whole: int, own: int) -> int:
+    """Bytes that one device makes of a step's peak, told for one that has all of what trains.
+
+    Args:
+      peak: the most that is made at one time.
+      kept: of it, for the backward pass.
+      whole: of what trains.
+      own: a device's part of that.
+    """
+    if whole <= kept:  # the peak is in the backward pass: a gradient lies beside what is kept
+        return peak - (whole - own)
+    return kept + (peak - kept) * own // whole  # it is at the update: all beside what is kept has the form of what trains
 
 
 def _plan(run: Described, material: Material, arrays: _Arrays, done: Work, batch: int, rest: dict[str, int], offloaded: int) -> Plan:

@@ -98,6 +98,18 @@ def test_devices_that_share_weights_gather_one_layer_of_them(material, method):
     assert layers <= (found + 1) * depth < 1.5 * layers
 
 
+def test_of_full_tuning_each_device_makes_its_part_of_gradient_and_update(material):
+    def made(devices):
+        rows, run = estimate.prepare(experiment(material, Full(), fsdp_parallel=devices, batch_size=4, remat="full"), devices, False)
+        found = estimate.estimate(run, rows)
+        return found.memory["workspace"] - estimate._gathered(run, estimate._arrays(run, rows)), found.memory["trainable weights"]
+
+    (alone, whole), (shared, own) = made(1), made(4)
+    assert own == pytest.approx(whole / 4, rel=0.1)  # what is too small to share is whole
+    assert alone > whole
+    assert shared < 0.5 * alone
+
+
 def test_of_a_cross_validation_all_folds_are_told(material, capsys):
     def hours(**data):
         asked = experiment(material, LoRA(rank=3))
