@@ -53,6 +53,16 @@ class SelfSupervised(WithUnlabelled):
         if self.head_chunk < 1:
             raise UserError(f"objective.head_chunk is a number of tokens, 1 or more, not {self.head_chunk}.")
 
+    def check(self, experiment: Any) -> None:
+        """Raises `UserError` for a task that this isn't for, and for a stage of no step, or of all."""
+        super().check(experiment)
+        steps = experiment.train.steps
+        if self.stage and steps and round(self.stage * steps) in (0, steps):
+            raise UserError(
+                f"objective.stage={self.stage} of {steps} steps is {round(self.stage * steps)} of them: the run would learn from "
+                f"{'labels' if round(self.stage * steps) == 0 else 'texts'} alone. Give another share, or more steps (config.train.steps)."
+            )
+
     def fitted(self, task: Any, model: Any, tokenizer: Any) -> Objective:
         """Returns the objective with the tokenizer's special tokens; raises `UserError` for an encoder's that has no mask token."""
         if heads.is_causal(model):

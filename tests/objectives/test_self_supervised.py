@@ -103,3 +103,14 @@ def test_an_encoder_without_a_mask_token_can_not_have_it():
     model = types.SimpleNamespace(pooling="first", config=types.SimpleNamespace(vocab_size=97))
     with pytest.raises(UserError, match="The tokenizer has no mask token. Set it in its files, or give a token's number"):
         SelfSupervised().fitted(None, model, types.SimpleNamespace(mask_token_id=None))
+
+
+@pytest.mark.parametrize(("stage", "steps", "learned"), [(0.9, 4, "texts"), (0.05, 9, "labels")])
+def test_a_stage_of_all_steps_or_of_none_is_refused(stage, steps, learned):
+    def given(steps):
+        return types.SimpleNamespace(train=types.SimpleNamespace(steps=steps), task=SequenceClassification())
+
+    with pytest.raises(UserError, match=f"the run would learn from {learned} alone"):
+        SelfSupervised(stage=stage).check(given(steps))
+    SelfSupervised(stage=stage).check(given(100))
+    SelfSupervised(stage=stage).check(given(0))  # by epochs
