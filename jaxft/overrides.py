@@ -139,10 +139,7 @@ def merged(arguments: Sequence[str], others: Sequence[str]) -> list[str]:
 
 
 def fields_of(experiment: Experiment) -> dict[str, tuple[Any, Any]]:
-    """Returns the annotation and the value of every field, by its path ("data.limit"), those of the method and the task included.
-
-    The name isn't among them: by it a run's folder is opened again.
-    """
+    """Returns the annotation and the value of every field but the name, by its path ("data.limit"), those of method and task included."""
     return {path: (annotation, value) for path, annotation, value in _walk(experiment, "") if path != "name"}
 
 
