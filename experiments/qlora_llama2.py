@@ -7,7 +7,7 @@ a LoRA beside each of them trains (Dettmers et al. 2023, arXiv:2305.14314). Here
 away (LoftQ, one turn: Li et al. 2023, arXiv:2310.08659), which leaves the base as it is. Products are computed in the compute type, float32
 on CPU.
 
-Hardware: two CPU cores, 2.4 GB of memory; 311 tokens/s, a step in 0.98 of lora_llama2's time (benchmarks/results/qlora.md). 2,442,240
+Hardware: two CPU cores, 2.4 GB of memory; 172 tokens/s, a step in 1.02 of lora_llama2's time (benchmarks/results/qlora.md). 2,442,240
 parameters train.
 Measured result, 50 steps, 48 reviews held out, exact match of condition, rating, both (answer loss): 39.6%, 85.4%, 33.3% (0.501); with
 --config.method.start=default 33.3%, 87.5%, 29.2% (0.548). lora_llama2 has 37.5%, 83.3%, 31.2% (0.514), the untuned model in 4 bits 0%

@@ -4,8 +4,7 @@ from jaxft import overrides
 from jaxft.config import Experiment
 from jaxft.errors import UserError
 from jaxft.sweep.population import populations
-from jaxft.sweep.runs import Folder
-from jaxft.sweep.sweep import NO_VALIDATION
+from jaxft.sweep.runs import NO_VALIDATION, Folder
 from jaxft.train.setup import check as check_values
 from jaxft.train.setup import describe_run
 

@@ -139,7 +139,8 @@ def notes(results: Results) -> list[str]:
 def methods(results: Results) -> Table:
     """Returns a row for each setting, the best first; those without a figure last, in their order."""
     columns = ["method", _tuned_title(results), f"{results.split} {results.metric.replace('_', ' ')}"]
-    columns += [*([f"less {first.label}'s"] if (first := _compared_with(results)) else []), "seeds", "trained", "share"]
+    first = _compared_with(results)
+    columns += [*([f"less {first.label}'s"] if first else []), "seeds", "trained", "share"]
     columns += ["peak memory", "tokens/s", "time", "on disk", *(["forgetting"] if _is_forgetting_known(results) else []), "runs tuned"]
     figures = {setting.label: setting.figure(results.metric) for setting in results.settings()}
 
@@ -147,10 +148,10 @@ def methods(results: Results) -> Table:
         figure = figures[setting.label]
         return figure is None, 0.0 if figure is None else results.sign * figure.mean
 
-    return Table(columns, [_method(results, setting) for setting in sorted(results.settings(), key=order)])
+    return Table(columns, [_method(results, first, setting) for setting in sorted(results.settings(), key=order)])
 
 
-def _method(results: Results, setting: Setting) -> list[str]:
+def _method(results: Results, first: Setting | None, setting: Setting) -> list[str]:
     figure, mark = setting.figure(results.metric), " †" if setting.is_shared else ""
     forgetting = found.interval(row.forgetting for row in setting.chosen.finished()) if setting.chosen else None
     seconds, memory, disk = (setting.mean(field) for field in ("seconds", "peak_memory_bytes", "export_bytes"))
@@ -159,7 +160,7 @@ def _method(results: Results, setting: Setting) -> list[str]:
         setting.label,
         setting.chosen.tuned if setting.chosen else _MISSING,
         _interval(figure),
-        *([_difference(results, first, setting)] if (first := _compared_with(results)) else []),
+        *([_difference(results, first, setting)] if first else []),
         str(figure.count) if figure else "0",
         _MISSING if trained is None else f"{trained:,.0f}",
         _MISSING if share is None else f"{share:.3%}",

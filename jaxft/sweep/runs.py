@@ -29,6 +29,10 @@ from jaxft.errors import UserError
 
 WAITING, RUNNING, DONE, FAILED, PRUNED = "waiting", "running", "done", "failed", "pruned"
 ENDED = (DONE, FAILED, PRUNED)
+NO_VALIDATION = (
+    "A sweep chooses on validation, and there are no rows for it. Give config.data.validation, or a share of the training rows by "
+    "config.data.split."
+)
 ATTEMPTS = 2  # of a run that dies
 _SLUG = 60  # characters of an ID after its number
 _SHORT = {"optimizer.learning_rate": "lr", "train.seed": "seed", "model.quantization": ""}

@@ -15,14 +15,10 @@ from jaxft.errors import UserError
 from jaxft.sweep import executor
 from jaxft.sweep.conductor import Conductor
 from jaxft.sweep.executor import Options, Workers
-from jaxft.sweep.runs import DONE, FAILED, Folder, Run, State, held, is_held, name_runs, run_experiment
+from jaxft.sweep.runs import DONE, FAILED, NO_VALIDATION, Folder, Run, State, held, is_held, name_runs, run_experiment
 from jaxft.sweep.search import Searcher, check_search, described
 from jaxft.sweep.space import Sweep
 
-NO_VALIDATION = (
-    "A sweep chooses on validation, and there are no rows for it. Give config.data.validation, or a share of the training rows by "
-    "config.data.split."
-)
 TAKEOVER, POLL = 5.0, 0.2  # seconds in which the lock of a process that just died is looked at again, and between looks
 
 
