@@ -6,8 +6,8 @@ SmolLM2-135M-Instruct, a small Llama model, learns to read a drug review: the us
 turn names the condition and whether the experience was positive, neutral or negative. Runs anywhere, with nothing downloaded.
 
 Hardware: two CPU cores, 2.5 GiB of memory; 297 tokens/s, a step of about 1,290 tokens in 4.3 s, 356 s in all (AMD EPYC with AVX-512);
-665 s in all (Intel Xeon at 2.5 GHz, at 8.1 s a step);
-before steps kept their memory 359 s in all (Intel Xeon with AMX), 661 s in all (AMD EPYC without AVX-512), 954 s in all (one of 2017).
+665 s in all (Intel Xeon at 2.5 GHz, 8.1 s a step); before steps kept their memory 359 s in all (Intel Xeon with AMX), 661 s in all (AMD
+EPYC without AVX-512), 954 s in all (one of 2017).
 Measured result, 50 steps, 48 reviews held out, exact match of condition, rating, both (answer loss): tuned 37.5%, 83.3%, 31.2% (0.514);
 majority answer 14.6%, 75.0%, 10.4%; untuned 0% (4.230).
 
